@@ -1,0 +1,113 @@
+"""Every setting, read once from one TOML file. Only this module and the CLI read the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+Help = msgspec.Meta
+
+
+class SettingsError(ValueError):
+    """The settings file cannot be used; the message names the file and the setting."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file. An unknown key is an error, so that a typo is never a silent default."""
+
+
+class Server(_Section, frozen=True):
+    host: Annotated[str, Help(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Help(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
+    drain_seconds: Annotated[float, Help(ge=0, description="How long open streams may finish after SIGTERM.")] = 30.0
+    keep_alive_seconds: Annotated[float, Help(gt=0, description="Silence in a stream before a comment is sent.")] = 15.0
+    send_timeout_seconds: Annotated[float, Help(gt=0, description="How long a client may stop reading.")] = 60.0
+    max_body_bytes: Annotated[int, Help(ge=1024, description="Largest request body accepted.")] = 16 * 2**20
+
+
+class Model(_Section, frozen=True):
+    path: Annotated[str, Help(description="Directory of the base model in Hugging Face format.")]
+    name: Annotated[str, Help(min_length=1, description="The base model's name for clients.")]
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Help(description="Compute type; auto takes the checkpoint's."),
+    ] = "auto"
+    device: Annotated[str, Help(description="cpu, cuda, cuda:N, or auto for CUDA where there is one.")] = "auto"
+    max_model_len: Annotated[
+        int | None, Help(ge=1, description="Longest prompt plus answer in tokens; the model's own limit if unset.")
+    ] = None
+
+
+class EngineSettings(_Section, frozen=True):
+    kind: Annotated[str, Help(description="Name of an entry point of the group loraplex.engines.")] = "native"
+    kv_cache_bytes: Annotated[
+        int | None, Help(ge=2**16, description="Memory for the KV cache; sized from free memory if unset.")
+    ] = None
+    kv_block_size: Annotated[int, Help(ge=1, le=1024, description="Tokens in one KV block.")] = 16
+    max_batch_tokens: Annotated[int, Help(ge=1, description="Token budget of one step; bounds prefill chunks.")] = 512
+    max_running: Annotated[int, Help(ge=1, description="Most sequences in one step.")] = 64
+    max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
+    num_threads: Annotated[int | None, Help(ge=1, description="CPU threads for the forward pass.")] = None
+
+
+class Adapters(_Section, frozen=True):
+    cache_dir: Annotated[str, Help(description="Content-addressed disk cache of adapter files.")] = (
+        "~/.cache/loraplex/adapters"
+    )
+    local_roots: Annotated[
+        tuple[str, ...], Help(description="Directories under which local adapters may be registered.")
+    ] = ()
+    max_rank: Annotated[int, Help(ge=1, description="Largest rank accepted.")] = 256
+    max_bytes: Annotated[int, Help(ge=1, description="Largest adapter accepted, all files together.")] = 4 * 2**30
+    fetch_timeout_seconds: Annotated[float, Help(gt=0, description="Deadline of one fetch.")] = 600.0
+    host_bytes: Annotated[int, Help(ge=2**20, description="Memory for parsed adapters in host memory.")] = 2 * 2**30
+    device_bytes: Annotated[int, Help(ge=2**20, description="Memory for adapters on the device.")] = 2**30
+
+
+class Database(_Section, frozen=True):
+    url: Annotated[str, Help(description="SQLAlchemy URL of tenants, keys and the catalogue.")] = (
+        "sqlite+aiosqlite:///loraplex.db"
+    )
+
+
+class Auth(_Section, frozen=True):
+    admin_key_env: Annotated[
+        str, Help(description="Environment variable that holds the bootstrap admin key; unset: one is printed once.")
+    ] = "LORAPLEX_ADMIN_KEY"
+    pepper_env: Annotated[
+        str, Help(description="Environment variable with the secret that key hashes are made under.")
+    ] = "LORAPLEX_PEPPER"
+    pepper_file: Annotated[
+        str, Help(description="File with that secret where the variable is unset; made at first start, mode 0600.")
+    ] = "loraplex.pepper"
+
+
+class Settings(_Section, frozen=True):
+    """The whole file: one attribute a table."""
+
+    model: Model
+    server: Server = Server()
+    engine: EngineSettings = EngineSettings()
+    adapters: Adapters = Adapters()
+    database: Database = Database()
+    auth: Auth = Auth()
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings of a TOML file. Raises SettingsError naming the file and what is wrong in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}") from error
+    try:
+        return msgspec.toml.decode(text, type=Settings)
+    except msgspec.DecodeError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def environment(name: str) -> str | None:
+    """One environment variable, None where unset or empty."""
+    return os.environ.get(name) or None

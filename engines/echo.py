@@ -1,0 +1,225 @@
+"""An engine that can be computed by hand: it answers with the prompt's own bytes.
+
+One token is one UTF-8 byte. With an adapter the answer begins with the adapter's name and a colon. Every step
+gives each running request one token, so interleaving, aborts and counts can be predicted exactly. Three words in
+a prompt make faults on demand: `<fail>` fails this request after four tokens, `<die>` ends every request in
+flight as a crash would, `<slow>` stretches this request's steps to 50 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from loraplex.config.settings import Settings
+from loraplex.engines.errors import (
+    AdapterInUse,
+    AdapterInvalid,
+    EngineDied,
+    EngineUnavailable,
+    GenerationFailed,
+    PromptTooLong,
+)
+from loraplex.engines.protocol import (
+    Adapter,
+    AdapterCard,
+    AdapterResidency,
+    ChatMessage,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    Health,
+    HealthState,
+    Progress,
+    TokenEvent,
+)
+
+EOS = 256
+FAULT_AFTER = 4
+
+
+class EchoTokenizer:
+    """UTF-8 bytes as token ids; a chat is its contents, one a line."""
+
+    eos_token_ids = frozenset({EOS})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token for token in token_ids if token < EOS).decode(errors="replace")
+
+    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+        return self.encode("\n".join(message.content for message in messages))
+
+
+class EchoEngine:
+    """Implements the whole protocol; `step_seconds` is the pause before each token."""
+
+    def __init__(self, settings: Settings, step_seconds: float = 0.0) -> None:
+        self._settings = settings
+        self._step_seconds = step_seconds
+        self._state: HealthState = "starting"
+        self._in_flight: dict[str, GenerateRequest] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._pinned: set[str] = set()
+        self._deaths = 0
+        self._steps = self._prompt_tokens = self._generated = self._finished = self._aborted = self._failed = 0
+        self.tokenizer = EchoTokenizer()
+
+    async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
+        on_progress(Progress(stage="ready", fraction=1.0))
+        self._state = "ready"
+        return self.info()
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            engine="echo",
+            base_model=self._settings.model.name,
+            architecture="echo",
+            dtype="uint8",
+            device="cpu",
+            vocab_size=EOS + 1,
+            max_model_len=self._settings.model.max_model_len or 4096,
+            num_parameters=0,
+            kv_block_size=1,
+            num_kv_blocks=0,
+            max_lora_rank=self._settings.adapters.max_rank,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if self._state != "ready":
+            raise EngineUnavailable(f"the engine is {self._state}")
+        room = self.info().max_model_len - len(request.prompt_token_ids)
+        if room < 1:
+            raise PromptTooLong(f"the prompt has {len(request.prompt_token_ids)} tokens; no room is left", "messages")
+        if request.adapter is not None:
+            await self.load(request.adapter)
+        self._in_flight[request.request_id] = request
+        self._prompt_tokens += len(request.prompt_token_ids)
+        finished = False
+        try:
+            async for event in self._answer(request, room):
+                finished = event.finish_reason is not None
+                yield event
+        except GenerationFailed:
+            self._failed += 1
+            finished = True
+            raise
+        finally:
+            del self._in_flight[request.request_id]
+            self._finished += finished
+            self._aborted += not finished
+
+    async def _answer(self, request: GenerateRequest, room: int) -> AsyncIterator[TokenEvent]:
+        prompt = self.tokenizer.decode(request.prompt_token_ids)
+        tokens = list(request.prompt_token_ids)
+        if request.adapter is not None:
+            tokens = [*f"{request.adapter.name}: ".encode(), *tokens]
+        limit = min(request.sampling.max_tokens, room)
+        whole = self.tokenizer.decode(tokens)
+        cut = min((at for stop in request.sampling.stop if (at := whole.find(stop)) >= 0), default=len(whole))
+        tokens = [*whole[:cut].encode(), EOS]
+        pending = b""
+        deaths = self._deaths
+        for count, token in enumerate(tokens[:limit], start=1):
+            await asyncio.sleep(max(self._step_seconds, 0.05 * ("<slow>" in prompt)))
+            self._steps += 1
+            if count > FAULT_AFTER and "<die>" in prompt:
+                self._deaths += 1
+            if self._deaths != deaths:
+                raise EngineDied("the engine process ended; it is being restarted")
+            if count > FAULT_AFTER and "<fail>" in prompt:
+                raise GenerationFailed("this request was asked to fail")
+            self._generated += 1
+            pending, text = _whole_characters(pending + bytes([token] if token != EOS else []))
+            yield TokenEvent(
+                request_id=request.request_id,
+                token_ids=(token,),
+                text=text,
+                step=self._steps,
+                finish_reason="stop" if token == EOS else "length" if count == limit else None,
+            )
+
+    async def inspect(self, adapter: Adapter) -> AdapterCard:
+        try:
+            config = json.loads((Path(adapter.path) / "adapter_config.json").read_text())
+            rank = int(config["r"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterInvalid(f"adapter_config.json: {error!r}") from error
+        return AdapterCard(
+            adapter_id=adapter.id,
+            rank=rank,
+            variant="lora",
+            target_modules=(),
+            num_modules=0,
+            num_parameters=0,
+            num_bytes=0,
+        )
+
+    async def load(self, adapter: Adapter) -> None:
+        self._adapters[adapter.id] = adapter
+
+    async def unload(self, adapter_id: str) -> None:
+        if any(request.adapter and request.adapter.id == adapter_id for request in self._in_flight.values()):
+            raise AdapterInUse(f"adapter {adapter_id} serves requests")
+        self._adapters.pop(adapter_id, None)
+        self._pinned.discard(adapter_id)
+
+    async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
+        await self.load(adapter)
+        (self._pinned.add if pinned else self._pinned.discard)(adapter.id)
+
+    async def residency(self) -> list[AdapterResidency]:
+        return [
+            AdapterResidency(
+                adapter_id=adapter.id,
+                name=adapter.name,
+                tier="device",
+                pinned=adapter.id in self._pinned,
+                num_bytes=0,
+                num_requests=sum(
+                    bool(request.adapter and request.adapter.id == adapter.id) for request in self._in_flight.values()
+                ),
+            )
+            for adapter in self._adapters.values()
+        ]
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(
+            num_steps=self._steps,
+            num_running=len(self._in_flight),
+            num_waiting=0,
+            num_kv_blocks_used=sum(len(request.prompt_token_ids) for request in self._in_flight.values()),
+            num_kv_blocks=0,
+            num_adapters_on_device=len(self._adapters),
+            total_prompt_tokens=self._prompt_tokens,
+            total_generated_tokens=self._generated,
+            total_finished=self._finished,
+            total_aborted=self._aborted,
+            total_failed=self._failed,
+            total_preemptions=0,
+            num_restarts=self._deaths,
+        )
+
+    def health(self) -> Health:
+        return Health(state=self._state)
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        self._state = "draining"
+        deadline = asyncio.get_running_loop().time() + drain_seconds
+        while self._in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        self._deaths += 1
+
+
+def _whole_characters(data: bytes) -> tuple[bytes, str]:
+    """(bytes of an incomplete last character, text of the complete ones)."""
+    for cut in range(len(data), max(len(data) - 4, -1), -1):
+        try:
+            return data[cut:], data[:cut].decode()
+        except UnicodeDecodeError:
+            continue
+    return b"", data.decode(errors="replace")

@@ -1,0 +1,218 @@
+"""What the gateway may ask of an engine, and in which words.
+
+Every message is a frozen msgspec Struct, so the same objects cross a process, a machine or a test unchanged.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+HealthState = Literal["starting", "ready", "restarting", "draining", "failed"]
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of one adapter, as PEFT files on this machine.
+
+    `id` is the content hash of the files and the only identity any tier or cache keys on; `name` is for people
+    and figures; `path` is a directory with `adapter_config.json` and `adapter_model.safetensors`.
+    """
+
+    id: str
+    name: str
+    path: str
+
+
+class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine read off a valid adapter. `num_bytes` is what it occupies on the device."""
+
+    adapter_id: str
+    rank: int
+    variant: Literal["lora", "rslora", "dora"]
+    target_modules: tuple[str, ...]
+    num_modules: int
+    num_parameters: int
+    num_bytes: int
+
+
+class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one adapter is right now. `num_requests` counts queued and running requests that name it."""
+
+    adapter_id: str
+    name: str
+    tier: Literal["disk", "host", "device"]
+    pinned: bool
+    num_bytes: int
+    num_requests: int
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filter off.
+
+    The filters apply in the order of transformers' logits processors: temperature, top-k, top-p, min-p.
+    With `seed`, the same request draws the same tokens whatever shares its batch.
+    `stop` strings end generation and are not part of the text; `stop_token_ids` likewise.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation. `request_id` is unique among the requests in flight; `tenant` is for fair shares and salts."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: Adapter | None = None
+    tenant: str = ""
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Some tokens of one request, in order; the last event of a request alone carries a `finish_reason`.
+
+    `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
+    while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
+    end-of-sequence token included. `step` is the number of the engine step that made the last of them.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    step: int
+    finish_reason: FinishReason | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine serves. Lengths are tokens, `kv_block_size` tokens a block."""
+
+    engine: str
+    base_model: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    num_parameters: int
+    kv_block_size: int
+    num_kv_blocks: int
+    max_lora_rank: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters and gauges of an engine. Counters (`total_*`, `num_steps`) restart with the engine process."""
+
+    num_steps: int
+    num_running: int
+    num_waiting: int
+    num_kv_blocks_used: int
+    num_kv_blocks: int
+    num_adapters_on_device: int
+    total_prompt_tokens: int
+    total_generated_tokens: int
+    total_finished: int
+    total_aborted: int
+    total_failed: int
+    total_preemptions: int
+    num_restarts: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's state and, where it is not ready, the reason in words."""
+
+    state: HealthState
+    detail: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a start-up; `fraction` runs from 0 to 1."""
+
+    stage: str
+    fraction: float
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a conversation, as chat templates see it."""
+
+    role: str
+    content: str
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, in the gateway's process."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of whole tokens; special tokens left out, broken UTF-8 as U+FFFD."""
+        ...
+
+    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation under the model's chat template. Raises InvalidRequest where it refuses."""
+        ...
+
+
+class Engine(Protocol):
+    """A serving engine for one base model and any number of adapters."""
+
+    async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
+        """Load the base model. Raises ModelNotServable with the reason."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def info(self) -> EngineInfo:
+        """What is served; valid after `start`."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """The tokens of one request. Closing or cancelling the iterator aborts the request.
+
+        Raises InvalidRequest, EngineUnavailable or EngineOverloaded before the first event; EngineDied,
+        AdapterError or GenerationFailed at any time.
+        """
+        ...
+
+    async def inspect(self, adapter: Adapter) -> AdapterCard:
+        """Check an adapter against the base without loading it for anyone. Raises AdapterError."""
+        ...
+
+    async def load(self, adapter: Adapter) -> None:
+        """Bring an adapter to the device ahead of its first request. Raises AdapterError."""
+        ...
+
+    async def unload(self, adapter_id: str) -> None:
+        """Drop an adapter from host and device. Raises AdapterInUse while requests name it."""
+        ...
+
+    async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
+        """Keep an adapter on the device, or stop doing so. Raises AdapterError."""
+        ...
+
+    async def residency(self) -> list[AdapterResidency]:
+        """Every adapter the engine knows of."""
+        ...
+
+    async def stats(self) -> EngineStats: ...
+
+    def health(self) -> Health: ...
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, let those in flight finish for up to `drain_seconds`, then stop."""
+        ...
