@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 Help = msgspec.Meta
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class SettingsError(ValueError):
@@ -37,20 +38,20 @@ class Model(_Section, frozen=True):
     ] = "auto"
     device: Annotated[str, Help(description="cpu, cuda, cuda:N, or auto for CUDA where there is one.")] = "auto"
     max_model_len: Annotated[
-        int | None, Help(ge=1, description="Longest prompt plus answer in tokens; the model's own limit if unset.")
+        PositiveInt | None, Help(description="Longest prompt plus answer in tokens; the model's own limit if unset.")
     ] = None
 
 
 class EngineSettings(_Section, frozen=True):
     kind: Annotated[str, Help(description="Name of an entry point of the group loraplex.engines.")] = "native"
     kv_cache_bytes: Annotated[
-        int | None, Help(ge=2**16, description="Memory for the KV cache; sized from free memory if unset.")
+        PositiveInt | None, Help(description="Memory for the KV cache; sized from free memory if unset.")
     ] = None
     kv_block_size: Annotated[int, Help(ge=1, le=1024, description="Tokens in one KV block.")] = 16
     max_batch_tokens: Annotated[int, Help(ge=1, description="Token budget of one step; bounds prefill chunks.")] = 512
     max_running: Annotated[int, Help(ge=1, description="Most sequences in one step.")] = 64
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
-    num_threads: Annotated[int | None, Help(ge=1, description="CPU threads for the forward pass.")] = None
+    num_threads: Annotated[PositiveInt | None, Help(description="CPU threads for the forward pass.")] = None
 
 
 class Adapters(_Section, frozen=True):
