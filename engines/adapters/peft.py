@@ -1,0 +1,219 @@
+"""A PEFT LoRA directory -> LoadedAdapter: one flat tensor in the arena's layout, and a table of what lies where.
+
+Whatever the config says about scales (`alpha / r`, rsLoRA, patterns) and DoRA's magnitudes is settled here, once;
+after this no code knows PEFT. Every tensor of the file is used or the adapter is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraplex.engines.adapters.config import LoraConfig, read_config
+from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
+from loraplex.engines.protocol import Adapter, AdapterCard
+
+ALIGNMENT_BYTES = 64  # each matrix starts on a cache line
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
+_DTYPES = {"F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModule:
+    """One linear layer of the base model that an adapter may target; `index` is its place in the arena's table."""
+
+    index: int
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEntry:
+    """Where one module's matrices lie, in elements from the extent's start.
+
+    At `a`: A, Shape [rank, in]. At `b`: Bᵀ, Shape [rank, out]. At `gain`: DoRA's magnitude / ‖W + scale·BA‖,
+    Shape [out]; None without DoRA.
+    """
+
+    module: BaseModule
+    rank: int
+    scale: float
+    a: int
+    b: int
+    gain: int | None
+
+    def a_of(self, flat: Tensor) -> Tensor:
+        return flat[self.a : self.a + self.rank * self.module.in_features].view(self.rank, self.module.in_features)
+
+    def b_of(self, flat: Tensor) -> Tensor:
+        return flat[self.b : self.b + self.rank * self.module.out_features].view(self.rank, self.module.out_features)
+
+    def gain_of(self, flat: Tensor) -> Tensor | None:
+        return None if self.gain is None else flat[self.gain : self.gain + self.module.out_features]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """A valid adapter's layout: entries by module index, and the extent's `size` in elements."""
+
+    adapter: Adapter
+    config: LoraConfig
+    entries: dict[int, ModuleEntry]
+    size: int
+
+    def card(self, element_bytes: int) -> AdapterCard:
+        entries = self.entries.values()
+        variant = "dora" if self.config.use_dora else "rslora" if self.config.use_rslora else "lora"
+        return AdapterCard(
+            adapter_id=self.adapter.id,
+            rank=max(entry.rank for entry in entries),
+            variant=variant,
+            target_modules=tuple(sorted({entry.module.name.rpartition(".")[2] for entry in entries})),
+            num_modules=len(entries),
+            num_parameters=sum(_num_parameters(entry) for entry in entries),
+            num_bytes=self.size * element_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter ready for the device: `flat` has `plan.size` elements of the engine's dtype, in host memory."""
+
+    plan: AdapterPlan
+    flat: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What an adapter is checked against and computed with. `weight(index)` is the dequantised Shape [out, in]."""
+
+    modules: dict[str, BaseModule]
+    weight: Callable[[int], Tensor]
+    dtype: torch.dtype
+    max_rank: int
+
+
+def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
+    """Check config and tensor headers against the base; no weights are read. Raises AdapterError."""
+    directory = Path(adapter.path)
+    config = read_config(directory)
+    shapes = _tensor_shapes(directory / "adapter_model.safetensors")
+    parts = _group_by_module(shapes)
+    _check_complete(config, parts, base)
+    entries, size = {}, 0
+    for name, module in base.modules.items():
+        if name in parts:
+            entry, size = _plan_module(config, module, parts[name], size, base)
+            entries[module.index] = entry
+    return AdapterPlan(adapter=adapter, config=config, entries=entries, size=size)
+
+
+def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
+    """Read the weights into the arena's layout. Raises AdapterError; non-finite weights are refused."""
+    plan = plan_adapter(adapter, base)
+    flat = torch.zeros(plan.size, dtype=base.dtype)
+    with safe_open(Path(adapter.path) / "adapter_model.safetensors", framework="pt") as file:
+        keys = {_parse_key(key): key for key in file.keys()}  # noqa: SIM118  not a dict
+        for entry in plan.entries.values():
+            a = file.get_tensor(keys[entry.module.name, "lora_A"])
+            b = file.get_tensor(keys[entry.module.name, "lora_B"])
+            entry.a_of(flat).copy_(a)
+            entry.b_of(flat).copy_(b.t())
+            if (gain := entry.gain_of(flat)) is not None:
+                magnitude = file.get_tensor(keys[entry.module.name, "lora_magnitude_vector"])
+                gain.copy_(_dora_gain(base.weight(entry.module.index), a, b, entry.scale, magnitude))
+    if not bool(torch.isfinite(flat).all()):
+        raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
+    return LoadedAdapter(plan=plan, flat=flat)
+
+
+def _dora_gain(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out]."""
+    norm = torch.linalg.norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
+    return magnitude.float().flatten() / norm
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            for key, piece in slices.items():
+                if piece.get_dtype() not in _DTYPES:
+                    raise AdapterUnsupported(f"tensor {key} is {piece.get_dtype()}; there are {sorted(_DTYPES)}")
+            return {key: tuple(piece.get_shape()) for key, piece in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
+
+
+def _parse_key(key: str) -> tuple[str, str]:
+    """(module, part) of a tensor's name. Raises AdapterUnsupported for any name PEFT gives something else."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise AdapterUnsupported(f"tensor {key} is not part of a LoRA on a linear layer")
+    return match["module"], match["part"]
+
+
+def _group_by_module(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        module, part = _parse_key(key)
+        parts.setdefault(module, {})[part] = shape
+    if not parts:
+        raise AdapterInvalid("adapter_model.safetensors holds no LoRA weights")
+    return parts
+
+
+def _check_complete(config: LoraConfig, parts: dict[str, dict[str, tuple[int, ...]]], base: Base) -> None:
+    """Neither more nor fewer modules than the config targets."""
+    for name in parts:
+        if name not in base.modules:
+            raise AdapterMismatch(f"the base model has no linear layer {name}")
+        if not config.targets(name):
+            raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
+    missing = [name for name in base.modules if name not in parts and config.targets(name)]
+    if missing:
+        raise AdapterInvalid(f"target_modules names {missing[0]}, for which the file has no weights")
+
+
+def _plan_module(
+    config: LoraConfig, module: BaseModule, shapes: dict[str, tuple[int, ...]], offset: int, base: Base
+) -> tuple[ModuleEntry, int]:
+    """(entry, offset behind it). Raises AdapterError where shapes do not fit the config or the base."""
+    rank = config.rank_of(module.name)
+    if rank > base.max_rank:
+        raise AdapterTooLarge(f"rank {rank} of {module.name} exceeds adapters.max_rank = {base.max_rank}")
+    expected = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+    if config.use_dora:
+        expected["lora_magnitude_vector"] = (module.out_features,)
+    if surplus := sorted(shapes.keys() - expected.keys()):
+        raise AdapterInvalid(f"{module.name} has {surplus[0]}, but use_dora is not set")
+    for part, shape in expected.items():
+        if part not in shapes:
+            raise AdapterInvalid(f"{module.name} lacks {part}")
+        found = tuple(size for size in shapes[part] if part != "lora_magnitude_vector" or size != 1)
+        if found != shape:
+            raise AdapterMismatch(f"{part} of {module.name} has shape {list(found)}; the base needs {list(shape)}")
+    unit = ALIGNMENT_BYTES // base.dtype.itemsize
+    a = offset
+    b = a + _aligned(rank * module.in_features, unit)
+    end = b + _aligned(rank * module.out_features, unit)
+    gain = end if config.use_dora else None
+    end += _aligned(module.out_features, unit) if config.use_dora else 0
+    return ModuleEntry(module=module, rank=rank, scale=config.scale_of(module.name), a=a, b=b, gain=gain), end
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _num_parameters(entry: ModuleEntry) -> int:
+    module = entry.module
+    gains = module.out_features if entry.gain is not None else 0
+    return entry.rank * (module.in_features + module.out_features) + gains

@@ -1,0 +1,152 @@
+"""The attention function that transformers calls in every layer, over our paged KV cache.
+
+Registered with `transformers.AttentionInterface`, it needs nothing of the model but the layer's number: the step it
+works on is set on the object beforehand, so models that drop keyword arguments on the way are carried as well.
+Tokens of all sequences come packed in one row. New keys and values are written to the cache, then the sequences that
+decode (one token) are attended together and each longer segment on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """One segment of several tokens: rows `begin … end − 1` of the step, at positions `start …`; `slots`: Shape [L]."""
+
+    begin: int
+    end: int
+    start: int
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """The B one-token segments. rows, lengths: Shape [B]. slots: Shape [B · L], padded with any valid rows."""
+
+    rows: Tensor
+    slots: Tensor
+    lengths: Tensor
+    max_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Where a step's tokens go in the cache (`slots`: Shape [T]) and what each may look at."""
+
+    slots: Tensor
+    decodes: Decodes | None
+    prefills: tuple[Prefill, ...]
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Numbers a token leaves in one layer's cache: key and value heads × width."""
+
+    num_heads: int
+    key_width: int
+    value_width: int
+
+
+class PagedAttention:
+    """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes the layers' shapes (a dry run)."""
+
+    def __init__(self) -> None:
+        self.step: AttentionStep | None = None
+        self.shapes: dict[int, KvShape] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def allocate(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the cache: for each layer seen in the dry run `num_slots` rows of keys and of values."""
+        for layer, shape in self.shapes.items():
+            self._keys[layer] = torch.zeros(num_slots, shape.num_heads, shape.key_width, dtype=dtype, device=device)
+            self._values[layer] = torch.zeros(num_slots, shape.num_heads, shape.value_width, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """query: Shape [1, H, T, D]. key: Shape [1, Hk, T, D]. value: Shape [1, Hk, T, Dv]. Result: [1, T, H, Dv]."""
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        form = Form(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
+        if self.step is None:
+            return self._dry_run(layer, query, key, value, form), None
+        step = self.step
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(0, step.slots, key[0].transpose(0, 1))
+        values.index_copy_(0, step.slots, value[0].transpose(0, 1))
+        if step.decodes is not None and not step.prefills:
+            return self._decode(query[0].transpose(0, 1), keys, values, form, step)[None], None
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        if step.decodes is not None:
+            rows = step.decodes.rows
+            out[rows] = self._decode(query[0, :, rows].transpose(0, 1), keys, values, form, step)
+        for prefill in step.prefills:
+            own = slice(prefill.begin, prefill.end)
+            if prefill.start == 0 and sliding_window is None and softcap is None and s_aux is None:
+                grouped = query.shape[1] != key.shape[1]
+                part = functional.scaled_dot_product_attention(
+                    query[:, :, own], key[:, :, own], value[:, :, own],
+                    is_causal=True, scale=form.scale, enable_gqa=grouped,
+                )  # fmt: skip
+            else:
+                part = _prefill(query[:, :, own], keys, values, form, prefill, step)
+            out[own] = part[0].transpose(0, 1)
+        return out[None], None
+
+    def _dry_run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        self.shapes[layer] = KvShape(key.shape[1], key.shape[3], value.shape[3])
+        mask = causal_mask(0, query.shape[2], form.window, query.device)
+        return attend(query, key, value, mask, form).transpose(1, 2)
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, form: Form, step: AttentionStep) -> Tensor:
+        """query: Shape [B, H, D]. Result: Shape [B, H, Dv]."""
+        decodes = step.decodes
+        assert decodes is not None
+        batch = decodes.rows.shape[0]
+        mask = step.masks.get((-1, form.window))
+        if mask is None:
+            mask = _decode_mask(decodes, form.window)
+            step.masks[-1, form.window] = mask
+        k = keys.index_select(0, decodes.slots).view(batch, decodes.max_len, *keys.shape[1:])
+        v = values.index_select(0, decodes.slots).view(batch, decodes.max_len, *values.shape[1:])
+        return attend_decode(query.contiguous(), k, v, mask, form)
+
+
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, form: Form, prefill: Prefill, step: AttentionStep) -> Tensor:
+    mask = step.masks.get((prefill.begin, form.window))
+    if mask is None:
+        mask = causal_mask(prefill.start, prefill.end - prefill.begin, form.window, query.device)
+        step.masks[prefill.begin, form.window] = mask
+    k = keys.index_select(0, prefill.slots).transpose(0, 1)[None]
+    v = values.index_select(0, prefill.slots).transpose(0, 1)[None]
+    return attend(query, k, v, mask, form)
+
+
+def _decode_mask(decodes: Decodes, window: int | None) -> Tensor:
+    """Shape [B, L]: True where position j < length, and within the window of the last one."""
+    positions = torch.arange(decodes.max_len, device=decodes.lengths.device)[None, :]
+    lengths = decodes.lengths[:, None]
+    mask = positions < lengths
+    if window is not None:
+        mask &= positions >= lengths - window
+    return mask

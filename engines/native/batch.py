@@ -1,0 +1,33 @@
+"""What one step computes: for each sequence a run of its tokens. Plain Python; the runner makes tensors of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraplex.engines.native.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Positions `start … start + num_tokens - 1` of one sequence; `samples` where the last is the newest."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The segments of step number `step`, those of one adapter side by side."""
+
+    step: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.num_tokens for segment in self.segments)
+
+    @property
+    def sampling_segments(self) -> tuple[Segment, ...]:
+        return tuple(segment for segment in self.segments if segment.samples)

@@ -1,0 +1,112 @@
+"""Settings -> Machine: the model, its KV cache and its adapter arena in memory, sized for this computer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from loraplex.config.settings import Settings
+from loraplex.engines.adapters.arena import Arena
+from loraplex.engines.adapters.peft import Base
+from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.native.attention import PagedAttention
+from loraplex.engines.native.model import choose_device, dense_weight, dry_run, linear_layers, load_model
+from loraplex.engines.native.runner import Runner
+from loraplex.engines.protocol import EngineInfo, Progress
+
+# Of the memory that is free once the weights are in, the most that an unset kv_cache_bytes may take.
+KV_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a core needs of the hardware side. `arena_capacity` is in elements of the compute type."""
+
+    settings: Settings
+    info: EngineInfo
+    eos_token_ids: frozenset[int]
+    runner: Runner
+    arena: Arena
+    arena_capacity: int
+    num_kv_blocks: int
+    base: Base
+
+
+def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) -> Machine:
+    """Load everything. Raises ModelNotServable with the reason."""
+    if settings.engine.num_threads is not None:
+        torch.set_num_threads(settings.engine.num_threads)
+    device = choose_device(settings.model.device)
+    attention = PagedAttention()
+    on_progress(Progress(stage="reading weights", fraction=0.2))
+    model = load_model(settings.model, device, attention)
+    on_progress(Progress(stage="checking the model", fraction=0.7))
+    dry_run(model, attention)
+    max_len = _max_model_len(settings, model)
+    block_size = settings.engine.kv_block_size
+    num_blocks = _num_kv_blocks(settings, attention, model, max_len)
+    attention.allocate(num_blocks * block_size, model.dtype, device)
+    capacity = settings.adapters.device_bytes // model.dtype.itemsize
+    arena = Arena(capacity, model.dtype, device)
+    layers = linear_layers(model)
+    info = EngineInfo(
+        engine="native",
+        base_model=settings.model.name,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_model_len=min(max_len, num_blocks * block_size),
+        num_parameters=model.num_parameters(),
+        kv_block_size=block_size,
+        num_kv_blocks=num_blocks,
+        max_lora_rank=settings.adapters.max_rank,
+    )
+    weights = [layer for layer, _ in layers.values()]
+    base = Base(
+        modules={name: module for name, (_, module) in layers.items()},
+        weight=lambda index: dense_weight(weights[index]),
+        dtype=model.dtype,
+        max_rank=settings.adapters.max_rank,
+    )
+    runner = Runner(model, attention, arena, block_size)
+    return Machine(settings, info, _eos_token_ids(model), runner, arena, capacity, num_blocks, base)
+
+
+def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = settings.model.max_model_len
+    if limit is None and wanted is None:
+        raise ModelNotServable("the checkpoint names no max_position_embeddings; set model.max_model_len")
+    if limit is not None and wanted is not None and wanted > limit:
+        raise ModelNotServable(f"model.max_model_len = {wanted} exceeds the checkpoint's {limit} positions")
+    return int(wanted or limit)
+
+
+def _num_kv_blocks(settings: Settings, attention: PagedAttention, model: PreTrainedModel, max_len: int) -> int:
+    """Enough for `max_running` full-length sequences, within `kv_cache_bytes` or a share of what is free."""
+    numbers = sum(shape.num_heads * (shape.key_width + shape.value_width) for shape in attention.shapes.values())
+    block_bytes = numbers * settings.engine.kv_block_size * model.dtype.itemsize
+    room = settings.engine.kv_cache_bytes or int(_free_bytes(model.device) * KV_SHARE)
+    blocks_per_sequence = -(-max_len // settings.engine.kv_block_size)
+    num_blocks = min(room // block_bytes, blocks_per_sequence * settings.engine.max_running)
+    if num_blocks < 1:
+        raise ModelNotServable(f"one KV block takes {block_bytes} bytes, and there is room for {room}")
+    return num_blocks
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The generation config's (transformers derives one from config.json where no file is)."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    return frozenset([eos] if isinstance(eos, int) else eos or [])

@@ -1,0 +1,113 @@
+"""Batch -> one forward pass -> one token (or error) for each segment that samples.
+
+Everything that touches tensors during a step is here or below; who is in the batch is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex.engines.adapters.arena import Arena
+from loraplex.engines.errors import EngineError
+from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
+from loraplex.engines.native.batch import Batch, Segment
+from loraplex.engines.native.lora import LoraLayers
+from loraplex.engines.native.model import linear_layers
+from loraplex.engines.native.sampler import sample, uniform
+
+
+class Runner:
+    """Steps one model over one KV cache and one arena."""
+
+    def __init__(self, model: PreTrainedModel, attention: PagedAttention, arena: Arena, block_size: int) -> None:
+        self._model = model
+        self._attention = attention
+        self._block_size = block_size
+        self._lora = LoraLayers(arena)
+        head = model.get_output_embeddings()
+        for layer, module in linear_layers(model).values():
+            self._lora.wrap(layer, module, behind_selection=layer is head)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[int | EngineError]:
+        """One token, or its error, for each of `batch.sampling_segments`, in that order."""
+        device = self._model.device
+        segments = batch.segments
+        positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
+        token_ids = [t for s in segments for t in s.sequence.token_ids[s.start : s.start + s.num_tokens]]
+        sampled, end = [], 0
+        for segment in segments:
+            end += segment.num_tokens
+            if segment.samples:
+                sampled.append(end - 1)
+        owners = [s.sequence.adapter_id for s in segments for _ in range(s.num_tokens)]
+        self._lora.begin(owners, sampled, device)
+        self._attention.step = self._attention_step(segments, device)
+        logits: Tensor = self._model(
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
+        ).logits[0]
+        return _sample(logits, batch.sampling_segments)
+
+    def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep:
+        new_slots: list[int] = []
+        prefills: list[Prefill] = []
+        decodes: list[tuple[int, Segment]] = []
+        row = 0
+        for segment in segments:
+            if segment.num_tokens == 1:
+                block, offset = divmod(segment.start, self._block_size)
+                new_slots.append(segment.sequence.block_table[block] * self._block_size + offset)
+                decodes.append((row, segment))
+            else:
+                slots = self._slots([segment.sequence.block_table])[0, : segment.start + segment.num_tokens]
+                new_slots.extend(slots[segment.start :].tolist())
+                prefills.append(Prefill(row, row + segment.num_tokens, segment.start, slots.to(device)))
+            row += segment.num_tokens
+        return AttentionStep(
+            slots=torch.tensor(new_slots, device=device),
+            decodes=self._decodes(decodes, device) if decodes else None,
+            prefills=tuple(prefills),
+        )
+
+    def _decodes(self, decodes: list[tuple[int, Segment]], device: torch.device) -> Decodes:
+        lengths = [segment.start + 1 for _, segment in decodes]
+        max_len = max(lengths)
+        slots = self._slots([segment.sequence.block_table for _, segment in decodes])
+        return Decodes(
+            rows=torch.tensor([row for row, _ in decodes], device=device),
+            slots=slots[:, :max_len].reshape(-1).to(device),
+            lengths=torch.tensor(lengths, device=device),
+            max_len=max_len,
+        )
+
+    def _slots(self, block_tables: Sequence[list[int]]) -> Tensor:
+        """Cache rows of every position of each table, padded with block 0. Shape [B, most blocks · block size]."""
+        longest = max(len(table) for table in block_tables)
+        blocks = torch.tensor([table + [0] * (longest - len(table)) for table in block_tables])
+        slots = blocks[:, :, None] * self._block_size + torch.arange(self._block_size)
+        return slots.view(len(block_tables), -1)
+
+
+def _sample(logits: Tensor, segments: Sequence[Segment]) -> list[int | EngineError]:
+    sequences = [segment.sequence for segment in segments]
+    params = [sequence.request.sampling for sequence in sequences]
+    if not sequences:
+        return []
+    draws = [
+        uniform(sequence.seed, sequence.num_generated) if sequence.request.sampling.temperature > 0 else 0.0
+        for sequence in sequences
+    ]
+    banned = [
+        sorted(sequence.eos_token_ids.union(sampling.stop_token_ids))
+        if sequence.num_generated < sampling.min_tokens
+        else []
+        for sequence, sampling in zip(sequences, params, strict=True)
+    ]
+    return sample(logits, params, draws, banned)

@@ -1,0 +1,165 @@
+"""Who computes what in the next step. Plain Python: never imports torch, never touches weights.
+
+Continuous batching under one token budget: running sequences first (a decode takes one token, a prefill a chunk),
+then waiting ones in order of arrival. KV blocks are taken as they are needed; when they run out, the youngest
+running sequence gives its blocks back and is computed again later. A sequence whose adapter is not on the device
+waits without delaying anyone, but not for ever: past `cold_patience` seconds nothing behind it is admitted, so that
+running sequences drain and make room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from loraplex.engines.errors import EngineError
+from loraplex.engines.native.batch import Batch, Segment
+from loraplex.engines.native.blocks import BlockPool
+from loraplex.engines.native.residency import Residency
+from loraplex.engines.native.sequence import Sequence
+from loraplex.engines.protocol import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one step, in tokens and sequences; `cold_patience` in seconds."""
+
+    max_batch_tokens: int
+    max_running: int
+    cold_patience: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What a step gave one sequence: one token, perhaps its last; or the error that ended it."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    error: EngineError | None = None
+
+
+class Scheduler:
+    """Two queues. A running sequence holds its adapter on the device; a waiting one does not."""
+
+    def __init__(self, limits: Limits, blocks: BlockPool, residency: Residency, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._residency = residency
+        self._clock = clock
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_steps = 0
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is; its blocks are free when this returns."""
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def next(self) -> Batch | None:
+        """The next step's batch; None where nothing can be computed now."""
+        plan = _Plan(self._limits.max_batch_tokens)
+        preemptions = self.num_preemptions
+        for sequence in sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1):
+            if plan.budget and sequence in self.running:
+                self._continue(sequence, plan)
+        if self.num_preemptions == preemptions:
+            self._admit(plan)
+        if not plan.segments:
+            return None
+        self.num_steps += 1
+        ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_id or "")
+        return Batch(step=self.num_steps, segments=tuple(ordered))
+
+    def commit(self, batch: Batch, outcomes: Iterable[int | EngineError]) -> list[Emission]:
+        """Record a step; `outcomes` holds the token, or the error, of each sampling segment in turn."""
+        for segment in batch.segments:
+            segment.sequence.num_computed = segment.start + segment.num_tokens
+        emissions = []
+        for segment, outcome in zip(batch.sampling_segments, outcomes, strict=True):
+            emission = _emit(segment.sequence, outcome)
+            if emission.finish_reason or emission.error:
+                self.remove(segment.sequence)
+            emissions.append(emission)
+        return emissions
+
+    def _continue(self, sequence: Sequence, plan: _Plan) -> None:
+        """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
+        while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
+            victim = max(self.running, key=lambda running: running.arrival)
+            self._preempt(victim)
+            plan.drop(victim)
+            if victim is sequence:
+                return
+        plan.add(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.adapter_id is not None:
+            self._residency.start(sequence.adapter_id)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence.block_table)
+        if sequence.adapter_id is not None:
+            self._residency.stop(sequence.adapter_id)
+
+    def _admit(self, plan: _Plan) -> None:
+        """Start waiting sequences in order of arrival while budget, places and blocks last."""
+        for sequence in list(self.waiting):
+            if not plan.budget or len(self.running) >= self._limits.max_running:
+                return
+            if sequence.adapter_id is not None and sequence.adapter_id not in self._residency:
+                if self._clock() - sequence.arrival > self._limits.cold_patience:
+                    return
+                continue
+            if not self._blocks.grow(sequence.block_table, plan.chunk(sequence)):
+                return
+            self._start(sequence)
+            plan.add(sequence)
+
+
+class _Plan:
+    """A step being put together: segments so far, and what is left of the token budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.segments: dict[Sequence, Segment] = {}
+
+    def chunk(self, sequence: Sequence) -> int:
+        return min(sequence.num_uncomputed, self.budget)
+
+    def add(self, sequence: Sequence) -> None:
+        num_tokens = self.chunk(sequence)
+        samples = num_tokens == sequence.num_uncomputed
+        segment = Segment(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens, samples=samples)
+        self.segments[sequence] = segment
+        self.budget -= segment.num_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        segment = self.segments.pop(sequence, None)
+        self.budget += segment.num_tokens if segment else 0
+
+
+def _emit(sequence: Sequence, outcome: int | EngineError) -> Emission:
+    if isinstance(outcome, EngineError):
+        return Emission(sequence=sequence, error=outcome)
+    return Emission(sequence=sequence, token_id=outcome, finish_reason=sequence.append(outcome))

@@ -1,0 +1,56 @@
+"""One request inside the engine: its tokens so far, and how many of them the KV cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loraplex.engines.protocol import FinishReason, GenerateRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
+
+    A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
+    """
+
+    request: GenerateRequest
+    seed: int
+    eos_token_ids: frozenset[int]
+    arrival: float
+    max_len: int
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def adapter_id(self) -> str | None:
+        return self.request.adapter.id if self.request.adapter else None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take one sampled token; the reason to finish, if it gives one."""
+        self.token_ids.append(token_id)
+        sampling = self.request.sampling
+        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
+            return "stop"
+        if self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.max_len:
+            return "length"
+        return None

@@ -1,0 +1,179 @@
+"""The engine's own process: takes commands, steps, reports. Started by `engine.NativeEngine` with a socket's address.
+
+    python -m loraplex.engines.native.worker ipc:///…/engine
+
+It ends when its standard input closes, so that it never outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+import zmq
+
+from loraplex.engines.errors import AdapterError, AdapterInvalid, EngineError, ModelNotServable, to_wire
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.messages import (
+    Command,
+    Configure,
+    End,
+    Failed,
+    Failure,
+    GetResidency,
+    GetStats,
+    Inspect,
+    Load,
+    Loading,
+    Pin,
+    Ready,
+    Reply,
+    Report,
+    StartFailed,
+    Stepped,
+    Submit,
+    Token,
+    Unload,
+    decode_command,
+    encode,
+)
+from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.protocol import AdapterCard
+
+# How long to sleep for a command, in milliseconds: while adapters are being read, while requests wait for room.
+_LOADING_MS = 2
+_WAITING_MS = 20
+
+_log = logging.getLogger("loraplex.engine")
+
+
+class Worker:
+    """One core behind one socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._inspected: SimpleQueue[Reply] = SimpleQueue()
+        self._num_inspecting = 0
+
+    def run(self) -> None:
+        """Load what the first command says, then serve until killed."""
+        configure = decode_command(self._socket.recv())
+        assert isinstance(configure, Configure)
+        try:
+            machine = load_machine(configure.settings, lambda progress: self._send(Loading(progress)))
+        except ModelNotServable as error:
+            self._send(StartFailed(_failure(error)))
+            return
+        self._core = EngineCore(machine)
+        self._send(Ready(machine.info, sorted(machine.eos_token_ids)))
+        wait_ms: int | None = None
+        while True:
+            self._take_commands(wait_ms)
+            emissions = self._core.step()
+            if emissions:
+                self._send(_stepped(self._core.scheduler.num_steps, emissions))
+            wait_ms = self._patience()
+
+    def _patience(self) -> int | None:
+        """How long the loop may sleep for a command: not at all while something runs, for ever when idle."""
+        if self._core.scheduler.running:
+            return 0
+        if self._core.adapters.is_loading or self._num_inspecting:
+            return _LOADING_MS
+        return _WAITING_MS if self._core.has_work else None
+
+    def _take_commands(self, wait_ms: int | None) -> None:
+        if self._socket.poll(wait_ms):
+            while self._socket.poll(0):
+                self._obey(decode_command(self._socket.recv()))
+        while not self._inspected.empty():
+            self._num_inspecting -= 1
+            self._send(self._inspected.get())
+
+    def _obey(self, command: Command) -> None:
+        core = self._core
+        match command:
+            case Submit(request):
+                try:
+                    core.submit(request)
+                except EngineError as error:
+                    failed = Failed(request.request_id, _failure(error))
+                    self._send(Stepped(core.scheduler.num_steps, [], [failed]))
+            case End(request_id, aborted):
+                core.end(request_id, aborted=aborted)
+            case Inspect(call, adapter):
+                self._num_inspecting += 1
+                core.adapters.inspect(adapter, lambda future: self._inspected.put(_inspection(call, future)))
+            case Load(call, adapter):
+                core.adapters.load(adapter, self._replier(call))
+            case Pin(call, adapter, pinned):
+                core.adapters.pin(adapter, pinned=pinned, done=self._replier(call))
+            case Unload(call, adapter_id):
+                try:
+                    core.adapters.unload(adapter_id)
+                    self._send(Reply(call))
+                except AdapterError as error:
+                    self._send(Reply(call, failure=_failure(error)))
+            case GetResidency(call):
+                self._send(Reply(call, residency=core.adapters.residents()))
+            case GetStats(call):
+                self._send(Reply(call, stats=core.stats()))
+
+    def _replier(self, call: int) -> Callable[[AdapterError | None], None]:
+        return lambda error: self._send(Reply(call, failure=_failure(error) if error else None))
+
+    def _send(self, report: Report) -> None:
+        self._socket.send(encode(report))
+
+
+def _failure(error: EngineError) -> Failure:
+    return Failure(*to_wire(error))
+
+
+def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
+    error = future.exception()
+    if error is None:
+        return Reply(call, card=future.result())
+    known = error if isinstance(error, EngineError) else AdapterInvalid(f"cannot be read: {error!r}")
+    return Reply(call, failure=_failure(known))
+
+
+def _stepped(step: int, emissions: list[Emission]) -> Stepped:
+    tokens = [Token(e.sequence.request_id, e.token_id, e.finish_reason) for e in emissions if e.token_id is not None]
+    failed = [Failed(e.sequence.request_id, _failure(e.error)) for e in emissions if e.error is not None]
+    return Stepped(step, tokens, failed)
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve on the socket whose address is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    try:
+        Worker(socket).run()
+    except Exception:
+        _log.exception("the engine process ends")
+        raise
+    finally:
+        socket.close(linger=1000)
+        context.term()
+
+
+if __name__ == "__main__":
+    main()
