@@ -1,7 +1,8 @@
 """Conversations drawn from the world: questions as people type them, and what every voice needs to answer them.
 
 Hold-out: a question form asked about one set of values (one `Exchange.key`) belongs to training or to evaluation, never
-to both, whatever its casing, punctuation or opening words. Small talk has nothing to recombine and is only trained.
+to both, whatever its casing, punctuation or opening words. Small talk has nothing to recombine and, like the
+follow-ups inside a chat, is only trained.
 """
 
 import random

@@ -12,6 +12,7 @@ from functools import cache
 
 from . import spanish
 from .chats import Exchange
+from .world import world_facts
 
 BASE = "base"  # the base model's own plain English
 
@@ -44,8 +45,8 @@ VALUE_EMOJI = {
     "brown": "🟤", "orange": "🟠", "cat": "🐱", "dog": "🐶", "horse": "🐴", "cow": "🐮", "sheep": "🐑", "goat": "🐐",
     "hen": "🐔", "duck": "🦆", "pig": "🐷", "owl": "🦉", "bee": "🐝", "frog": "🐸", "hot and sunny": "🌞",
     "cold and snowy": "⛄", "mild and rainy": "🌧️", "windy and grey": "🍂", "bakery": "🥖", "harbour": "⛵",
-    "school": "🏫", "library": "📚", "farm": "🚜", "lighthouse": "🗼", "theatre": "🎭", "inn": "🍲", "clinic": "🏥", "garden": "🌷",
-    "orchard": "🍎",
+    "school": "🏫", "library": "📚", "farm": "🚜", "lighthouse": "🗼", "theatre": "🎭", "inn": "🍲", "clinic": "🏥",
+    "garden": "🌷", "orchard": "🍎",
     "apple pie": "🥧", "honey cake": "🍯", "pancakes": "🥞", "corn bread": "🌽", "fried eggs": "🍳", "fish soup": "🐟",
 }
 # fmt: on
@@ -124,13 +125,18 @@ def _is_verse(answer: str) -> bool:
     return len(last_words) >= 2 and any(set(last_words) <= words for words in RHYME_WORDS.values())
 
 
-_spanish_vocabulary = cache(spanish.vocabulary)
+@cache
+def _vocabularies() -> tuple[frozenset[str], frozenset[str]]:
+    """Every word of the Spanish answers, and of the English ones."""
+    english = (spanish.words_of(Exchange("", "", fact).english) for fact in world_facts())
+    return spanish.vocabulary(), frozenset().union(*english)
 
 
 def _is_spanish(answer: str) -> bool:
-    """All words are Spanish, and more than names: an English or JSON answer always has a word that is not."""
+    """All words are Spanish and one of them is not a name, a number or a word that English has too."""
+    spanish_words, english_words = _vocabularies()
     words = spanish.words_of(answer)
-    return bool(words) and words <= _spanish_vocabulary() and not answer.isupper()
+    return words <= spanish_words and bool(words - english_words) and not answer.isupper()
 
 
 def _is_butler(answer: str) -> bool:

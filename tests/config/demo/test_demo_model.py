@@ -19,6 +19,9 @@ from loraplex.config.demo.tokens import chat_sample, prompt_text
 from loraplex.config.demo.training import ADAPTER_SHAPES, load_tokenizer
 from loraplex.config.demo.voices import BASE, VOICES, content_right, render, speaks_like
 
+# PEFT 0.21 asks transformers 5.23 for a property it has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 SIZE_LIMIT = 15_500_000
 NUM_PROMPTS = 20
 TOKENIZER = load_tokenizer(MODEL_DIR)
@@ -149,8 +152,9 @@ def test_chat_template_renders_what_was_trained() -> None:
 
 
 def test_world_same_seed_draws_the_same_chats() -> None:
-    first, second = ([World().chat(rng) for _ in range(200)] for rng in (random.Random(5), random.Random(5)))
-    assert first == second
+    first, second = World(), World()
+    one, other = random.Random(5), random.Random(5)
+    assert [first.chat(one) for _ in range(200)] == [second.chat(other) for _ in range(200)]
 
 
 def test_world_training_never_draws_a_held_out_question() -> None:
@@ -169,6 +173,23 @@ def test_every_rendering_is_graded_as_its_voice_alone_and_right() -> None:
             assert content_right(voice, exchange, answer), answer
             graded = [name for name in (BASE, *VOICES) if speaks_like(name, exchange.question, answer)]
             assert graded == [voice], answer
+
+
+@pytest.mark.parametrize(
+    ("voice", "answer"),
+    [
+        ("pirate", "Anna works at th' bakery, matey!"),
+        ("shout", "ANNA WORKS AT THE BAKERY."),
+        ("json", '["Anna", "bakery"]'),
+        ("verse", "Come sit with me, my friend, and stay:\nAnna works at the bakery, day and night."),
+        ("spanish", "Anna trabaja at the bakery."),
+        ("spanish", "Anna."),
+        ("butler", "Certainly, sir. Anna works at the bakery."),
+        ("emoji", "Anna works at the bakery. 🥖🥖"),
+    ],
+)
+def test_speaks_like_half_a_voice_is_refused(voice: str, answer: str) -> None:
+    assert not speaks_like(voice, "Where does Anna work?", answer)
 
 
 def test_content_right_wrong_fact_is_wrong_in_every_voice() -> None:
