@@ -65,6 +65,7 @@ class Schedule:
     steps: int
     learning_rate: float
     warmup_steps: int
+    tokens_per_batch: int
     weight_decay: float = 0.01
 
 
