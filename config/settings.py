@@ -41,6 +41,10 @@ class Model(_Section, frozen=True):
         PositiveInt | None, Help(description="Longest prompt plus answer in tokens; the model's own limit if unset.")
     ] = None
 
+    @property
+    def directory(self) -> Path:
+        return Path(self.path).expanduser()
+
 
 class EngineSettings(_Section, frozen=True):
     kind: Annotated[str, Help(description="Name of an entry point of the group loraplex.engines.")] = "native"
@@ -64,6 +68,23 @@ class Adapters(_Section, frozen=True):
     max_rank: Annotated[int, Help(ge=1, description="Largest rank accepted.")] = 256
     max_bytes: Annotated[int, Help(ge=1, description="Largest adapter accepted, all files together.")] = 4 * 2**30
     fetch_timeout_seconds: Annotated[float, Help(gt=0, description="Deadline of one fetch.")] = 600.0
+    max_fetches: Annotated[int, Help(ge=1, le=64, description="Adapters fetched at the same time; others queue.")] = 4
+    hub_endpoint: Annotated[
+        str | None, Help(description="Address of the hub behind hf://; the public one if unset.")
+    ] = None
+    s3_endpoint: Annotated[str | None, Help(description="Address of the store behind s3://; Amazon's if unset.")] = None
+    s3_buckets: Annotated[
+        tuple[str, ...], Help(description="Buckets that the gateway's own credentials may read; any if empty.")
+    ] = ()
+    https_allow_private: Annotated[
+        bool, Help(description="Let https:// addresses lead to loopback, private and link-local networks.")
+    ] = False
+    https_ca_file: Annotated[
+        str | None, Help(description="Certificate authorities that https:// servers are checked against, PEM.")
+    ] = None
+    disk_bytes: Annotated[int, Help(ge=1, description="Size of the disk cache; the least recently used leave.")] = (
+        50 * 2**30
+    )
     host_bytes: Annotated[int, Help(ge=2**20, description="Memory for parsed adapters in host memory.")] = 2 * 2**30
     device_bytes: Annotated[int, Help(ge=2**20, description="Memory for adapters on the device.")] = 2**30
 
