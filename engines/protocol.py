@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 FinishReason = Literal["stop", "length"]
+Variant = Literal["lora", "rslora", "dora"]
 HealthState = Literal["starting", "ready", "restarting", "draining", "failed"]
 
 
@@ -32,7 +33,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
 
     adapter_id: str
     rank: int
-    variant: Literal["lora", "rslora", "dora"]
+    variant: Variant
     target_modules: tuple[str, ...]
     num_modules: int
     num_parameters: int

@@ -7,7 +7,7 @@ after this no code knows PEFT. Every tensor of the file is used or the adapter i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraplex.engines.adapters.config import LoraConfig, read_config
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
-from loraplex.engines.protocol import Adapter, AdapterCard
+from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 
 ALIGNMENT_BYTES = 64  # each matrix starts on a cache line
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
@@ -70,7 +70,7 @@ class AdapterPlan:
 
     def card(self, element_bytes: int) -> AdapterCard:
         entries = self.entries.values()
-        variant = "dora" if self.config.use_dora else "rslora" if self.config.use_rslora else "lora"
+        variant: Variant = "dora" if self.config.use_dora else "rslora" if self.config.use_rslora else "lora"
         return AdapterCard(
             adapter_id=self.adapter.id,
             rank=max(entry.rank for entry in entries),
@@ -106,12 +106,14 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     config = read_config(directory)
     shapes = _tensor_shapes(directory / "adapter_model.safetensors")
     parts = _group_by_module(shapes)
-    _check_complete(config, parts, base)
+    _check_names(config, parts, base)
     entries, size = {}, 0
     for name, module in base.modules.items():
         if name in parts:
             entry, size = _plan_module(config, module, parts[name], size, base)
             entries[module.index] = entry
+        elif config.targets(name):
+            raise AdapterInvalid(f"target_modules names {name}, for which the file has no weights")
     return AdapterPlan(adapter=adapter, config=config, entries=entries, size=size)
 
 
@@ -137,7 +139,8 @@ def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
 def _dora_gain(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
     """m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out]."""
     norm = torch.linalg.norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
-    return magnitude.float().flatten() / norm
+    gain: Tensor = magnitude.float().flatten() / norm
+    return gain
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -170,16 +173,13 @@ def _group_by_module(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, 
     return parts
 
 
-def _check_complete(config: LoraConfig, parts: dict[str, dict[str, tuple[int, ...]]], base: Base) -> None:
-    """Neither more nor fewer modules than the config targets."""
+def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
+    """Every module the file has weights for exists and is a target."""
     for name in parts:
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
         if not config.targets(name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
-    missing = [name for name in base.modules if name not in parts and config.targets(name)]
-    if missing:
-        raise AdapterInvalid(f"target_modules names {missing[0]}, for which the file has no weights")
 
 
 def _plan_module(
@@ -189,7 +189,7 @@ def _plan_module(
     rank = config.rank_of(module.name)
     if rank > base.max_rank:
         raise AdapterTooLarge(f"rank {rank} of {module.name} exceeds adapters.max_rank = {base.max_rank}")
-    expected = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+    expected: dict[str, tuple[int, ...]] = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
     if config.use_dora:
         expected["lora_magnitude_vector"] = (module.out_features,)
     if surplus := sorted(shapes.keys() - expected.keys()):

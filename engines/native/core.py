@@ -44,10 +44,8 @@ class EngineCore:
         """Queue a request. Raises PromptTooLong or EngineOverloaded, and then nothing is kept of it."""
         info = self._machine.info
         if len(request.prompt_token_ids) >= info.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt_token_ids)} tokens; at most {info.max_model_len - 1} fit",
-                "messages",
-            )
+            length = len(request.prompt_token_ids)
+            raise PromptTooLong(f"the prompt has {length} tokens; at most {info.max_model_len - 1} fit", "messages")
         if len(self.scheduler.waiting) >= self._max_waiting:
             raise EngineOverloaded(f"{self._max_waiting} requests are waiting already")
         seed = request.sampling.seed

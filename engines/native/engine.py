@@ -12,7 +12,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from typing import cast
 
 import msgspec
 import zmq
@@ -28,6 +28,7 @@ from loraplex.engines.native.messages import (
     Failure,
     GetResidency,
     GetStats,
+    Hello,
     Inspect,
     Load,
     Loading,
@@ -78,8 +79,6 @@ class NativeEngine:
         self._settings = settings
         self._state: HealthState = "starting"
         self._detail = ""
-        self._context = zmq.asyncio.Context()
-        self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._answers: dict[str, asyncio.Queue[_Arrived | EngineError]] = {}
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_numbers = itertools.count()
@@ -88,7 +87,9 @@ class NativeEngine:
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
-        self.tokenizer = HubTokenizer(Path(self._settings.model.path).expanduser())
+        self.tokenizer = HubTokenizer(self._settings.model.directory)
+        self._context = zmq.asyncio.Context()
+        self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._on_progress = on_progress
         on_progress(Progress(stage="starting the engine process", fraction=0.0))
         ready = asyncio.get_running_loop().create_future()
@@ -154,10 +155,11 @@ class NativeEngine:
         deadline = asyncio.get_running_loop().time() + drain_seconds
         while self._answers and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+        if self._supervisor is None:
+            return
+        self._supervisor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervisor
         self._fail_all(EngineUnavailable("the server is stopping"))
         self._context.destroy(linger=0)
         self._directory.cleanup()
@@ -183,7 +185,9 @@ class NativeEngine:
     def _send(self, command: Command) -> None:
         """Hand a command to the socket's own thread; never waits (no high-water mark), lost if the worker is gone."""
         with contextlib.suppress(zmq.ZMQError):
-            zmq.Socket.shadow(self._socket.underlying).send(encode(command), zmq.NOBLOCK)
+            sent = cast("asyncio.Future[object]", self._socket.send(encode(command), zmq.NOBLOCK))
+            if sent.done() and not sent.cancelled():
+                sent.exception()  # the worker is gone, and its supervisor tells everyone
 
     async def _supervise(self, ready: asyncio.Future[None]) -> None:
         """Run one worker after another; back off while they die young."""
@@ -216,7 +220,6 @@ class NativeEngine:
         )
         reader = asyncio.create_task(self._read(ready))
         try:
-            self._send(Configure(self._settings))
             waiter = asyncio.create_task(process.wait())
             await asyncio.wait({reader, waiter}, return_when=asyncio.FIRST_COMPLETED)
             if reader.done():
@@ -242,6 +245,8 @@ class NativeEngine:
                 case Reply(call):
                     if (answer := self._calls.get(call)) is not None and not answer.done():
                         answer.set_result(report)
+                case Hello():
+                    self._send(Configure(self._settings))
                 case Loading(progress):
                     self._on_progress(progress)
                 case Ready(info, eos_token_ids):

@@ -84,7 +84,7 @@ def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:
         raise ModelNotServable("the checkpoint names no max_position_embeddings; set model.max_model_len")
     if limit is not None and wanted is not None and wanted > limit:
         raise ModelNotServable(f"model.max_model_len = {wanted} exceeds the checkpoint's {limit} positions")
-    return int(wanted or limit)
+    return wanted if wanted is not None else int(limit or 0)
 
 
 def _num_kv_blocks(settings: Settings, attention: PagedAttention, model: PreTrainedModel, max_len: int) -> int:

@@ -155,7 +155,7 @@ class LoraLayers:
             _add(y, x, stack, step.sampled if behind_selection else step.tokens, bias)
             return y
 
-        layer.forward = forward_with_lora  # type: ignore[method-assign]
+        layer.forward = forward_with_lora
 
     def begin(self, adapter_ids: Sequence[str | None], sampled: Sequence[int], device: torch.device) -> None:
         """Set the step. `adapter_ids[t]` owns token t; `sampled` are the token numbers behind the selection."""

@@ -73,6 +73,10 @@ class GetStats(_Message, frozen=True):
     call: int
 
 
+class Hello(_Message, frozen=True):
+    """The first report: the worker is connected and waits for Configure."""
+
+
 class Loading(_Message, frozen=True):
     progress: Progress
 
@@ -128,7 +132,7 @@ class Reply(_Message, frozen=True):
 
 
 Command: TypeAlias = Configure | Submit | End | Inspect | Load | Unload | Pin | GetResidency | GetStats
-Report: TypeAlias = Loading | Ready | StartFailed | Stepped | Reply
+Report: TypeAlias = Hello | Loading | Ready | StartFailed | Stepped | Reply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 def load_model(settings: Model, device: torch.device, attention: PagedAttention) -> PreTrainedModel:
     """Build the model on `device` with our attention in every layer. Raises ModelNotServable."""
-    path = Path(settings.path).expanduser()
+    path = settings.directory
     if not (path / "config.json").is_file():
         raise ModelNotServable(f"model.path = {settings.path!r} holds no config.json")
     AttentionInterface.register(_ATTENTION, attention)
@@ -43,8 +41,9 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelNotServable(f"{settings.path}: {error}") from error
-    model.eval().requires_grad_(False)
-    return model.to(device)
+    module: nn.Module = model  # transformers leaves these methods untyped
+    module.eval().requires_grad_(False).to(device)
+    return model
 
 
 def dry_run(model: PreTrainedModel, attention: PagedAttention) -> None:

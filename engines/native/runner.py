@@ -28,7 +28,7 @@ class Runner:
         self._attention = attention
         self._block_size = block_size
         self._lora = LoraLayers(arena)
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         for layer, module in linear_layers(model).values():
             self._lora.wrap(layer, module, behind_selection=layer is head)
 

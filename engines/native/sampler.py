@@ -25,9 +25,9 @@ def sample(
     logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float], banned: Sequence[Sequence[int]]
 ) -> list[int | EngineError]:
     """logits: Shape [N, V]. `banned[i]` are tokens row i must not take now. A row of NaN is that row's error alone."""
-    for row, tokens in enumerate(banned):
-        if tokens:
-            logits[row, list(tokens)] = float("-inf")
+    for row, row_banned in enumerate(banned):
+        if row_banned:
+            logits[row, list(row_banned)] = float("-inf")
     best, tokens = logits.max(dim=-1)
     is_finite = torch.isfinite(best).tolist()
     chosen = tokens.tolist()

@@ -29,6 +29,7 @@ from loraplex.engines.native.messages import (
     Failure,
     GetResidency,
     GetStats,
+    Hello,
     Inspect,
     Load,
     Loading,
@@ -64,6 +65,7 @@ class Worker:
 
     def run(self) -> None:
         """Load what the first command says, then serve until killed."""
+        self._send(Hello())
         configure = decode_command(self._socket.recv())
         assert isinstance(configure, Configure)
         try:

@@ -1,0 +1,125 @@
+"""The core against transformers + PEFT: mixed batches, chunked prefill, preemption, aborts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+
+import pytest
+from support.worlds import SmallWorld
+
+from loraplex.engines.errors import EngineOverloaded, PromptTooLong
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
+
+
+def make_core(small: SmallWorld, **engine: int | None) -> EngineCore:
+    return EngineCore(load_machine(small.settings(**engine), lambda progress: None))
+
+
+def request(name: str, prompt: list[int], adapter: Adapter | None = None, **sampling: object) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    return GenerateRequest(request_id=name, prompt_token_ids=tuple(prompt), adapter=adapter, sampling=params)
+
+
+def run(core: EngineCore, seconds: float = 60.0) -> dict[str, list[Emission]]:
+    """Step until nothing is left; emissions by request."""
+    emissions: dict[str, list[Emission]] = defaultdict(list)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not core.has_work:
+            return emissions
+        for emission in core.step():
+            emissions[emission.sequence.request_id].append(emission)
+        if not core.scheduler.running:
+            time.sleep(0.001)  # adapters are being read
+    raise AssertionError("the engine did not finish")
+
+
+def tokens(emissions: list[Emission]) -> list[int]:
+    return [emission.token_id for emission in emissions if emission.token_id is not None]
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(256), k=length)
+
+
+def test_mixed_batch_gives_the_tokens_of_peft_alone(small: SmallWorld) -> None:
+    core = make_core(small)
+    adapters = [None, *small.adapters.values()]
+    prompts = [prompt_of(seed, 5 + 9 * seed) for seed in range(len(adapters))]
+    for number, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        core.submit(request(str(number), prompt, adapter, max_tokens=24))
+    emissions = run(core)
+    for number, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        assert tokens(emissions[str(number)]) == small.oracle.greedy(prompt, 24, adapter), adapter
+    assert core.blocks.num_used == 0
+
+
+def test_adapters_change_the_answer(small: SmallWorld) -> None:
+    """Otherwise the test above would prove nothing."""
+    answers = {tuple(small.oracle.greedy(prompt_of(3, 20), 12, a)) for a in [None, *small.adapters.values()]}
+    assert len(answers) == len(small.adapters) + 1
+
+
+def test_preempted_sequences_lose_and_repeat_nothing(small: SmallWorld) -> None:
+    core = make_core(small, kv_cache_bytes=40 * 4 * 3 * 2 * 32 * 4, max_batch_tokens=20)
+    adapters = list(small.adapters.values())
+    prompts = [prompt_of(seed, 30) for seed in range(6)]
+    for number, prompt in enumerate(prompts):
+        core.submit(request(str(number), prompt, adapters[number % len(adapters)], max_tokens=30, ignore_eos=True))
+    emissions = run(core)
+    assert core.stats().total_preemptions > 0
+    for number, prompt in enumerate(prompts):
+        expected = small.oracle.greedy(prompt, 30, adapters[number % len(adapters)])
+        assert tokens(emissions[str(number)])[: len(expected)] == expected
+        assert len(tokens(emissions[str(number)])) == 30
+    assert core.blocks.num_used == 0
+
+
+def test_end_frees_blocks_and_place_before_the_next_step(small: SmallWorld) -> None:
+    core = make_core(small)
+    core.submit(request("stays", prompt_of(1, 8), max_tokens=200, ignore_eos=True))
+    core.submit(request("leaves", prompt_of(2, 40), small.adapters["rank-8"], max_tokens=200, ignore_eos=True))
+    while core.stats().num_running < 2:
+        core.step()
+    used, steps = core.blocks.num_used, core.stats().num_steps
+    core.end("leaves", aborted=True)
+    stats = core.stats()
+    assert stats.num_steps == steps
+    assert stats.num_running == 1
+    assert stats.total_aborted == 1
+    assert stats.num_kv_blocks_used == used - 10  # 40 prompt tokens in blocks of four
+    assert {emission.sequence.request_id for emission in core.step()} == {"stays"}
+
+
+def test_same_seed_draws_the_same_tokens_in_any_company(small: SmallWorld) -> None:
+    core = make_core(small)
+    drawn = {"temperature": 1.0, "seed": 7, "max_tokens": 16, "top_p": 0.95, "ignore_eos": True}
+    core.submit(request("alone", prompt_of(1, 8), **drawn))
+    alone = tokens(run(core)["alone"])
+    for number in range(5):
+        core.submit(request(f"other{number}", prompt_of(number, 17), temperature=1.0))
+    core.submit(request("among", prompt_of(1, 8), **drawn))
+    core.submit(request("reseeded", prompt_of(1, 8), **{**drawn, "seed": 8}))
+    emissions = run(core)
+    assert tokens(emissions["among"]) == alone
+    assert tokens(emissions["reseeded"]) != alone
+
+
+def test_submit_prompt_too_long_raises_and_keeps_nothing(small: SmallWorld) -> None:
+    core = make_core(small)
+    with pytest.raises(PromptTooLong, match="512 tokens; at most 511"):
+        core.submit(request("long", prompt_of(1, 512)))
+    assert not core.has_work
+
+
+def test_submit_full_queue_raises_overloaded(small: SmallWorld) -> None:
+    core = make_core(small, max_waiting=1)
+    core.submit(request("first", prompt_of(1, 8)))
+    with pytest.raises(EngineOverloaded):
+        core.submit(request("second", prompt_of(1, 8)))
+    assert list(run(core)) == ["first"]

@@ -1,0 +1,180 @@
+"""The engine behind its process boundary: streams, stop strings, aborts, bad adapters, a killed worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from support.models import AdapterSpec, llama_config, make_adapter, make_model
+from support.worlds import SmallWorld
+
+from loraplex.config.settings import Model, Settings
+from loraplex.engines.errors import (
+    AdapterInvalid,
+    AdapterMismatch,
+    EngineDied,
+    EngineUnavailable,
+    ModelNotServable,
+    PromptTooLong,
+)
+from loraplex.engines.native.engine import NativeEngine
+from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams, TokenEvent
+
+PROMPT = tuple(range(40, 60))
+
+
+@pytest_asyncio.fixture
+async def engine(small: SmallWorld) -> AsyncIterator[NativeEngine]:
+    engine = NativeEngine(small.settings())
+    await engine.start(lambda progress: None)
+    yield engine
+    await engine.close()
+
+
+def worker_pid() -> int:
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
+    return int(found.stdout.split()[0])
+
+
+def request(
+    name: str, adapter: Adapter | None = None, prompt: tuple[int, ...] = PROMPT, **sampling: object
+) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt, adapter=adapter, sampling=params)
+
+
+async def collect(engine: NativeEngine, wanted: GenerateRequest) -> list[TokenEvent]:
+    return [event async for event in engine.generate(wanted)]
+
+
+def token_ids(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def text(events: list[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+async def until(condition: object, seconds: float = 20.0) -> None:
+    """Wait until the async callable is true."""
+    async with asyncio.timeout(seconds):
+        while not await condition():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+async def test_five_adapters_share_steps_and_match_peft(engine: NativeEngine, small: SmallWorld) -> None:
+    adapters = [None, *small.adapters.values()]
+    for adapter in adapters[1:]:
+        assert adapter is not None
+        await engine.load(adapter)
+    requests = [request(str(n), adapter, max_tokens=40) for n, adapter in enumerate(adapters)]
+    streams = await asyncio.gather(*(collect(engine, wanted) for wanted in requests))
+    for adapter, events in zip(adapters, streams, strict=True):
+        assert token_ids(events) == small.oracle.greedy(list(PROMPT), 40, adapter)
+        assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+        assert events[-1].finish_reason in ("stop", "length")
+    shared = set.intersection(*({event.step for event in events} for events in streams))
+    assert len(shared) >= min(len(events) for events in streams) - 2
+
+
+async def test_text_is_the_tokenizers_own_decoding(engine: NativeEngine, small: SmallWorld) -> None:
+    events = await collect(engine, request("a", max_tokens=60, ignore_eos=True))
+    assert text(events) == engine.tokenizer.decode(token_ids(events))
+
+
+async def test_stop_string_across_tokens_cuts_the_text(engine: NativeEngine) -> None:
+    whole = text(await collect(engine, request("whole", max_tokens=40, ignore_eos=True)))
+    stop = whole[10:13]
+    events = await collect(engine, request("cut", max_tokens=40, ignore_eos=True, stop=(stop, "never there")))
+    assert text(events) == whole[: whole.index(stop)]
+    assert events[-1].finish_reason == "stop"
+
+    async def idle() -> bool:
+        return (await engine.stats()).num_kv_blocks_used == 0
+
+    await until(idle)
+    assert (await engine.stats()).total_aborted == 0
+
+
+async def test_closed_stream_frees_blocks_while_a_neighbour_runs_on(engine: NativeEngine) -> None:
+    neighbour = asyncio.create_task(collect(engine, request("long", max_tokens=450, ignore_eos=True)))
+    leaver = engine.generate(request("leaver", max_tokens=450, ignore_eos=True))
+    await anext(leaver)
+    assert (await engine.stats()).num_running == 2
+    before = await engine.stats()
+    await leaver.aclose()  # type: ignore[attr-defined]
+    after = await engine.stats()  # commands are obeyed in order, between steps
+    assert after.total_aborted == before.total_aborted + 1
+    assert after.num_running == 1
+    assert after.num_steps - before.num_steps <= 2
+    assert len(token_ids(await neighbour)) == 450
+    assert (await engine.stats()).num_kv_blocks_used == 0
+
+
+async def test_prompt_too_long_raises_before_any_event(engine: NativeEngine) -> None:
+    with pytest.raises(PromptTooLong) as caught:
+        await collect(engine, request("long", prompt=tuple([65] * 512)))
+    assert caught.value.param == "messages"
+
+
+async def test_broken_adapter_is_its_requests_error_alone(
+    engine: NativeEngine, small: SmallWorld, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(small.adapters["rank-4"].path, broken)
+    weights = (broken / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(weights[:-10])
+    adapter = Adapter(id="sha-broken", name="broken", path=str(broken))
+    neighbour = asyncio.create_task(collect(engine, request("neighbour", max_tokens=60, ignore_eos=True)))
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.safetensors cannot be read"):
+        await engine.inspect(adapter)
+    with pytest.raises(AdapterInvalid):
+        await collect(engine, request("broken", adapter))
+    assert len(token_ids(await neighbour)) == 60
+
+
+async def test_inspect_adapter_of_another_base_raises_mismatch(engine: NativeEngine, tmp_path: Path) -> None:
+    make_model(llama_config(hidden_size=32, num_hidden_layers=2), tmp_path / "other")
+    adapter = make_adapter(tmp_path / "other", AdapterSpec("foreign", 4), tmp_path)
+    with pytest.raises(AdapterMismatch, match=r"lora_A of model\.layers\.0\.self_attn\.q_proj has shape \[4, 32\]"):
+        await engine.inspect(adapter)
+
+
+async def test_inspect_valid_adapter_reports_it(engine: NativeEngine, small: SmallWorld) -> None:
+    card = await engine.inspect(small.adapters["rank-32-dora"])
+    assert (card.rank, card.variant, card.num_modules) == (32, "dora", 21)
+    assert card.target_modules == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+async def test_killed_worker_fails_requests_in_flight_and_comes_back(engine: NativeEngine, small: SmallWorld) -> None:
+    adapter = small.adapters["rank-8"]
+    expected = token_ids(await collect(engine, request("before", adapter)))
+    stream = engine.generate(request("victim", adapter, max_tokens=450, ignore_eos=True))
+    await anext(stream)
+    os.kill(worker_pid(), signal.SIGKILL)
+    with pytest.raises(EngineDied):
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineUnavailable):
+        await collect(engine, request("too early", adapter))
+
+    async def ready() -> bool:
+        return engine.health().state == "ready"
+
+    await until(ready)
+    assert token_ids(await collect(engine, request("after", adapter))) == expected
+    assert (await engine.stats()).num_restarts == 1
+
+
+async def test_start_model_missing_raises_not_servable(tmp_path: Path) -> None:
+    engine = NativeEngine(Settings(model=Model(path=str(tmp_path), name="none")))
+    with pytest.raises(ModelNotServable, match=r"holds no tokenizer\.json"):
+        await engine.start(lambda progress: None)
+    await engine.close()

@@ -1,0 +1,28 @@
+"""A base with its adapters and the oracle for both, as tests pass it around."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.models import Oracle
+
+from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
+from loraplex.engines.protocol import Adapter
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """A base model's directory, its adapters by name, and the oracle for both."""
+
+    directory: Path
+    adapters: dict[str, Adapter]
+    oracle: Oracle
+
+    def settings(self, **engine: int | None) -> Settings:
+        options: dict[str, int | None] = {"kv_block_size": 4, "max_batch_tokens": 48, "num_threads": 1, **engine}
+        return Settings(
+            model=Model(path=str(self.directory), name="small", dtype="float32", device="cpu"),
+            engine=EngineSettings(**options),  # type: ignore[arg-type]
+            adapters=Adapters(device_bytes=8 * 2**20),
+        )
