@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.models import SPECS, Oracle, llama_config, make_adapter, make_model
 from support.worlds import SmallWorld
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two threads on a shared core can be twenty times slower than one on matrices this small."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,38 @@
+# Two commands a newcomer needs: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types contracts format
+
+demo: .venv/installed
+	$(BIN)/loraplex demo
+
+test: .venv/installed-test lint types contracts
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-test
+	$(BIN)/mypy -p loraplex
+	$(BIN)/mypy tests bench
+
+contracts: .venv/installed-test
+	PYTHONPATH=.src $(BIN)/lint-imports
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@ .venv/installed
