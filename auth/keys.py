@@ -1,0 +1,69 @@
+"""The form of an API key, and what of it is stored.
+
+    sk-loraplex-<8 characters: public id>-<43: 256 random bits>-<6: checksum>        (ak-loraplex-… for admins)
+
+A checksum lets a mistyped key be refused without a look-up and secret scanners recognise one. Only an HMAC under a
+pepper that lies outside the database is stored: whoever reads the database can neither use nor guess a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from pathlib import Path
+
+from loraplex.auth.caller import Role
+
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_PREFIXES: dict[Role, str] = {"inference": "sk-loraplex", "admin": "ak-loraplex"}
+_FORM = re.compile(r"(?P<signed>(sk|ak)-loraplex-[0-9A-Za-z]{8}-[0-9A-Za-z]{43})-(?P<checksum>[0-9A-Za-z]{6})")
+
+
+def _base62(number: int, length: int) -> str:
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, 62)
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def _checksum(text: str) -> str:
+    return _base62(zlib.crc32(text.encode()), 6)
+
+
+def new_key(role: Role) -> str:
+    """A fresh key; the caller shows it once and keeps only `digest` and `last_four`."""
+    signed = f"{_PREFIXES[role]}-{_base62(secrets.randbits(47), 8)}-{_base62(secrets.randbits(256), 43)}"
+    return f"{signed}-{_checksum(signed)}"
+
+
+def has_key_form(key: str) -> bool:
+    """Whether the text is a key at all: prefix, lengths, checksum."""
+    match = _FORM.fullmatch(key)
+    return match is not None and hmac.compare_digest(_checksum(match["signed"]), match["checksum"])
+
+
+def last_four(key: str) -> str:
+    """The last characters of the secret part (what follows is a checksum of everything)."""
+    return key.rpartition("-")[0][-4:]
+
+
+def digest(pepper: bytes, key: str) -> str:
+    """HMAC-SHA-256 of the key, in hex."""
+    return hmac.new(pepper, key.encode(), hashlib.sha256).hexdigest()
+
+
+def load_pepper(value: str | None, path: Path) -> bytes:
+    """The pepper from `value` if given, else from the file, which is made on first use (mode 0600)."""
+    if value is not None:
+        return value.encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_text(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    return path.read_bytes().strip()

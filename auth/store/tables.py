@@ -1,0 +1,43 @@
+"""Every table, as SQLAlchemy sees it; `migrations/` is how a database gets there. Times are seconds since 1970."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, MetaData, String, Table
+
+metadata = MetaData()
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("name", String(128), nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("last_four", String(4), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=True),
+    Column("revoked_at", Float, nullable=True),
+)
+
+# tenant_id is "" for an adapter that every tenant may use, so that it can be part of the key.
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("tenant_id", String(32), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("adapter_id", String(64), nullable=False),
+    Column("path", String(4096), nullable=False),
+    Column("source", String(4096), nullable=False),
+    Column("revision", String(256), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("card", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
