@@ -1,0 +1,168 @@
+"""The way of an adapter's files from where they lie to a content-addressed directory on this machine.
+
+Fetching blocks, so each fetch runs in one thread of a small pool, from the listing to the rename into the cache;
+the event loop only waits, shares and gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import itertools
+import logging
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from loraplex.config.settings import Adapters
+from loraplex.engines.adapters.disk import DiskCache, StoredObject
+from loraplex.engines.adapters.flights import SingleFlight
+from loraplex.engines.adapters.screening import screen
+from loraplex.engines.adapters.sources.base import Address, Listing, Source, Transfer, TransferStopped, Workspace
+from loraplex.engines.adapters.sources.registry import Sources
+from loraplex.engines.adapters.sources.selection import check_sizes
+from loraplex.engines.errors import AdapterError, AdapterSourceUnavailable
+from loraplex.engines.protocol import Adapter
+
+NUM_ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 8.0
+_logger = logging.getLogger(__name__)
+
+
+class StoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter on this machine. `adapter.id` is the hash of its content.
+
+    `source` is the normalised address without any query. `revision` is what the address meant when it was fetched:
+    a commit, S3 version ids, or the content hash where the source knows no revisions. `num_bytes` counts all files.
+    """
+
+    adapter: Adapter
+    source: str
+    revision: str
+    num_bytes: int
+
+
+class _Fetched(msgspec.Struct, frozen=True):
+    stored: StoredObject
+    revision: str
+
+
+class AdapterStore:
+    """Fetches adapters into the disk cache. One event loop; several processes may share `settings.cache_dir`."""
+
+    def __init__(self, settings: Adapters) -> None:
+        self._settings = settings
+        self._sources = Sources(settings)
+        self._disk = DiskCache(Path(settings.cache_dir).expanduser().absolute(), settings.disk_bytes)
+        self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
+        self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
+        self._is_closed = False
+
+    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> StoredAdapter:
+        """Bring an adapter to this machine, or find it here. Raises AdapterError; the message names the address.
+
+        A token authorises this fetch at its source and is kept nowhere. Fetches of the same address with the same
+        token at the same time share one transfer.
+        """
+        if self._is_closed:
+            raise AdapterSourceUnavailable("the adapter store is closed")
+        source, address = await asyncio.to_thread(self._sources.find, uri)
+        key = address.uri, hashlib.sha256(token.encode()).hexdigest() if token is not None else ""
+        try:
+            fetched = await self._flights.join(key, functools.partial(self._fly, source, address, token))
+        except AdapterError as error:
+            raise type(error)(f"{address.shown}: {error}") from error
+        stored = fetched.stored
+        return StoredAdapter(
+            adapter=Adapter(id=stored.id, name=name, path=stored.path),
+            source=address.shown,
+            revision=fetched.revision,
+            num_bytes=stored.num_bytes,
+        )
+
+    @contextmanager
+    def hold(self, adapter_id: str) -> Iterator[Path]:
+        """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone; fetch again then."""
+        with self._disk.hold(adapter_id) as path:
+            yield path
+
+    async def close(self) -> None:
+        """Give up what is under way; returns when no thread works any more."""
+        self._is_closed = True
+        await self._flights.cancel_all()
+        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+
+    async def _fly(self, source: Source, address: Address, token: str | None) -> _Fetched:
+        """One fetch in a thread, until it is done, the deadline is over or nobody waits."""
+        transfer = Transfer(self._settings.max_bytes)
+        work = functools.partial(self._fetch, source, address, token, transfer)
+        seconds = self._settings.fetch_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except TimeoutError as error:
+            raise AdapterSourceUnavailable(f"not fetched within {seconds:g} s") from error
+        finally:
+            transfer.stop()
+
+    def _fetch(self, source: Source, address: Address, token: str | None, transfer: Transfer) -> _Fetched:
+        """Attempts in one workspace, so that each resumes what the last one left."""
+        last: Listing | None = None
+        try:
+            with self._disk.stage() as workspace:
+                for attempt in itertools.count(1):
+                    transfer.check()
+                    try:
+                        listing = source.list(address, token, transfer)
+                        check_sizes(listing.files, self._settings.max_bytes)
+                        if last not in (None, listing):
+                            _empty(workspace)
+                        last = listing
+                        return self._bring(source, address, listing, token, workspace, transfer)
+                    except AdapterSourceUnavailable as error:
+                        if attempt == NUM_ATTEMPTS:
+                            raise
+                        _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
+                    transfer.sleep(_pause_seconds(attempt))
+        except OSError as error:
+            raise AdapterSourceUnavailable(f"the disk cache cannot be written: {error.strerror}") from error
+        raise TransferStopped
+
+    def _bring(
+        self,
+        source: Source,
+        address: Address,
+        listing: Listing,
+        token: str | None,
+        workspace: Workspace,
+        transfer: Transfer,
+    ) -> _Fetched:
+        """One attempt: known already, or downloaded, screened and renamed into the cache."""
+        revision = listing.revision
+        if revision is not None and (known := self._disk.recall(address.uri, revision)) is not None:
+            return _Fetched(known, revision)
+        source.download(address, listing, token, workspace, transfer)
+        screen(workspace.files, self._settings.max_bytes)
+        transfer.check()
+        stored = self._disk.commit(workspace)
+        if revision is not None:
+            self._disk.remember(address.uri, revision, stored.id, workspace)
+        return _Fetched(stored, revision or stored.id)
+
+
+def _empty(workspace: Workspace) -> None:
+    for directory in (workspace.files, workspace.scratch):
+        shutil.rmtree(directory)
+        directory.mkdir()
+
+
+def _pause_seconds(attempt: int) -> float:
+    """Exponential back-off with full jitter in its upper half, so that many waiters do not come back together."""
+    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
