@@ -1,5 +1,6 @@
 """The training loop shared by the base and its adapters, and the two shapes they are made in."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -148,3 +149,7 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = BASE_NAME
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)
+    config_path = directory / "adapter_config.json"
+    config = json.loads(config_path.read_text())
+    config["target_modules"].sort()  # a set in PEFT: unsorted, the file would differ from run to run
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
