@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
 from loraplex.auth.keys import digest, has_key_form, last_four, new_key
-from loraplex.auth.store.tables import api_keys, tenants
+from loraplex.auth.store.tables import admin_keys, api_keys, tenants
 
 # How long, in seconds, a key's look-up may be remembered; a revocation in another process shows after this at most.
 REMEMBERED_SECONDS = 1.0
@@ -43,23 +43,36 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tenants:
-    """The tenants of one database. `admin_key` opens the admin API and belongs to no tenant."""
+    """The tenants of one database. Admin keys open the admin API and belong to no tenant."""
 
-    def __init__(
-        self, database: AsyncEngine, pepper: bytes, admin_key: str, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, database: AsyncEngine, pepper: bytes, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._pepper = pepper
-        self._admin_digest = digest(pepper, admin_key)
         self._clock = clock
+        self._admin_digests: frozenset[str] = frozenset()
         self._remembered: dict[str, tuple[float, Caller | None]] = {}
+
+    async def bootstrap_admin(self, given: str | None) -> str | None:
+        """Let in the `given` admin key, or the one of an earlier start; where there is none, make and return one."""
+        if given is not None:
+            self._admin_digests = frozenset({digest(self._pepper, given)})
+            return None
+        async with self._database.begin() as connection:
+            known = [row.digest for row in await connection.execute(select(admin_keys.c.digest))]
+            made = None if known else new_key("admin")
+            if made is not None:
+                known = [digest(self._pepper, made)]
+                values = {"digest": known[0], "last_four": last_four(made), "created_at": self._clock()}
+                await connection.execute(insert(admin_keys).values(**values))
+        self._admin_digests = frozenset(known)
+        return made
 
     async def authenticate(self, key: str | None) -> Caller:
         """Who holds this key. Raises InvalidApiKey, the same for every kind of bad key."""
         if not key:
             raise InvalidApiKey("No API key was given: send it as `Authorization: Bearer KEY`.")
         hashed = digest(self._pepper, key)
-        if hmac.compare_digest(hashed, self._admin_digest):
+        if any(hmac.compare_digest(hashed, known) for known in self._admin_digests):
             return Caller(tenant_id="", tenant_name="", key_id="admin", role="admin")
         caller = await self._look_up(hashed) if has_key_form(key) else None
         if caller is None:

@@ -27,6 +27,15 @@ api_keys = Table(
     Column("revoked_at", Float, nullable=True),
 )
 
+# Keys of operators. The first one is made at the first start, unless the environment brings one.
+admin_keys = Table(
+    "admin_keys",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("last_four", String(4), nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
 # tenant_id is "" for an adapter that every tenant may use, so that it can be part of the key.
 adapters = Table(
     "adapters",

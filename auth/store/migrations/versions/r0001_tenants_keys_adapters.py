@@ -27,6 +27,12 @@ def upgrade() -> None:
     )
     op.create_index("ix_api_keys_tenant_id", "api_keys", ["tenant_id"])
     op.create_table(
+        "admin_keys",
+        sa.Column("digest", sa.String(64), primary_key=True),
+        sa.Column("last_four", sa.String(4), nullable=False),
+        sa.Column("created_at", sa.Float, nullable=False),
+    )
+    op.create_table(
         "adapters",
         sa.Column("tenant_id", sa.String(32), primary_key=True),
         sa.Column("name", sa.String(128), primary_key=True),
@@ -42,5 +48,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("adapters")
+    op.drop_table("admin_keys")
     op.drop_table("api_keys")
     op.drop_table("tenants")

@@ -1,0 +1,1 @@
+"""The operator's REST API under /admin/v1: tenants, keys, adapters."""

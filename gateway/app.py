@@ -1,0 +1,39 @@
+"""The composition root: settings and an engine in, an ASGI application out."""
+
+import time
+
+from litestar import Litestar
+
+from loraplex.auth.tenants import Tenants
+from loraplex.config.settings import Settings
+from loraplex.engines.protocol import Engine
+from loraplex.gateway.admin.adapters import adapter_routes
+from loraplex.gateway.admin.tenants import tenant_routes
+from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.health import health_routes
+from loraplex.gateway.middleware import identify_requests
+from loraplex.gateway.openai.chat import chat_routes
+from loraplex.gateway.openai.models import model_routes
+from loraplex.gateway.problems import respond
+from loraplex.gateway.sse import let_streams_drain
+
+
+def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue) -> Litestar:
+    """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
+    let_streams_drain()
+    app = Litestar(
+        route_handlers=[
+            *health_routes(engine),
+            *chat_routes(engine, catalogue, settings.server),
+            *model_routes(catalogue, started_at=int(time.time())),
+            *tenant_routes(tenants),
+            *adapter_routes(catalogue, tenants, engine),
+        ],
+        middleware=[identify_requests],
+        exception_handlers={Exception: respond},
+        request_max_body_size=settings.server.max_body_bytes,
+        openapi_config=None,
+        logging_config=None,
+    )
+    app.state.tenants = tenants
+    return app

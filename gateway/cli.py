@@ -1,0 +1,119 @@
+"""loraplex demo | serve | check-config"""
+
+import logging
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+
+from loraplex.config.settings import Settings, SettingsError, load_settings
+from loraplex.engines.build import build_engine
+from loraplex.engines.errors import EngineError, ModelNotServable
+from loraplex.engines.protocol import Progress
+from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
+from loraplex.gateway.server import listen, serve
+from loraplex.gateway.services import Services, open_services
+
+_screen = Console(stderr=True, highlight=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
+
+
+@app.command("demo")
+def demo_command(
+    port: Port = 8000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON once ready.")] = False,
+) -> None:
+    """Serve the shipped model and its adapters on embedded defaults, and say how to talk to them."""
+    with demo_settings(port) as settings:
+        _run(settings, lambda services, url: _present_demo(settings, services, url, as_json))
+
+
+@app.command("serve")
+def serve_command(config: Annotated[Path, typer.Option(help="A TOML file; see config/example.toml.")]) -> None:
+    """Serve what a settings file describes."""
+    _run(_load(config), _present_server)
+
+
+@app.command("check-config")
+def check_config_command(config: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
+    """Check a settings file and print every setting as it takes effect."""
+    settings = _load(config)
+    try:
+        build_engine(settings)
+    except ModelNotServable as error:
+        _fail(f"{config}: {error}")
+    if settings.engine.kind == "native" and not (settings.model.directory / "config.json").is_file():
+        _fail(f"{config}: model.path = {settings.model.path!r} holds no config.json")
+    print(msgspec.json.format(msgspec.json.encode(settings), indent=2).decode())
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+async def _present_demo(settings: Settings, services: Services, base_url: str, as_json: bool) -> None:
+    access: DemoAccess = await furnish(settings, services, base_url)
+    print(msgspec.json.encode(access).decode() if as_json else greeting(access), flush=True)
+
+
+async def _present_server(services: Services, base_url: str) -> None:
+    _screen.print(f"Serving {services.engine.info().base_model} at {base_url}")
+    if services.new_admin_key is not None:
+        print(f"Admin key (shown this once): {services.new_admin_key}", flush=True)
+
+
+def _run(settings: Settings, present: Callable[[Services, str], Awaitable[None]]) -> None:
+    """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 1 and the reason where it cannot start."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s gateway %(levelname)s %(message)s")
+    for noisy in ("uvicorn", "httpx", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        listener = listen(settings)
+    except OSError as error:
+        _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}")
+    with listener:
+        try:
+            uvloop.run(_serve(settings, listener, present))
+        except EngineError as error:
+            _fail(str(error))
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, present: Callable[[Services, str], Awaitable[None]]
+) -> None:
+    host, port = listener.getsockname()[:2]
+    base_url = f"http://{host}:{port}/v1"
+    with _screen.status("Starting") as status:
+        async with open_services(settings) as services:
+
+            async def on_ready() -> None:
+                status.stop()
+                await present(services, base_url)
+
+            def on_progress(progress: Progress) -> None:
+                status.update(f"{progress.stage} ({progress.fraction:.0%})")
+                if not _screen.is_terminal:
+                    _screen.print(f"{progress.stage} ({progress.fraction:.0%})")
+
+            await serve(settings, services, listener, on_progress, on_ready)
+
+
+def _load(config: Path) -> Settings:
+    try:
+        return load_settings(config)
+    except SettingsError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    _screen.print(f"[red]error:[/red] {message}")
+    raise typer.Exit(2)

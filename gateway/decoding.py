@@ -1,0 +1,45 @@
+"""Raw request bodies -> structs, strictly; what is wrong is told with the field's name."""
+
+import re
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from litestar import Request
+
+from loraplex.gateway.errors import MalformedRequest, UnknownParameter
+
+T = TypeVar("T")
+
+_AT = re.compile(r" - at `\$(?P<path>.*)`$")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+
+
+class Body(Generic[T]):
+    """A decoder for one type of body. Nothing is coerced: `"5"` is not a number."""
+
+    def __init__(self, type: type[T]) -> None:
+        self._decoder = msgspec.json.Decoder(type, strict=True)
+
+    async def of(self, request: Request[Any, Any, Any]) -> T:
+        """Raises MalformedRequest or UnknownParameter."""
+        return self.decode(await request.body())
+
+    def decode(self, raw: bytes) -> T:
+        if not raw.strip():
+            raise MalformedRequest("The request has no body; send a JSON object.")
+        try:
+            return self._decoder.decode(raw)
+        except msgspec.ValidationError as error:
+            raise _explain(str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise MalformedRequest(f"The body is not valid JSON: {error}") from error
+
+
+def _explain(text: str) -> MalformedRequest | UnknownParameter:
+    at = _AT.search(text)
+    path = at["path"].lstrip(".") if at else ""
+    message = text[: at.start()] if at else text
+    if unknown := _UNKNOWN.search(message):
+        name = f"{path}.{unknown['name']}".lstrip(".")
+        return UnknownParameter(f"Unrecognized request argument: {name}", name)
+    return MalformedRequest(f"Invalid value for {path or 'the body'}: {message}", path or None)

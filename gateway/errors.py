@@ -1,0 +1,33 @@
+"""What the gateway itself refuses; engines and auth raise errors of their own."""
+
+
+class GatewayError(Exception):
+    """Base; `str(error)` is fit for the client. `param` names the offending field, if one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MalformedRequest(GatewayError):
+    """The body is not JSON, or a field has the wrong type or an impossible value."""
+
+
+class UnknownParameter(GatewayError):
+    """The body has a field that this route does not know."""
+
+
+class UnsupportedParameter(GatewayError):
+    """A field of the API that this server does not offer, set to something that would matter."""
+
+
+class ModelNotFound(GatewayError):
+    """No model of this name is there for this caller."""
+
+
+class AdapterNotRegistered(GatewayError):
+    """The admin API was asked about an adapter that is not in the catalogue."""
+
+
+class AdapterNameTaken(GatewayError):
+    """The catalogue has this name already."""

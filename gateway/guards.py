@@ -1,0 +1,46 @@
+"""Who may pass: the API key of a request becomes its Caller before any handler runs."""
+
+from typing import Any
+
+from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
+
+from loraplex.auth.caller import Caller
+from loraplex.auth.errors import InvalidApiKey, NotAllowed
+from loraplex.auth.tenants import Tenants
+
+
+async def require_inference(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Any good key. Raises InvalidApiKey."""
+    await _identify(connection)
+
+
+async def require_admin(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """An admin key. Raises InvalidApiKey or NotAllowed."""
+    caller = await _identify(connection)
+    if caller.role != "admin":
+        raise NotAllowed("This needs an admin key.")
+
+
+def caller_of(request: Request[Any, Any, Any]) -> Caller:
+    """The caller a guard let in."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
+
+
+async def _identify(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
+    tenants: Tenants = connection.app.state.tenants
+    caller = await tenants.authenticate(_bearer(connection.headers.get("authorization")))
+    connection.scope["state"]["caller"] = caller
+    return caller
+
+
+def _bearer(header: str | None) -> str | None:
+    """Raises InvalidApiKey for a header that is something else."""
+    if header is None:
+        return None
+    scheme, _, key = header.partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise InvalidApiKey("The Authorization header must read `Bearer KEY`.")
+    return key.strip()

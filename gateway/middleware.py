@@ -1,0 +1,34 @@
+"""What every response carries: a request id, and how long the server took until it began to answer."""
+
+import re
+import secrets
+import time
+
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+def identify_requests(app: ASGIApp) -> ASGIApp:
+    """Adds `x-request-id` (the client's own, if it sent a sane one) and `openai-processing-ms`."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}".encode()
+        scope["request_id"] = request_id.decode()  # type: ignore[typeddict-unknown-key]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
+                own = [(b"x-request-id", request_id), (b"openai-processing-ms", took)]
+                message["headers"] = [*message["headers"], *own]
+            await send(message)
+
+        await app(scope, receive, send_with_headers)
+
+    return middleware

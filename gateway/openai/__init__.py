@@ -1,0 +1,1 @@
+"""OpenAI's API: one resource a file, wire structs beside their handlers."""

@@ -1,0 +1,54 @@
+"""GET /v1/models and /v1/models/{id}: the base first, then the adapters the caller may use."""
+
+from typing import Any, Literal
+
+import msgspec
+from litestar import Request, Response, get
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from loraplex.gateway.catalogue import Catalogue, Registered
+from loraplex.gateway.errors import ModelNotFound
+from loraplex.gateway.guards import caller_of, require_inference
+
+
+class ModelCard(Struct):
+    """One model. `parent` and `root` as vLLM gives them: the base of an adapter, and where it came from."""
+
+    id: str
+    created: int
+    owned_by: str = "loraplex"
+    object: Literal["model"] = "model"
+    root: str | None = None
+    parent: str | None = None
+
+
+class ModelList(Struct):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler]:
+    """The handlers of this resource. `started_at` is the base's time of creation, in seconds since 1970."""
+
+    def cards(request: Request[Any, Any, Any]) -> list[ModelCard]:
+        base = ModelCard(id=catalogue.base, created=started_at, root=catalogue.base)
+        return [base, *(_card(entry, catalogue.base) for entry in catalogue.visible(caller_of(request)))]
+
+    @get("/v1/models", guards=[require_inference])
+    async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
+        return Response(msgspec.json.encode(ModelList(data=cards(request))), media_type="application/json")
+
+    @get("/v1/models/{name:path}", guards=[require_inference])
+    async def retrieve_model(request: Request[Any, Any, Any]) -> Response[bytes]:
+        name = str(request.path_params["name"]).lstrip("/")
+        card = next((card for card in cards(request) if card.id == name), None)
+        if card is None:
+            raise ModelNotFound(f"The model {name!r} does not exist or you do not have access to it.", "model")
+        return Response(msgspec.json.encode(card), media_type="application/json")
+
+    return [list_models, retrieve_model]
+
+
+def _card(entry: Registered, base: str) -> ModelCard:
+    return ModelCard(id=entry.name, created=int(entry.created_at), root=entry.source, parent=base)

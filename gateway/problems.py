@@ -1,0 +1,101 @@
+"""Every exception class -> status, type and code: the one table of OpenAI-shaped errors."""
+
+import logging
+from typing import Any, NamedTuple
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+
+from loraplex.auth import errors as auth
+from loraplex.engines import errors as engines
+from loraplex.gateway import errors as gateway
+
+_log = logging.getLogger("loraplex.gateway")
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+
+
+class Row(NamedTuple):
+    """How one class is told to a client. `retry_after` in seconds, where another try makes sense."""
+
+    status: int
+    type: str
+    code: str
+    retry_after: float | None = None
+
+
+TABLE: dict[type[Exception], Row] = {
+    gateway.GatewayError: Row(400, _INVALID, "invalid_request"),
+    gateway.MalformedRequest: Row(400, _INVALID, "invalid_request"),
+    gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
+    gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
+    gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
+    gateway.AdapterNotRegistered: Row(404, _INVALID, "adapter_not_found"),
+    gateway.AdapterNameTaken: Row(409, _INVALID, "name_taken"),
+    auth.AuthError: Row(401, _INVALID, "unauthorized"),
+    auth.InvalidApiKey: Row(401, _INVALID, "invalid_api_key"),
+    auth.NotAllowed: Row(403, _INVALID, "not_allowed"),
+    auth.TenantNotFound: Row(404, _INVALID, "tenant_not_found"),
+    auth.KeyNotFound: Row(404, _INVALID, "key_not_found"),
+    auth.NameTaken: Row(409, _INVALID, "name_taken"),
+    engines.EngineError: Row(500, _SERVER, "engine_error"),
+    engines.InvalidRequest: Row(400, _INVALID, "invalid_request"),
+    engines.PromptTooLong: Row(400, _INVALID, "context_length_exceeded"),
+    engines.AdapterError: Row(400, _INVALID, "adapter_error"),
+    engines.AdapterNotFound: Row(404, _INVALID, "adapter_source_not_found"),
+    engines.AdapterInvalid: Row(400, _INVALID, "adapter_invalid"),
+    engines.AdapterUnsupported: Row(400, _INVALID, "adapter_unsupported"),
+    engines.AdapterMismatch: Row(400, _INVALID, "adapter_mismatch"),
+    engines.AdapterTooLarge: Row(400, _INVALID, "adapter_too_large"),
+    engines.AdapterSourceForbidden: Row(403, _INVALID, "adapter_source_forbidden"),
+    engines.AdapterSourceUnavailable: Row(503, _SERVER, "adapter_source_unavailable", 5.0),
+    engines.AdapterInUse: Row(409, _INVALID, "adapter_in_use"),
+    engines.EngineUnavailable: Row(503, _SERVER, "engine_unavailable", 1.0),
+    engines.EngineOverloaded: Row(503, _SERVER, "engine_overloaded", 1.0),
+    engines.EngineDied: Row(500, _SERVER, "engine_died", 1.0),
+    engines.GenerationFailed: Row(500, _SERVER, "generation_failed"),
+    engines.ModelNotServable: Row(500, _SERVER, "model_not_servable"),
+}
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+class Problem(NamedTuple):
+    """One error as a client sees it."""
+
+    row: Row
+    message: str
+    param: str | None
+
+    def body(self) -> bytes:
+        """`{"error": {message, type, param, code}}`."""
+        error = {"message": self.message, "type": self.row.type, "param": self.param, "code": self.row.code}
+        return msgspec.json.encode({"error": error})
+
+
+def problem_of(error: Exception) -> Problem:
+    """What to tell a client of this exception; an unforeseen one tells nothing of its insides."""
+    if isinstance(error, HTTPException):
+        code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        return Problem(Row(error.status_code, _INVALID, code), error.detail, None)
+    row = TABLE.get(type(error))
+    if row is None:
+        return Problem(Row(500, _SERVER, "internal_error"), "The server had an error; it has been logged.", None)
+    return Problem(row, str(error), getattr(error, "param", None))
+
+
+def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Litestar's handler for every exception."""
+    problem = problem_of(error)
+    if problem.row.status >= 500:
+        request_id = request.scope.get("request_id", "-")
+        expected = type(error) in TABLE
+        _log.error("request %s failed: %s", request_id, error, exc_info=None if expected else error)
+    headers = {}
+    if problem.row.retry_after is not None:
+        headers["retry-after"] = f"{problem.row.retry_after:.0f}"
+    if problem.row.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(problem.body(), status_code=problem.row.status, media_type="application/json", headers=headers)

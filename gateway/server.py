@@ -1,0 +1,78 @@
+"""Runs the application under uvicorn: listens, starts the engine behind it, drains on SIGTERM or Ctrl-C."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from loraplex.config.settings import Settings
+from loraplex.engines.protocol import Progress
+from loraplex.gateway.app import create_app
+from loraplex.gateway.services import Services
+
+_log = logging.getLogger("loraplex.gateway")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's own would end the process by the signal it got; ours ends by returning, with status 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket. Raises OSError where the address is taken."""
+    return socket.create_server((settings.server.host, settings.server.port), backlog=1024)
+
+
+async def serve(
+    settings: Settings,
+    services: Services,
+    listener: socket.socket,
+    on_progress: Callable[[Progress], None],
+    on_ready: Callable[[], Awaitable[None]],
+) -> None:
+    """Serve until a signal. Health is answered while the engine loads; `on_ready` runs once it can serve.
+
+    Raises ModelNotServable if the engine cannot start, and whatever `on_ready` raises.
+    """
+    app = create_app(settings, services.engine, services.tenants, services.catalogue)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, round(settings.server.drain_seconds)),
+        )
+    )
+
+    async def start() -> None:
+        try:
+            await services.engine.start(on_progress)
+            await on_ready()
+        except BaseException:
+            server.should_exit = True
+            raise
+
+    starting = asyncio.create_task(start())
+    try:
+        await server.serve(sockets=[listener])
+        if starting.done():
+            starting.result()
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await services.engine.close()

@@ -1,0 +1,151 @@
+"""Token events -> server-sent events, and a client that leaves -> an aborted request.
+
+`Relay` pulls an engine's events in a task of its own and keeps the encoded frames; frames that are ready together are
+written together. `StreamResponse` is sse-starlette's response on a shorter path: its generator yields ready bytes.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import anyio
+from litestar.types import Receive
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
+from starlette.types import Receive as StarletteReceive
+from starlette.types import Scope, Send
+
+from loraplex.engines.protocol import TokenEvent
+from loraplex.gateway.problems import problem_of
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+_log = logging.getLogger("loraplex.gateway")
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; cancels it when the client disconnects, which no framework does. Raises ClientLeft."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeft
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Relay:
+    """One answer's frames. `encode(event)` gives the frames of an event, `end()` those after the last."""
+
+    def __init__(
+        self, events: AsyncIterator[TokenEvent], encode: Callable[[TokenEvent], bytes], end: Callable[[], bytes]
+    ) -> None:
+        self._events = events
+        self._encode = encode
+        self._end = end
+        self._frames: list[bytes] = []
+        self._news = asyncio.Event()
+        self._is_over = False
+        self._error: Exception | None = None
+        self._task = asyncio.create_task(self._pump())
+
+    async def begin(self, seconds: float) -> None:
+        """Wait for the first frame, at most `seconds`. An error that comes before it is raised: no 200 was sent yet."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        if self._error is not None and not self._frames:
+            raise self._error
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Everything there is to write, as it comes; an error becomes the last frame."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            is_over = self._is_over
+            if self._frames:
+                ready = b"".join(self._frames)
+                self._frames.clear()
+                yield ready
+            if is_over:
+                break
+        if self._error is not None:
+            yield b"data: " + problem_of(self._error).body() + b"\n\n"
+
+    async def close(self) -> None:
+        """Abort the answer, if it is not complete."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _pump(self) -> None:
+        try:
+            async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if frames := self._encode(event):
+                        self._frames.append(frames)
+                        self._news.set()
+            self._frames.append(self._end())
+        except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
+            self._error = error
+            if problem_of(error).row.code == "internal_error":
+                _log.exception("a stream failed")
+        finally:
+            self._is_over = True
+            self._news.set()
+
+
+class StreamResponse(EventSourceResponse):
+    """A relay as a response: keep-alive comments, a bound on a client that stops reading, abort on disconnect."""
+
+    def __init__(self, relay: Relay, *, keep_alive_seconds: float, send_timeout_seconds: float) -> None:
+        super().__init__(
+            relay.frames(),
+            ping=keep_alive_seconds,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            sep="\n",
+        )
+        self._relay = relay
+        self._send_timeout = send_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._relay.close()
+
+    async def _stream_response(self, send: Send) -> None:
+        """sse-starlette's own wraps every frame in an event object and a cancel scope, at several times the cost."""
+        with anyio.CancelScope() as stalled:
+            loop = asyncio.get_running_loop()
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for frames in self.body_iterator:
+                watchdog = loop.call_later(self._send_timeout, stalled.cancel)
+                try:
+                    await send({"type": "http.response.body", "body": frames, "more_body": True})
+                finally:
+                    watchdog.cancel()
+            async with self._send_lock:
+                self.active = False
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def let_streams_drain() -> None:
+    """sse-starlette would cut every open stream half a second after SIGTERM; uvicorn's own grace period is enough."""
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
