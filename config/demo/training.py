@@ -55,7 +55,7 @@ ADAPTER_SHAPES = {
     "emoji": AdapterShape(4, ("q_proj", "v_proj")),
     "json": AdapterShape(16, ATTENTION + MLP),
     "pirate": AdapterShape(8, ATTENTION),
-    "shout": AdapterShape(16, MLP),
+    "shout": AdapterShape(16, ("q_proj", "v_proj", "o_proj", *MLP)),  # the MLP alone: 68 % right content
     "spanish": AdapterShape(32, ATTENTION + MLP, "rslora", alpha=16),
     "verse": AdapterShape(16, (*ATTENTION, "down_proj")),
 }
