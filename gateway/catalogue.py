@@ -171,4 +171,4 @@ class Catalogue:
 
 
 def _registered(row: Any) -> Registered:
-    return msgspec.convert(dict(row), Registered)
+    return msgspec.convert({str(column): value for column, value in row.items()}, Registered)

@@ -50,7 +50,8 @@ async def furnish(settings: Settings, services: Services, base_url: str) -> Demo
     for name in adapter_names():
         entry = await services.catalogue.register(name, str(ADAPTERS_DIR / name))
         await services.engine.load(entry.adapter())
-    assert key.key is not None and admin_key is not None
+    assert key.key is not None, "a new key is shown"
+    assert admin_key is not None, "it is new, or the environment has it"
     return DemoAccess(base_url, key.key, admin_key, [BASE_NAME, *adapter_names()])
 
 
