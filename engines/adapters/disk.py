@@ -158,6 +158,9 @@ class DiskCache:
         return sorted(found)
 
     def _make_room(self, num_bytes: int) -> None:
+        misfit = f"{num_bytes} bytes do not fit the disk cache: adapters.disk_bytes = {self._max_bytes}"
+        if num_bytes > self._max_bytes:
+            raise AdapterTooLarge(misfit)
         objects = self._inventory()
         excess = sum(size for _, _, size in objects) + num_bytes - self._max_bytes
         for _, object_id, size in objects:
@@ -166,10 +169,7 @@ class DiskCache:
             if self._evict(object_id):
                 excess -= size
         if excess > 0:
-            raise AdapterTooLarge(
-                f"{num_bytes} bytes do not fit the disk cache: adapters.disk_bytes = {self._max_bytes}, "
-                "and what it holds is in use"
-            )
+            raise AdapterTooLarge(f"{misfit}, and what it holds is in use")
 
     def _evict(self, object_id: str) -> bool:
         """Remove an object unless someone holds it."""

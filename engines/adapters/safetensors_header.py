@@ -80,11 +80,11 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise AdapterInvalid(f"the safetensors header has the name {_shown(twice)} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise AdapterInvalid(f"the safetensors header has the name {_shown(name)} twice")
+        found[name] = value
     return found
 
 
@@ -112,7 +112,7 @@ def _tensor(name: str, entry: Any, data_begin: int) -> TensorInfo:
         raise AdapterInvalid(f"tensor {shown} has the impossible data_offsets {_shown(offsets)}")
     num_bits, length = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
     if num_bits != length * 8:
-        raise AdapterInvalid(f"tensor {shown} needs {num_bits / 8:g} bytes, but its data_offsets span {length}")
+        raise AdapterInvalid(f"tensor {shown} needs {_shown(num_bits)} bits, but its data_offsets span {length} bytes")
     return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
 
 

@@ -30,9 +30,6 @@ from loraplex.engines.adapters.sources.selection import check_sizes
 from loraplex.engines.errors import AdapterError, AdapterSourceUnavailable
 from loraplex.engines.protocol import Adapter
 
-NUM_ATTEMPTS = 5
-FIRST_PAUSE_SECONDS = 0.25
-LONGEST_PAUSE_SECONDS = 8.0
 _logger = logging.getLogger(__name__)
 
 
@@ -49,6 +46,22 @@ class StoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
 
 
+class Retries(msgspec.Struct, frozen=True, kw_only=True):
+    """How a source that is unavailable is tried again: pauses double, up to the longest."""
+
+    num_attempts: int = 5
+    first_pause_seconds: float = 0.25
+    longest_pause_seconds: float = 8.0
+
+    def pause_seconds(self, attempt: int) -> float:
+        """The pause after attempt 1, 2, …; the upper half is chance, so that many waiters do not return together."""
+        pause = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** (attempt - 1))
+        return pause * random.uniform(0.5, 1.0)
+
+
+DEFAULT_RETRIES = Retries()
+
+
 class _Fetched(msgspec.Struct, frozen=True):
     stored: StoredObject
     revision: str
@@ -57,8 +70,9 @@ class _Fetched(msgspec.Struct, frozen=True):
 class AdapterStore:
     """Fetches adapters into the disk cache. One event loop; several processes may share `settings.cache_dir`."""
 
-    def __init__(self, settings: Adapters) -> None:
+    def __init__(self, settings: Adapters, *, retries: Retries = DEFAULT_RETRIES) -> None:
         self._settings = settings
+        self._retries = retries
         self._sources = Sources(settings)
         self._disk = DiskCache(Path(settings.cache_dir).expanduser().absolute(), settings.disk_bytes)
         self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
@@ -127,10 +141,10 @@ class AdapterStore:
                         last = listing
                         return self._bring(source, address, listing, token, workspace, transfer)
                     except AdapterSourceUnavailable as error:
-                        if attempt == NUM_ATTEMPTS:
+                        if attempt == self._retries.num_attempts:
                             raise
                         _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
-                    transfer.sleep(_pause_seconds(attempt))
+                    transfer.sleep(self._retries.pause_seconds(attempt))
         except OSError as error:
             raise AdapterSourceUnavailable(f"the disk cache cannot be written: {error.strerror}") from error
         raise TransferStopped
@@ -161,8 +175,3 @@ def _empty(workspace: Workspace) -> None:
     for directory in (workspace.files, workspace.scratch):
         shutil.rmtree(directory)
         directory.mkdir()
-
-
-def _pause_seconds(attempt: int) -> float:
-    """Exponential back-off with full jitter in its upper half, so that many waiters do not come back together."""
-    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)

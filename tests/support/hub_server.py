@@ -87,11 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
         return repository
 
     def _listing(self, name: str, revision: str) -> None:
+        if self.hub.raw_listing is not None:
+            return self._send(200, {"Content-Type": "application/json"}, self.hub.raw_listing)
         repository = self._repository(name)
         if repository is None:
             return None
-        if self.hub.raw_listing is not None:
-            return self._send(200, {"Content-Type": "application/json"}, self.hub.raw_listing)
         commit = repository.refs.get(revision, revision)
         files = repository.commits.get(commit)
         if files is None:

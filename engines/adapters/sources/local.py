@@ -27,7 +27,10 @@ class LocalSource:
 
     def parse(self, uri: str) -> Address:
         path = _path_of(uri)
-        resolved = next((real for real in self._candidates(path) if self._root_of(real)), None)
+        try:
+            resolved = next((real for real in self._candidates(path) if self._root_of(real)), None)
+        except (OSError, RuntimeError) as error:  # too long a name, a circle of links
+            raise AdapterNotFound("the path leads nowhere") from error
         if resolved is None:
             raise AdapterSourceForbidden(f"{path} is not below one of the directories in adapters.local_roots")
         return Address(uri=f"file://{resolved}", shown=f"file://{resolved}")

@@ -57,13 +57,18 @@ class JudgedConnection(http.client.HTTPSConnection):
         failure: OSError | None = None
         for address in self._addresses:
             try:
-                plain = socket.create_connection((address, self.port), SOCKET_TIMEOUT_SECONDS)
-                self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+                self.sock = self._secured(socket.create_connection((address, self.port), SOCKET_TIMEOUT_SECONDS))
             except ssl.SSLCertVerificationError as error:
-                plain.close()
                 raise AdapterSourceForbidden(f"{self.host} has no valid certificate: {error.verify_message}") from error
             except OSError as error:
                 failure = error
             else:
                 return
-        raise AdapterSourceUnavailable(f"{self.host} cannot be reached: {failure}") from failure
+        raise AdapterSourceUnavailable(f"{self.host} cannot be reached ({type(failure).__name__})") from failure
+
+    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
+        try:
+            return self._tls.wrap_socket(plain, server_hostname=self.host)
+        except OSError:
+            plain.close()
+            raise

@@ -13,7 +13,15 @@ from moto.server import ThreadedMotoServer
 from support.hub_server import FakeHub, serve_hub
 
 from loraplex.config.settings import Adapters
-from loraplex.engines.adapters.store import AdapterStore
+from loraplex.engines.adapters.store import AdapterStore, Retries
+
+QUICK = Retries(first_pause_seconds=0.01)
+
+
+@pytest.fixture
+def retries() -> Retries:
+    """As many attempts as anywhere, with pauses too short to notice."""
+    return QUICK
 
 
 @pytest.fixture
@@ -62,6 +70,6 @@ def settings(tmp_path: Path, root: Path, hub: FakeHub, s3_url: str) -> Adapters:
 
 @pytest_asyncio.fixture
 async def store(settings: Adapters) -> AsyncIterator[AdapterStore]:
-    opened = AdapterStore(settings)
+    opened = AdapterStore(settings, retries=QUICK)
     yield opened
     await opened.close()
