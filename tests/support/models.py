@@ -52,12 +52,11 @@ def llama_config(**changes: Any) -> LlamaConfig:
 def make_model(config: PretrainedConfig, directory: Path, seed: int = 0) -> PreTrainedModel:
     """A random model whose greedy answers vary: weights are larger than an initialisation's. Saved with a tokenizer."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 2.5 / parameter.shape[-1] ** 0.5)
-    model.eval()
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return model
@@ -70,7 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
@@ -91,7 +90,7 @@ def make_adapter(model_directory: Path, spec: AdapterSpec, directory: Path, seed
     path = directory / spec.name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT asks the hub about the base's vocabulary
-        peft_model.save_pretrained(path)
+        peft_model.save_pretrained(str(path))
     return Adapter(id=f"sha-{spec.name}", name=spec.name, path=str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
+from typing import Any
 
 import pytest
 from support.worlds import SmallWorld
@@ -20,8 +21,8 @@ def make_core(small: SmallWorld, **engine: int | None) -> EngineCore:
     return EngineCore(load_machine(small.settings(**engine), lambda progress: None))
 
 
-def request(name: str, prompt: list[int], adapter: Adapter | None = None, **sampling: object) -> GenerateRequest:
-    params = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+def request(name: str, prompt: list[int], adapter: Adapter | None = None, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **sampling})
     return GenerateRequest(request_id=name, prompt_token_ids=tuple(prompt), adapter=adapter, sampling=params)
 
 
@@ -98,7 +99,7 @@ def test_end_frees_blocks_and_place_before_the_next_step(small: SmallWorld) -> N
 
 def test_same_seed_draws_the_same_tokens_in_any_company(small: SmallWorld) -> None:
     core = make_core(small)
-    drawn = {"temperature": 1.0, "seed": 7, "max_tokens": 16, "top_p": 0.95, "ignore_eos": True}
+    drawn: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 16, "top_p": 0.95, "ignore_eos": True}
     core.submit(request("alone", prompt_of(1, 8), **drawn))
     alone = tokens(run(core)["alone"])
     for number in range(5):

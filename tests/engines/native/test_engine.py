@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -44,9 +45,9 @@ def worker_pid() -> int:
 
 
 def request(
-    name: str, adapter: Adapter | None = None, prompt: tuple[int, ...] = PROMPT, **sampling: object
+    name: str, adapter: Adapter | None = None, prompt: tuple[int, ...] = PROMPT, **sampling: Any
 ) -> GenerateRequest:
-    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, **sampling})
     return GenerateRequest(request_id=name, prompt_token_ids=prompt, adapter=adapter, sampling=params)
 
 
@@ -62,10 +63,9 @@ def text(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-async def until(condition: object, seconds: float = 20.0) -> None:
-    """Wait until the async callable is true."""
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while not await condition():  # type: ignore[operator]
+        while not await condition():
             await asyncio.sleep(0.02)
 
 

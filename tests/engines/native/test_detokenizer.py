@@ -1,0 +1,62 @@
+"""Stop strings and incomplete characters."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.models import make_tokenizer
+from tokenizers import Tokenizer
+
+from loraplex.engines.native.detokenizer import Detokenizer
+from loraplex.engines.tokenizer import TextStream
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+
+
+def feed(tokenizer: Tokenizer, text: str, stops: list[str]) -> tuple[list[str], bool]:
+    """(what each token released, and the end), whether a stop was met. One token is one byte."""
+    detokenizer = Detokenizer(TextStream(tokenizer), stops)
+    released = []
+    for token in tokenizer.encode(text).ids:
+        released.append(detokenizer.feed(token))
+        if detokenizer.is_stopped:
+            return released, True
+    released.append(detokenizer.finish())
+    return released, detokenizer.is_stopped
+
+
+def test_feed_character_of_four_bytes_comes_whole(tokenizer: Tokenizer) -> None:
+    released, _ = feed(tokenizer, "a🦜b", [])
+    assert released == ["a", "", "", "", "🦜", "b", ""]
+
+
+def test_feed_possible_stop_is_held_until_decided(tokenizer: Tokenizer) -> None:
+    released, stopped = feed(tokenizer, "xENy", ["END"])
+    assert (released, stopped) == (["x", "", "", "ENy", ""], False)
+
+
+def test_feed_stop_cuts_and_ends(tokenizer: Tokenizer) -> None:
+    released, stopped = feed(tokenizer, "xENDy", ["END"])
+    assert ("".join(released), stopped) == ("x", True)
+
+
+def test_finish_incomplete_character_is_a_replacement(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(TextStream(tokenizer), [])
+    released = [detokenizer.feed(token) for token in tokenizer.encode("a🦜").ids[:3]]
+    assert "".join([*released, detokenizer.finish()]).startswith("a\ufffd")
+
+
+@given(text=st.text(alphabet="abé🦜", max_size=30), stops=st.lists(st.text(alphabet="abé🦜", min_size=1, max_size=4)))
+def test_any_text_is_cut_at_the_first_stop(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+    released, stopped = feed(tokenizer, text, stops)
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
+        assert ("".join(released), stopped) == (text, False)
+        return
+    first = min(ends)  # the stop that is complete first ends the answer, and the cut is where the earliest begins
+    cut = min(text.find(stop) for stop in stops if 0 <= text.find(stop) <= first - len(stop))
+    assert ("".join(released), stopped) == (text[:cut], True)

@@ -1,0 +1,52 @@
+"""Our tokenizer and chat template against transformers' own, on the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.models import make_tokenizer
+from transformers import AutoTokenizer
+
+from loraplex.engines.errors import InvalidRequest, ModelNotServable
+from loraplex.engines.protocol import ChatMessage
+from loraplex.engines.tokenizer import HubTokenizer
+
+CHAT = [ChatMessage(role="system", content="Be kind."), ChatMessage(role="user", content="Grüße 🦜\n<|end|>")]
+TEMPLATES = {
+    "plain": None,
+    "trim": "{% for m in messages %}\n  {{- m.role | upper }}: {{ m['content'] | trim }}\n{% endfor %}{{ bos_token }}",
+    "tojson": "{{ messages | tojson }}{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_encode_chat_equals_transformers(tmp_path: Path, template: str) -> None:
+    theirs = make_tokenizer()
+    theirs.chat_template = TEMPLATES[template] or theirs.chat_template
+    theirs.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": message.role, "content": message.content} for message in CHAT]
+    expected = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert HubTokenizer(tmp_path).encode_chat(CHAT) == expected
+
+
+def test_encode_chat_template_that_raises_is_the_requests_error(tmp_path: Path) -> None:
+    theirs = make_tokenizer()
+    theirs.chat_template = "{{ raise_exception('no system role here') }}"
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(InvalidRequest, match="no system role here"):
+        HubTokenizer(tmp_path).encode_chat(CHAT)
+
+
+def test_encode_chat_template_cannot_reach_python(tmp_path: Path) -> None:
+    theirs = make_tokenizer()
+    theirs.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(InvalidRequest, match="unsafe"):
+        HubTokenizer(tmp_path).encode_chat(CHAT)
+
+
+def test_init_without_tokenizer_raises_not_servable(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotServable):
+        HubTokenizer(tmp_path)
