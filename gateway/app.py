@@ -8,6 +8,7 @@ from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.admin.adapters import adapter_routes
+from loraplex.gateway.admin.engine import engine_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.health import health_routes
@@ -28,6 +29,7 @@ def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: 
             *model_routes(catalogue, started_at=int(time.time())),
             *tenant_routes(tenants),
             *adapter_routes(catalogue, tenants, engine),
+            *engine_routes(engine),
         ],
         middleware=[identify_requests],
         exception_handlers={Exception: respond},

@@ -52,6 +52,7 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 2**16  # headers and body in one segment: no waiting for delayed acknowledgements
     hub: FakeHub
 
     def log_message(self, format: str, *args: object) -> None: ...
