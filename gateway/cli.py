@@ -29,10 +29,11 @@ Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one."
 @app.command("demo")
 def demo_command(
     port: Port = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON once ready.")] = False,
 ) -> None:
     """Serve the shipped model and its adapters on embedded defaults, and say how to talk to them."""
-    with demo_settings(port) as settings:
+    with demo_settings(host, port) as settings:
         _run(settings, lambda services, url: _present_demo(settings, services, url, as_json))
 
 

@@ -24,13 +24,13 @@ class DemoAccess(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def demo_settings(port: int) -> Iterator[Settings]:
+def demo_settings(host: str, port: int) -> Iterator[Settings]:
     """Settings on a fresh temporary directory."""
     with tempfile.TemporaryDirectory(prefix="loraplex-demo-") as directory:
         home = Path(directory)
         yield Settings(
             model=Model(path=str(MODEL_DIR), name=BASE_NAME, dtype="float32"),
-            server=Server(port=port, drain_seconds=5),
+            server=Server(host=host, port=port, drain_seconds=5),
             engine=EngineSettings(kv_cache_bytes=256 * 2**20),
             adapters=Adapters(
                 cache_dir=str(home / "adapters"),
