@@ -8,6 +8,7 @@ import json
 import platform
 import random
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ Answers = dict[str, list[str]]  # by model: the base and each adapter
 
 
 def held_out_exchanges(num: int, seed: int = EVALUATION_SEED) -> list[Exchange]:
-    """Held-out questions as people type them, the intents in turn so that each is asked about equally often."""
+    """Held-out questions as people type them, none twice, the intents in turn while they have questions left."""
     world, rng = World(held_out=True), random.Random(seed)
-    intents = rng.sample(world.intents, len(world.intents))
-    return [as_typed(rng.choice(world.pools[intents[i % len(intents)]]), rng) for i in range(num)]
+    pools = [rng.sample(world.pools[intent], len(world.pools[intent])) for intent in world.intents]
+    rng.shuffle(pools)
+    in_turn = [exchange for row in zip_longest(*pools) for exchange in row if exchange is not None]
+    if num > len(in_turn):
+        raise ValueError(f"only {len(in_turn)} questions are held out, {num} were asked for")
+    return [as_typed(exchange, rng) for exchange in in_turn[:num]]
 
 
 def load_models() -> tuple[Any, PreTrainedTokenizerFast]:

@@ -23,7 +23,7 @@ from loraplex.config.demo.voices import BASE, VOICES, content_right, render, spe
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SIZE_LIMIT = 15_500_000
-NUM_PROMPTS = 20
+NUM_PROMPTS = 40
 TOKENIZER = load_tokenizer(MODEL_DIR)
 
 
@@ -164,6 +164,12 @@ def test_world_training_never_draws_a_held_out_question() -> None:
     assert {intent for intent in training.pools if intent not in held_out.pools} == {
         exchange.intent for exchange in talk_exchanges()
     }
+
+
+def test_held_out_exchanges_are_distinct() -> None:
+    drawn = held_out_exchanges(200)
+    assert len({exchange.key for exchange in drawn}) == 200
+    assert all(exchange.is_held_out for exchange in drawn)
 
 
 def test_every_rendering_is_graded_as_its_voice_alone_and_right() -> None:
