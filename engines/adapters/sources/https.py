@@ -9,11 +9,12 @@ from __future__ import annotations
 import http.client
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+from loraplex.config.settings import SettingsError
 from loraplex.engines.adapters.sources.archive import unpack
 from loraplex.engines.adapters.sources.base import Address, Listing, Transfer, Workspace, pieces
 from loraplex.engines.adapters.sources.network import JudgedConnection
@@ -54,12 +55,23 @@ class _Hop:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Hop(origin=(parts.hostname, port), target=target, url=url)
 
+    def then(self, location: str) -> _Hop:
+        """Where a redirect leads. Raises AdapterInvalid, AdapterSourceForbidden."""
+        try:
+            url = urljoin(self.url, location)
+        except ValueError as error:
+            raise AdapterInvalid("a redirect leads to what is not an https address") from error
+        return _Hop.of(url)
+
 
 class HttpsSource:
     """`https://host/path/adapter.tar.gz` or `.zip`; the kind is told by its bytes. A token is sent as Bearer."""
 
     def __init__(self, ca_file: str | None, *, allow_private: bool) -> None:
-        self._context = ssl.create_default_context(cafile=ca_file)
+        try:
+            self._context = ssl.create_default_context(cafile=ca_file)
+        except OSError as error:
+            raise SettingsError(f"adapters.https_ca_file: {ca_file} holds no certificates: {error}") from error
         self._allow_private = allow_private
 
     def parse(self, uri: str) -> Address:
@@ -102,15 +114,13 @@ class HttpsSource:
             if token is not None and hop.origin == first.origin:
                 sent["Authorization"] = f"Bearer {token}"
             connection = JudgedConnection(*hop.origin, self._context, allow_private=self._allow_private)
-            try:
+            with closing(connection):
                 connection.request("GET", hop.target, headers=sent)
-                answer = connection.getresponse()
-                if answer.status not in _REDIRECTS:
-                    yield _judged(answer)
-                    return
-                hop = _Hop.of(urljoin(hop.url, answer.getheader("Location", "")))
-            finally:
-                connection.close()
+                with connection.getresponse() as answer:
+                    if answer.status not in _REDIRECTS:
+                        yield _judged(answer)
+                        return
+                    hop = hop.then(answer.getheader("Location", ""))
         raise AdapterSourceUnavailable(f"there are more than {MAX_REDIRECTS} redirects")
 
 

@@ -84,9 +84,10 @@ class LocalSource:
             descriptor = _open_beneath(root, resolved.relative_to(root).parts)
         except OSError as error:
             raise AdapterNotFound(f"{path.name} cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise AdapterSourceForbidden(f"{path.name} is not a regular file")
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise AdapterSourceForbidden(f"{path.name} is not a regular file")
             yield file
 
 
