@@ -1,0 +1,78 @@
+"""Mixed adapters against base-only in the same engine, in one run and in alternating order.
+
+    python bench/mixed.py --shape toy --ranks 8,16,32,64 --requests 8 --tokens 32
+
+Each round decodes `--requests` sequences for `--tokens` tokens, once all on the base and once with the adapters dealt
+out in turn. Prints output tokens/s of both (medians over `--rounds`) and their ratio. No gateway, no process boundary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from shapes import SHAPES, make_adapter, make_base
+
+from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.loading import load_machine
+from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
+
+
+def decode(core: EngineCore, adapters: list[Adapter | None], options: argparse.Namespace, tag: str) -> float:
+    """Output tokens a second of one batch of requests, prefill included."""
+    params = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
+    for number in range(options.requests):
+        core.submit(
+            GenerateRequest(
+                request_id=f"{tag}-{number}",
+                prompt_token_ids=tuple(range(2, 2 + options.prompt)),
+                sampling=params,
+                adapter=adapters[number % len(adapters)],
+            )
+        )
+    num_tokens, began = 0, time.perf_counter()
+    while core.has_work:
+        num_tokens += sum(emission.token_id is not None for emission in core.step())
+    return num_tokens / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="toy")
+    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
+    options = parser.parse_args()
+    base = make_base(options.shape, options.models)
+    adapters: list[Adapter | None] = [
+        make_adapter(options.shape, int(rank), number, options.models)
+        for number, rank in enumerate(options.ranks.split(","))
+    ]
+    settings = Settings(
+        model=Model(path=str(base), name=options.shape),
+        engine=EngineSettings(num_threads=options.threads, kv_cache_bytes=2**30),
+        adapters=Adapters(device_bytes=4 * 2**30, host_bytes=4 * 2**30),
+    )
+    core = EngineCore(load_machine(settings, lambda progress: None))
+    figures: dict[str, list[float]] = {"base": [], "mixed": []}
+    for number in range(options.rounds + 1):
+        for tag, who in (("base", [None]), ("mixed", adapters)):
+            figure = decode(core, list(who), options, f"{tag}{number}")
+            if number:  # the first round warms up and loads
+                figures[tag].append(figure)
+    medians = {tag: statistics.median(values) for tag, values in figures.items()}
+    print(f"{options.shape}, {options.requests} requests, ranks {options.ranks}, {options.tokens} tokens each")
+    for tag, value in medians.items():
+        print(f"  {tag:6} {value:9.1f} tokens/s")
+    print(f"  ratio  {medians['mixed'] / medians['base']:9.2f}")
+
+
+if __name__ == "__main__":
+    main()
