@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from loraplex.engines.adapters.locks import flock, is_still_at, try_flock
+from loraplex.engines.adapters.locks import flock, try_flock
 from loraplex.engines.adapters.manifest import check, write_manifest
 from loraplex.engines.adapters.sources.base import Workspace
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
@@ -55,15 +55,15 @@ class DiskCache:
     @contextmanager
     def stage(self) -> Iterator[Workspace]:
         """Two empty directories on the cache's file system, gone afterwards."""
-        path = self._staging / secrets.token_hex(8)
-        with self._owned(path):
+        path, descriptor = self._claim()
+        try:
             workspace = Workspace(files=path / "files", scratch=path / "scratch")
             workspace.files.mkdir()
             workspace.scratch.mkdir()
-            try:
-                yield workspace
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
+            yield workspace
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
 
     def commit(self, workspace: Workspace) -> StoredObject:
         """Move staged files into the cache, making room. Raises AdapterTooLarge where what is held leaves none."""
@@ -209,15 +209,13 @@ class DiskCache:
             raise AdapterNotFound(f"the disk cache does not hold {object_id}")
         return descriptor
 
-    @contextmanager
-    def _owned(self, path: Path) -> Iterator[None]:
-        """Make a staging directory and lock it; again, where a sweeper took it for a dead one's in between."""
+    def _claim(self) -> tuple[Path, int]:
+        """A new staging directory and its lock; another one, where a sweeper took it for a dead process's."""
         while True:
+            path = self._staging / secrets.token_hex(8)
             path.mkdir(mode=0o700)
-            with flock(path) as descriptor:
-                if is_still_at(descriptor, path):
-                    yield
-                    return
+            if (descriptor := try_flock(path, exclusive=True)) is not None:
+                return path, descriptor
 
     def _sweep(self) -> None:
         """Remove what killed processes left in staging, and references to objects that are gone."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 @contextmanager
-def flock(directory: Path) -> Iterator[int]:
-    """Wait for the exclusive lock on a directory; yields its descriptor."""
+def flock(directory: Path) -> Iterator[None]:
+    """Wait for the exclusive lock on a directory."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
+        yield
     finally:
         os.close(descriptor)
 
@@ -31,13 +31,13 @@ def try_flock(directory: Path, *, exclusive: bool) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
-    if not is_still_at(descriptor, directory):
+    if not _is_still_at(descriptor, directory):
         os.close(descriptor)
         return None
     return descriptor
 
 
-def is_still_at(descriptor: int, path: Path) -> bool:
+def _is_still_at(descriptor: int, path: Path) -> bool:
     """Whether the path still leads to what was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

@@ -27,9 +27,10 @@ from loraplex.engines.adapters.screening import screen
 from loraplex.engines.adapters.sources.base import Address, Listing, Source, Transfer, TransferStopped, Workspace
 from loraplex.engines.adapters.sources.registry import Sources
 from loraplex.engines.adapters.sources.selection import check_sizes
-from loraplex.engines.errors import AdapterError, AdapterSourceUnavailable
+from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterSourceUnavailable
 from loraplex.engines.protocol import Adapter
 
+MAX_TOKEN_CHARACTERS = 8192
 _logger = logging.getLogger(__name__)
 
 
@@ -87,6 +88,8 @@ class AdapterStore:
         """
         if self._is_closed:
             raise AdapterSourceUnavailable("the adapter store is closed")
+        if token is not None and not _is_token(token):
+            raise AdapterInvalid(f"a token is 1 to {MAX_TOKEN_CHARACTERS} printable ASCII characters without spaces")
         source, address = await asyncio.to_thread(self._sources.find, uri)
         key = address.uri, hashlib.sha256(token.encode()).hexdigest() if token is not None else ""
         try:
@@ -169,6 +172,11 @@ class AdapterStore:
         if revision is not None:
             self._disk.remember(address.uri, revision, stored.id, workspace)
         return _Fetched(stored, revision or stored.id)
+
+
+def _is_token(token: str) -> bool:
+    """Whether a token can stand in a header; libraries quote one that cannot in their errors."""
+    return token.isascii() and token.isprintable() and " " not in token and 0 < len(token) <= MAX_TOKEN_CHARACTERS
 
 
 def _empty(workspace: Workspace) -> None:

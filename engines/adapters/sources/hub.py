@@ -154,4 +154,6 @@ def _told(error: Exception) -> AdapterError:
         if status in (401, 403, 404):
             return AdapterNotFound(f"the hub answers {status}: there is no such adapter, or the token may not read it")
         return AdapterSourceUnavailable(f"the hub answers {status}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return AdapterSourceUnavailable(f"the download cannot be written: {error.strerror}")
     return AdapterSourceUnavailable(f"the hub cannot be reached ({type(error).__name__})")

@@ -175,6 +175,26 @@ def test_sweep_removes_the_dead_and_spares_the_living(tmp_path: Path) -> None:
         assert not dead.exists()
 
 
+def test_stage_while_others_start_and_sweep(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 2**20)
+    is_over = threading.Event()
+
+    def start_again_and_again() -> None:
+        while not is_over.is_set():
+            DiskCache(tmp_path / "cache", 2**20)
+
+    sweepers = [threading.Thread(target=start_again_and_again) for _ in range(2)]
+    for sweeper in sweepers:
+        sweeper.start()
+    try:
+        stored = [put(cache, blob(seed)) for seed in range(100)]
+    finally:
+        is_over.set()
+        for sweeper in sweepers:
+            sweeper.join()
+    assert set(cache.ids()) == {one.id for one in stored}
+
+
 def test_recall_knows_revisions_while_the_object_lives(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "cache", 3000)
     with cache.stage() as workspace:

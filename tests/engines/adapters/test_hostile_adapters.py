@@ -229,3 +229,11 @@ async def test_fetch_missing_directory_or_file_is_not_found(store: AdapterStore,
 async def test_fetch_local_with_a_token_is_invalid(store: AdapterStore, root: Path) -> None:
     with pytest.raises(AdapterInvalid, match="takes no token"):
         await store.fetch(str(write_files(root / "a", adapter_files())), "n", token="secret")
+
+
+@pytest.mark.parametrize("token", ["", "a b", "a\nX-Injected: 1", "\u00e4", "\ud800", "a" * 8193], ids=ascii)
+@pytest.mark.parametrize("uri", ["hf://org/name", "s3://bucket/a", "https://host/a.zip"])
+async def test_fetch_token_that_is_none_is_invalid(store: AdapterStore, uri: str, token: str) -> None:
+    with pytest.raises(AdapterInvalid, match="a token is 1 to 8192 printable ASCII characters") as caught:
+        await store.fetch(uri, "n", token=token)
+    assert not token or token not in str(caught.value)

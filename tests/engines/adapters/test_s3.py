@@ -86,7 +86,7 @@ async def test_s3_bucket_not_on_the_list_is_forbidden(settings: Adapters, s3: An
     await narrow.close()
 
 
-@pytest.mark.parametrize("token", ["", "key", "key:", ":secret", "key:secret:"])
+@pytest.mark.parametrize("token", ["key", "key:", ":secret", "key:secret:"])
 async def test_s3_token_of_another_form_is_invalid(store: AdapterStore, token: str) -> None:
     with pytest.raises(AdapterInvalid, match="access_key_id:secret_access_key"):
         await store.fetch("s3://bucket/a", "n", token=token)
