@@ -196,6 +196,7 @@ class EchoEngine:
             num_kv_blocks=0,
             num_adapters_on_device=len(self._adapters),
             total_prompt_tokens=self._prompt_tokens,
+            total_cached_prompt_tokens=0,
             total_generated_tokens=self._generated,
             total_finished=self._finished,
             total_aborted=self._aborted,

@@ -72,13 +72,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One generation. `request_id` is unique among the requests in flight; `tenant` is for fair shares and salts."""
+    """One generation. `request_id` is unique among the requests in flight.
+
+    `tenant` has a fair share of the engine in proportion to `weight`, and a prefix cache of its own; among its own
+    requests those of higher `priority` go first.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: Adapter | None = None
     tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +93,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
     end-of-sequence token included. `step` is the number of the engine step that made the last of them.
+    `num_cached_tokens` of the prompt came from the prefix cache.
     """
 
     request_id: str
@@ -94,6 +101,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     step: int
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +130,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int
     num_adapters_on_device: int
     total_prompt_tokens: int
+    total_cached_prompt_tokens: int
     total_generated_tokens: int
     total_finished: int
     total_aborted: int

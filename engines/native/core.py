@@ -95,6 +95,7 @@ class EngineCore:
             num_kv_blocks=self.blocks.num_blocks,
             num_adapters_on_device=self.adapters.num_on_device,
             total_prompt_tokens=self._prompt_tokens,
+            total_cached_prompt_tokens=self.scheduler.num_cached_tokens,
             total_generated_tokens=self._generated,
             total_finished=self._num_finished,
             total_aborted=self._num_aborted,

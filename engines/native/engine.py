@@ -288,4 +288,5 @@ def _event(arrived: _Arrived, detokenizer: Detokenizer) -> TokenEvent:
         text=text,
         step=arrived.step,
         finish_reason="stop" if detokenizer.is_stopped else finish,
+        num_cached_tokens=token.num_cached_tokens,
     )

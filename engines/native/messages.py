@@ -104,6 +104,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     token_id: int
     finish_reason: FinishReason | None
+    num_cached_tokens: int
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):

@@ -1,21 +1,21 @@
 """Who computes what in the next step. Plain Python: never imports torch, never touches weights.
 
 Continuous batching under one token budget: running sequences first (a decode takes one token, a prefill a chunk),
-then waiting ones in order of arrival. KV blocks are taken as they are needed; when they run out, the youngest
-running sequence gives its blocks back and is computed again later. A sequence whose adapter is not on the device
-waits without delaying anyone, but not for ever: past `cold_patience` seconds nothing behind it is admitted, so that
-running sequences drain and make room.
+then waiting ones, fairly across tenants. What the prefix cache knows of a prompt's beginning is not computed. KV
+blocks are taken as they are needed; when they run out, the youngest running sequence gives its blocks back and is
+computed again later. A sequence whose adapter is not on the device waits without delaying anyone, but not for ever:
+past `cold_patience` seconds nothing behind it is admitted, so that running sequences drain and make room.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from loraplex.engines.errors import EngineError
 from loraplex.engines.native.batch import Batch, Segment
 from loraplex.engines.native.blocks import BlockPool
+from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.protocol import FinishReason
@@ -41,24 +41,25 @@ class Emission:
 
 
 class Scheduler:
-    """Two queues. A running sequence holds its adapter on the device; a waiting one does not."""
+    """Who waits and who runs. A running sequence holds its adapter on the device; a waiting one does not."""
 
     def __init__(self, limits: Limits, blocks: BlockPool, residency: Residency, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._blocks = blocks
         self._residency = residency
         self._clock = clock
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks are free when this returns."""
@@ -85,9 +86,10 @@ class Scheduler:
     def commit(self, batch: Batch, outcomes: Iterable[int | EngineError]) -> list[Emission]:
         """Record a step; `outcomes` holds the token, or the error, of each sampling segment in turn."""
         for segment in batch.segments:
-            segment.sequence.num_computed = segment.start + segment.num_tokens
+            self._advance(segment)
         emissions = []
         for segment, outcome in zip(batch.sampling_segments, outcomes, strict=True):
+            self.waiting.charge(segment.sequence, OUTPUT_COST)
             emission = _emit(segment.sequence, outcome)
             if emission.finish_reason or emission.error:
                 self.remove(segment.sequence)
@@ -107,12 +109,17 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _start(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached_tokens = sequence.num_computed
+            self.num_cached_tokens += sequence.num_computed
+            self.waiting.charge(sequence, INPUT_COST * sequence.num_prompt_tokens)
         if sequence.adapter_id is not None:
             self._residency.start(sequence.adapter_id)
 
@@ -123,18 +130,39 @@ class Scheduler:
             self._residency.stop(sequence.adapter_id)
 
     def _admit(self, plan: _Plan) -> None:
-        """Start waiting sequences in order of arrival while budget, places and blocks last."""
-        for sequence in list(self.waiting):
-            if not plan.budget or len(self.running) >= self._limits.max_running:
+        """Start waiting sequences, whoever's turn it is, while budget, places and blocks last."""
+        cold: set[Sequence] = set()
+        while plan.budget and len(self.running) < self._limits.max_running:
+            sequence = self.waiting.first(skipped=cold)
+            if sequence is None:
                 return
             if sequence.adapter_id is not None and sequence.adapter_id not in self._residency:
                 if self._clock() - sequence.arrival > self._limits.cold_patience:
                     return
+                cold.add(sequence)
                 continue
-            if not self._blocks.grow(sequence.block_table, plan.chunk(sequence)):
+            self._find_cached(sequence)
+            if not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
+                self._blocks.release(sequence.block_table)
+                sequence.num_computed = 0
                 return
             self._start(sequence)
             plan.add(sequence)
+
+    def _find_cached(self, sequence: Sequence) -> None:
+        """Share what the prefix cache has of the sequence's beginning; at least one token is left to compute."""
+        size = self._blocks.block_size
+        keys = sequence.block_keys((len(sequence.token_ids) - 1) // size, size)
+        sequence.block_table.extend(self._blocks.share(keys))
+        sequence.num_computed = len(sequence.block_table) * size
+
+    def _advance(self, segment: Segment) -> None:
+        """The segment's tokens are computed: blocks they filled can be shared from now on."""
+        sequence, size = segment.sequence, self._blocks.block_size
+        sequence.num_computed = segment.start + segment.num_tokens
+        first, end = segment.start // size, sequence.num_computed // size
+        for block, key in zip(sequence.block_table[first:end], sequence.block_keys(end, size)[first:], strict=True):
+            self._blocks.publish(block, key)
 
 
 class _Plan:

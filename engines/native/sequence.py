@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loraplex.engines.native.blocks import next_key, root_key
 from loraplex.engines.protocol import FinishReason, GenerateRequest
 
 
@@ -11,6 +12,7 @@ from loraplex.engines.protocol import FinishReason, GenerateRequest
 class Sequence:
     """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
 
+    `num_cached_tokens` of the prompt were found in the prefix cache at the first admission.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
     """
 
@@ -22,11 +24,21 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
+    num_cached_tokens: int = 0
+    was_admitted: bool = False
     block_table: list[int] = field(default_factory=list)
+    _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+
+    def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """The prefix-cache keys of the first `num_blocks` blocks, which must be full of known tokens."""
+        for block in range(len(self._keys), num_blocks):
+            before = self._keys[-1] if self._keys else root_key(self.adapter_id, self.request.tenant)
+            self._keys.append(next_key(before, self.token_ids[block * block_size : (block + 1) * block_size]))
+        return self._keys[:num_blocks]
 
     @property
     def request_id(self) -> str:

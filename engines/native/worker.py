@@ -148,7 +148,11 @@ def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
 
 
 def _stepped(step: int, emissions: list[Emission]) -> Stepped:
-    tokens = [Token(e.sequence.request_id, e.token_id, e.finish_reason) for e in emissions if e.token_id is not None]
+    tokens = [
+        Token(e.sequence.request_id, e.token_id, e.finish_reason, e.sequence.num_cached_tokens)
+        for e in emissions
+        if e.token_id is not None
+    ]
     failed = [Failed(e.sequence.request_id, _failure(e.error)) for e in emissions if e.error is not None]
     return Stepped(step, tokens, failed)
 

@@ -7,7 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engines.native.blocks import BlockPool
+from loraplex.engines.native.blocks import BlockPool, next_key, root_key
+from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
@@ -25,20 +26,36 @@ class Bench:
         self.residency = Residency(capacity=100)
         self.scheduler = Scheduler(Limits(budget, max_running), self.blocks, self.residency, lambda: self.now)
         self.count = 0
+        self.sequences: list[Sequence] = []
 
-    def add(self, num_prompt: int, max_tokens: int = 4, adapter: str | None = None) -> Sequence:
+    def add(
+        self,
+        num_prompt: int,
+        max_tokens: int = 4,
+        adapter: str | None = None,
+        *,
+        tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+        same_prompt: bool = False,
+    ) -> Sequence:
         self.count += 1
         self.now += 0.001
+        first = 2 if same_prompt else 1000 * self.count
         request = GenerateRequest(
             request_id=str(self.count),
-            prompt_token_ids=tuple(range(2, 2 + num_prompt)),
+            prompt_token_ids=tuple(range(first, first + num_prompt)),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
             adapter=Adapter(id=adapter, name=adapter, path="") if adapter else None,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
         )
         sequence = Sequence(
             request=request, seed=0, eos_token_ids=frozenset(), arrival=self.now, max_len=self.blocks.num_blocks * BLOCK
         )
         self.scheduler.add(sequence)
+        self.sequences.append(sequence)
         return sequence
 
     def step(self) -> dict[str, int]:
@@ -107,32 +124,131 @@ def test_running_sequence_holds_its_adapter_until_it_ends() -> None:
     assert bench.residency.place("b", 60) == ["a"]
 
 
+def test_prompt_begun_before_is_found_in_the_cache() -> None:
+    bench = Bench()
+    bench.add(11, max_tokens=1, same_prompt=True)
+    bench.step()
+    again = bench.add(11, max_tokens=1, same_prompt=True)
+    assert bench.step() == {"2": 3}
+    assert again.num_cached_tokens == 8
+
+
+def test_prompt_wholly_cached_still_computes_its_last_token() -> None:
+    bench = Bench()
+    bench.add(8, max_tokens=4, same_prompt=True)
+    bench.step()
+    bench.add(8, same_prompt=True)
+    assert bench.step() == {"1": 1, "2": 4}
+
+
+def test_cache_is_not_shared_across_tenants_or_adapters() -> None:
+    bench = Bench()
+    bench.residency.place("a", 10)
+    bench.add(12, max_tokens=1, same_prompt=True, tenant="one")
+    bench.step()
+    bench.add(12, max_tokens=1, same_prompt=True, tenant="two")
+    bench.add(12, max_tokens=1, same_prompt=True, tenant="one", adapter="a")
+    assert sum(bench.step().values()) + sum(bench.step().values()) == 24
+
+
+def test_cache_gives_way_least_recently_released_first() -> None:
+    bench = Bench(num_blocks=6)
+    for _ in range(2):
+        bench.add(8, max_tokens=1)
+        bench.step()
+    assert bench.blocks.num_cached == 4
+    bench.add(16, max_tokens=1)
+    bench.step()
+    assert bench.blocks.num_cached == 6
+    assert bench.blocks.share(root_block_keys(1, 8)) == []
+    assert len(bench.blocks.share(root_block_keys(2, 8))) == 2
+
+
+def root_block_keys(count: int, num_prompt: int) -> list[bytes]:
+    """The keys of the prompt of the count-th request of a bench."""
+    tokens = range(1000 * count, 1000 * count + num_prompt)
+    keys = [root_key(None, "")]
+    for start in range(0, num_prompt, BLOCK):
+        keys.append(next_key(keys[-1], tokens[start : start + BLOCK]))
+    return keys[1:]
+
+
+def test_tenant_with_one_request_goes_before_a_queue_of_another() -> None:
+    bench = Bench(budget=8, max_running=2)
+    for _ in range(10):
+        bench.add(8, max_tokens=2, tenant="noisy")
+    bench.step()
+    quiet = bench.add(8, max_tokens=2, tenant="quiet")
+    while quiet.num_generated == 0:
+        bench.step()
+    assert sum(sequence.was_admitted for sequence in bench.sequences if sequence.request.tenant == "noisy") <= 2
+
+
+def test_priority_goes_first_within_a_tenant() -> None:
+    bench = Bench(budget=4, max_running=1)
+    bench.add(4, max_tokens=1)
+    bench.add(4, max_tokens=1, priority=5)
+    assert [bench.step(), bench.step()] == [{"2": 4}, {"1": 4}]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 20), st.integers(1, 12)),
+        min_size=120, max_size=120,
+    ),
+    weight=st.sampled_from([1.0, 3.0]),
+)  # fmt: skip
+def test_backlogged_tenants_services_stay_within_the_papers_bound(
+    sizes: list[tuple[int, int, int, int]], weight: float
+) -> None:
+    """|W_a/w_a - W_b/w_b| <= 2 max(input cost of one prompt, output cost of a full batch), at every step."""
+    bench = Bench(num_blocks=200, budget=24, max_running=4)
+    for a_prompt, a_tokens, b_prompt, b_tokens in sizes:
+        bench.add(a_prompt, a_tokens, tenant="a")
+        bench.add(b_prompt, b_tokens, tenant="b", weight=weight)
+    bound = 2 * max(INPUT_COST * 20, OUTPUT_COST * 4 * 12)
+    while {sequence.request.tenant for sequence in bench.scheduler.waiting} == {"a", "b"}:
+        assert bench.step(), "there is work and room, and nothing ran"
+        assert abs(bench.scheduler.waiting.counter("a") - bench.scheduler.waiting.counter("b")) <= bound
+
+
 @settings(max_examples=150, deadline=None)
 @given(
-    arrivals=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=25),
+    arrivals=st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.booleans(), st.sampled_from("xyz")),
+        min_size=1,
+        max_size=25,
+    ),
     num_blocks=st.integers(11, 24),
     budget=st.integers(1, 24),
     aborts=st.sets(st.integers(1, 25)),
 )
 def test_any_arrivals_every_request_ends_once_and_no_block_leaks(
-    arrivals: list[tuple[int, int, int]], num_blocks: int, budget: int, aborts: set[int]
+    arrivals: list[tuple[int, int, int, bool, str]], num_blocks: int, budget: int, aborts: set[int]
 ) -> None:
     bench = Bench(num_blocks=num_blocks, budget=budget, max_running=4)
     sequences: list[Sequence] = []
-    for num_prompt, max_tokens, pause in arrivals:
-        sequences.append(bench.add(num_prompt, max_tokens))
+    for num_prompt, max_tokens, pause, same_prompt, tenant in arrivals:
+        sequences.append(bench.add(num_prompt, max_tokens, same_prompt=same_prompt, tenant=tenant))
         for _ in range(pause):
             assert sum(bench.step().values()) <= budget
         if bench.count in aborts and sequences[-1] in [*bench.scheduler.running, *bench.scheduler.waiting]:
             bench.scheduler.remove(sequences[-1])
-        tables = Counter(block for sequence in sequences for block in sequence.block_table)
-        assert set(tables.values()) <= {1}
-        assert bench.blocks.num_used == len(tables)
+        held = Counter(block for sequence in sequences for block in sequence.block_table)
+        assert bench.blocks.num_used == len(held)
+        for block in (block for block, count in held.items() if count > 1):
+            holders = [sequence for sequence in sequences if block in sequence.block_table]
+            ends = {BLOCK * (sequence.block_table.index(block) + 1) for sequence in holders}
+            assert len(ends) == 1
+            end = ends.pop()
+            assert len({tuple(sequence.token_ids[:end]) for sequence in holders}) == 1
+            assert len({sequence.request.tenant for sequence in holders}) == 1
     for _ in range(4000):
         if not bench.scheduler.has_work:
             break
         bench.step()
     assert not bench.scheduler.has_work
     assert bench.blocks.num_used == 0
-    for number, (sequence, (_, max_tokens, _)) in enumerate(zip(sequences, arrivals, strict=True), start=1):
+    for number, (sequence, (_, max_tokens, *_)) in enumerate(zip(sequences, arrivals, strict=True), start=1):
         assert sequence.num_generated == max_tokens or number in aborts
