@@ -35,7 +35,7 @@ def decode(core: EngineCore, adapters: list[Adapter | None], options: argparse.N
         )
     num_tokens, began = 0, time.perf_counter()
     while core.has_work:
-        num_tokens += sum(emission.token_id is not None for emission in core.step())
+        num_tokens += sum(emission.sampled is not None for emission in core.step())
     return num_tokens / (time.perf_counter() - began)
 
 

@@ -34,6 +34,7 @@ from loraplex.engines.protocol import (
     HealthState,
     Progress,
     TokenEvent,
+    TokenLogprobs,
 )
 
 EOS = 256
@@ -50,6 +51,9 @@ class EchoTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token for token in token_ids if token < EOS).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b"<eos>"
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
         return self.encode("\n".join(message.content for message in messages))
@@ -141,6 +145,7 @@ class EchoEngine:
                 text=text,
                 step=self._steps,
                 finish_reason="stop" if token == EOS else "length" if count == limit else None,
+                logprobs=_certainty(request.sampling.num_logprobs, token),
             )
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
@@ -214,6 +219,13 @@ class EchoEngine:
         while self._in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
         self._deaths += 1
+
+
+def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...]:
+    """An echo is certain of its only token."""
+    if num_logprobs is None:
+        return ()
+    return (TokenLogprobs(0.0, ((token, 0.0),) if num_logprobs else ()),)
 
 
 def _whole_characters(data: bytes) -> tuple[bytes, str]:

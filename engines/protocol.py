@@ -54,7 +54,11 @@ class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filter off.
 
-    The filters apply in the order of transformers' logits processors: temperature, top-k, top-p, min-p.
+    The filters apply in the order of transformers' logits processors: temperature, top-k, top-p, min-p, typical-p.
+    `repetition_penalty` (1: off) regards prompt and answer; `presence_penalty` and `frequency_penalty` (0: off), as
+    OpenAI defines them, the answer; `logit_bias` maps token ids to what is added to their logits.
+    `num_logprobs` asks for each token's log-probability under the model's own distribution, before any control, and
+    for those of that many likeliest tokens beside it; None asks for nothing.
     With `seed`, the same request draws the same tokens whatever shares its batch.
     `stop` strings end generation and are not part of the text; `stop_token_ids` likewise.
     """
@@ -64,6 +68,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    num_logprobs: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -87,13 +97,20 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities: of the token taken, and of the likeliest ones, most likely first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Some tokens of one request, in order; the last event of a request alone carries a `finish_reason`.
 
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
     end-of-sequence token included. `step` is the number of the engine step that made the last of them.
-    `num_cached_tokens` of the prompt came from the prefix cache.
+    `num_cached_tokens` of the prompt came from the prefix cache. `logprobs`, if asked for, has one entry a token.
     """
 
     request_id: str
@@ -102,6 +119,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +188,10 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of whole tokens; special tokens left out, broken UTF-8 as U+FFFD."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, as bytes; a special token's name."""
         ...
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,18 @@ from tokenizers.decoders import DecodeStream
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
 from loraplex.engines.protocol import ChatMessage
 
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's way to write any byte as a printable character: those that are printable as themselves, others moved."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(moved)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+
 
 class HubTokenizer:
     """`tokenizer.json` and `tokenizer_config.json` (or `chat_template.jinja`) of a Hugging Face checkpoint."""
@@ -30,6 +43,8 @@ class HubTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_token_ids = eos_token_ids
+        self._special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         config_path = directory / "tokenizer_config.json"
         self._config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
         self._template = _chat_template(directory, self._config)
@@ -39,6 +54,16 @@ class HubTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None or token_id in self._special:
+            return (name or "").encode()
+        if match := _BYTE_TOKEN.fullmatch(name):  # SentencePiece's fallback for single bytes
+            return bytes([int(match[1], 16)])
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
+        return name.replace("▁", " ").encode()
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
         return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)

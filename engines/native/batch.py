@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex.engines.native.sequence import Sequence
+from loraplex.engines.protocol import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,14 @@ class Segment:
     start: int
     num_tokens: int
     samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one sampling segment gave; log-probabilities where its request asks for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

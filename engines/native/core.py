@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable
 
-from loraplex.engines.errors import AdapterError, EngineOverloaded, PromptTooLong
+from loraplex.engines.errors import AdapterError, EngineOverloaded, InvalidRequest, PromptTooLong
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.loading import Machine
@@ -41,11 +41,12 @@ class EngineCore:
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue a request. Raises PromptTooLong or EngineOverloaded, and then nothing is kept of it."""
+        """Queue a request. Raises InvalidRequest or EngineOverloaded, and then nothing is kept of it."""
         info = self._machine.info
         if len(request.prompt_token_ids) >= info.max_model_len:
             length = len(request.prompt_token_ids)
             raise PromptTooLong(f"the prompt has {length} tokens; at most {info.max_model_len - 1} fit", "messages")
+        _check_token_ids(request, info.vocab_size)
         if len(self.scheduler.waiting) >= self._max_waiting:
             raise EngineOverloaded(f"{self._max_waiting} requests are waiting already")
         seed = request.sampling.seed
@@ -106,7 +107,7 @@ class EngineCore:
 
     def _record(self, emissions: list[Emission]) -> list[Emission]:
         for emission in emissions:
-            self._generated += emission.token_id is not None
+            self._generated += emission.sampled is not None
             if emission.finish_reason or emission.error:
                 self._forget(emission.sequence)
                 self._num_finished += emission.error is None
@@ -125,3 +126,18 @@ class EngineCore:
             self._forget(sequence)
             self._num_failed += 1
             self._failed.append(Emission(sequence=sequence, error=error))
+
+
+def _check_token_ids(request: GenerateRequest, vocab_size: int) -> None:
+    """Raises InvalidRequest naming the field: an id outside the vocabulary would break the whole batch."""
+    sampling = request.sampling
+    fields = {
+        "prompt": request.prompt_token_ids,
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": tuple(sampling.logit_bias),
+    }
+    if not request.prompt_token_ids:
+        raise InvalidRequest("the prompt has no tokens", "prompt")
+    for field, token_ids in fields.items():
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise InvalidRequest(f"{field} has a token id outside 0 … {vocab_size - 1}", field)

@@ -289,4 +289,5 @@ def _event(arrived: _Arrived, detokenizer: Detokenizer) -> TokenEvent:
         step=arrived.step,
         finish_reason="stop" if detokenizer.is_stopped else finish,
         num_cached_tokens=token.num_cached_tokens,
+        logprobs=(token.logprobs,) if token.logprobs is not None else (),
     )

@@ -20,6 +20,7 @@ from loraplex.engines.protocol import (
     FinishReason,
     GenerateRequest,
     Progress,
+    TokenLogprobs,
 )
 
 
@@ -105,6 +106,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    logprobs: TokenLogprobs | None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.errors import EngineError
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
-from loraplex.engines.native.batch import Batch, Segment
+from loraplex.engines.native.batch import Batch, Sampled, Segment
 from loraplex.engines.native.lora import LoraLayers
 from loraplex.engines.native.model import linear_layers
-from loraplex.engines.native.sampler import sample, uniform
+from loraplex.engines.native.sampler import Row, sample, uniform
+from loraplex.engines.native.sequence import Sequence as EngineSequence
 
 
 class Runner:
@@ -33,7 +34,7 @@ class Runner:
             self._lora.wrap(layer, module, behind_selection=layer is head)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int | EngineError]:
+    def run(self, batch: Batch) -> list[Sampled | EngineError]:
         """One token, or its error, for each of `batch.sampling_segments`, in that order."""
         device = self._model.device
         segments = batch.segments
@@ -53,7 +54,7 @@ class Runner:
             use_cache=False,
             logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
         ).logits[0]
-        return _sample(logits, batch.sampling_segments)
+        return sample(logits, [_row(segment.sequence) for segment in batch.sampling_segments])
 
     def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep:
         new_slots: list[int] = []
@@ -95,19 +96,14 @@ class Runner:
         return slots.view(len(block_tables), -1)
 
 
-def _sample(logits: Tensor, segments: Sequence[Segment]) -> list[int | EngineError]:
-    sequences = [segment.sequence for segment in segments]
-    params = [sequence.request.sampling for sequence in sequences]
-    if not sequences:
-        return []
-    draws = [
-        uniform(sequence.seed, sequence.num_generated) if sequence.request.sampling.temperature > 0 else 0.0
-        for sequence in sequences
-    ]
-    banned = [
-        sorted(sequence.eos_token_ids.union(sampling.stop_token_ids))
-        if sequence.num_generated < sampling.min_tokens
-        else []
-        for sequence, sampling in zip(sequences, params, strict=True)
-    ]
-    return sample(logits, params, draws, banned)
+def _row(sequence: EngineSequence) -> Row:
+    """What the sampler needs to know of one sequence."""
+    sampling = sequence.request.sampling
+    is_too_short = sequence.num_generated < sampling.min_tokens
+    return Row(
+        params=sampling,
+        draw=uniform(sequence.seed, sequence.num_generated) if sampling.temperature > 0 else 0.0,
+        banned=sequence.eos_token_ids.union(sampling.stop_token_ids) if is_too_short else frozenset(),
+        token_ids=sequence.token_ids,
+        output_counts=sequence.output_counts,
+    )

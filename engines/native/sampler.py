@@ -7,13 +7,26 @@ tokens it has generated, on nothing else: the same seed and request give the sam
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraplex.engines.errors import EngineError, GenerationFailed
-from loraplex.engines.protocol import SamplingParams
+from loraplex.engines.native.batch import Sampled
+from loraplex.engines.protocol import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part: its controls, its draw, what it must not take now, and the tokens it has so far."""
+
+    params: SamplingParams
+    draw: float = 0.0
+    banned: Set[int] = frozenset()
+    token_ids: Sequence[int] = ()
+    output_counts: Mapping[int, int] | None = None
 
 
 def uniform(seed: int, num_generated: int) -> float:
@@ -21,42 +34,98 @@ def uniform(seed: int, num_generated: int) -> float:
     return random.Random(f"{seed}:{num_generated}").random()
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float], banned: Sequence[Sequence[int]]
-) -> list[int | EngineError]:
-    """logits: Shape [N, V]. `banned[i]` are tokens row i must not take now. A row of NaN is that row's error alone."""
-    for row, row_banned in enumerate(banned):
-        if row_banned:
-            logits[row, list(row_banned)] = float("-inf")
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
+    """logits: Shape [N, V], changed in place. A row that is not finite is that row's error alone."""
+    if not rows:
+        return []
+    logprobs = _logprobs(logits, rows)
+    for index, row in enumerate(rows):
+        _control(logits[index], row)
     best, tokens = logits.max(dim=-1)
     is_finite = torch.isfinite(best).tolist()
     chosen = tokens.tolist()
-    drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0 and is_finite[row]]
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and is_finite[index]]
     if drawn:
-        picked = _draw(logits[drawn].float(), [params[row] for row in drawn], [draws[row] for row in drawn])
-        for row, token in zip(drawn, picked, strict=True):
-            chosen[row] = token
+        picked = _draw(logits[drawn].float(), [rows[index] for index in drawn])
+        for index, token in zip(drawn, picked, strict=True):
+            chosen[index] = token
     return [
-        token if finite else GenerationFailed("the model's output is not finite for this request")
-        for token, finite in zip(chosen, is_finite, strict=True)
+        Sampled(token, logprobs[index](token) if index in logprobs else None)
+        if finite
+        else GenerationFailed("the model's output is not finite for this request")
+        for index, (token, finite) in enumerate(zip(chosen, is_finite, strict=True))
     ]
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
+def _control(logits: Tensor, row: Row) -> None:
+    """Penalties, biases and bans of one row, in place. logits: Shape [V]."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
+        scores = logits[seen]
+        logits[seen] = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
+    if row.output_counts and (params.presence_penalty or params.frequency_penalty):
+        seen = torch.tensor(list(row.output_counts), device=logits.device)
+        counts = torch.tensor(list(row.output_counts.values()), device=logits.device, dtype=logits.dtype)
+        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        biased = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[biased] += torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+    if row.banned:
+        logits[torch.tensor(sorted(row.banned), device=logits.device)] = float("-inf")
+
+
+def _logprobs(logits: Tensor, rows: Sequence[Row]) -> dict[int, Callable[[int], TokenLogprobs]]:
+    """For each row that asks, what to say of the token it will take. Regards the logits as the model gave them."""
+    asking = [index for index, row in enumerate(rows) if row.params.num_logprobs is not None]
+    if not asking:
+        return {}
+    table = torch.log_softmax(logits[asking].float(), dim=-1)
+    most = max(rows[index].params.num_logprobs or 0 for index in asking)
+    values, tokens = table.topk(most, dim=-1)
+
+    def describe(place: int, count: int) -> Callable[[int], TokenLogprobs]:
+        top = tuple(zip(tokens[place, :count].tolist(), values[place, :count].tolist(), strict=True))
+        return lambda token: TokenLogprobs(float(table[place, token]), top)
+
+    return {index: describe(place, rows[index].params.num_logprobs or 0) for place, index in enumerate(asking)}
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Inversion over the filtered distribution, most likely token first. logits: Shape [N, V], float32."""
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
-    probs, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    params = [row.params for row in rows]
+    probs, order = torch.softmax(logits / column([p.temperature for p in params]), dim=-1).sort(
+        dim=-1, descending=True, stable=True
+    )
     size = probs.shape[-1]
-    top_k = torch.tensor([p.top_k or size for p in params], device=device)[:, None]
-    probs = probs.masked_fill(torch.arange(size, device=device)[None, :] >= top_k, 0.0)
+    ranks = torch.arange(size, device=logits.device)[None, :]
+    probs = probs.masked_fill(ranks >= column([p.top_k or size for p in params]), 0.0)
     probs = probs / probs.sum(dim=-1, keepdim=True)
-    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+    top_p = column([p.top_p for p in params])
     before = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill((before >= top_p) & (top_p < 1.0), 0.0)
-    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    probs = probs.masked_fill(probs < min_p * probs[:, :1], 0.0)
+    probs = probs.masked_fill(probs < column([p.min_p for p in params]) * probs[:, :1], 0.0)
+    if any(p.typical_p < 1.0 for p in params):
+        probs = _keep_typical(probs, column([p.typical_p for p in params]))
     cumulative = probs.double().cumsum(dim=-1)
-    target = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).clamp_(max=size - 1)
+    target = torch.tensor([row.draw for row in rows], dtype=torch.float64, device=logits.device)[:, None]
+    index = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True).clamp_(max=size - 1)
     return [int(token) for token in order.gather(1, index)[:, 0].tolist()]
+
+
+def _keep_typical(probs: Tensor, mass: Tensor) -> Tensor:
+    """Locally typical sampling (arXiv 2202.00666): the tokens whose surprise is nearest the expected one.
+
+    probs: Shape [N, V]. mass: Shape [N, 1], how much probability to keep at least.
+    """
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    surprise = -probs.log()
+    entropy = (probs * surprise).nan_to_num().sum(dim=-1, keepdim=True)
+    order = (surprise - entropy).abs().argsort(dim=-1, stable=True)
+    ordered = probs.gather(1, order)
+    dropped = (ordered.cumsum(dim=-1) - ordered >= mass) & (mass < 1.0)
+    return probs.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), 0.0)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from loraplex.engines.errors import EngineError
-from loraplex.engines.native.batch import Batch, Segment
+from loraplex.engines.native.batch import Batch, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from loraplex.engines.native.residency import Residency
@@ -35,7 +35,7 @@ class Emission:
     """What a step gave one sequence: one token, perhaps its last; or the error that ended it."""
 
     sequence: Sequence
-    token_id: int | None = None
+    sampled: Sampled | None = None
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
 
@@ -83,7 +83,7 @@ class Scheduler:
         ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_id or "")
         return Batch(step=self.num_steps, segments=tuple(ordered))
 
-    def commit(self, batch: Batch, outcomes: Iterable[int | EngineError]) -> list[Emission]:
+    def commit(self, batch: Batch, outcomes: Iterable[Sampled | EngineError]) -> list[Emission]:
         """Record a step; `outcomes` holds the token, or the error, of each sampling segment in turn."""
         for segment in batch.segments:
             self._advance(segment)
@@ -187,7 +187,7 @@ class _Plan:
         self.budget += segment.num_tokens if segment else 0
 
 
-def _emit(sequence: Sequence, outcome: int | EngineError) -> Emission:
+def _emit(sequence: Sequence, outcome: Sampled | EngineError) -> Emission:
     if isinstance(outcome, EngineError):
         return Emission(sequence=sequence, error=outcome)
-    return Emission(sequence=sequence, token_id=outcome, finish_reason=sequence.append(outcome))
+    return Emission(sequence=sequence, sampled=outcome, finish_reason=sequence.append(outcome.token_id))

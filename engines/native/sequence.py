@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from loraplex.engines.native.blocks import next_key, root_key
@@ -27,6 +28,7 @@ class Sequence:
     num_cached_tokens: int = 0
     was_admitted: bool = False
     block_table: list[int] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Take one sampled token; the reason to finish, if it gives one."""
         self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
         sampling = self.request.sampling
         is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
         if is_eos or token_id in sampling.stop_token_ids:

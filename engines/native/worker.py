@@ -149,9 +149,9 @@ def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
 
 def _stepped(step: int, emissions: list[Emission]) -> Stepped:
     tokens = [
-        Token(e.sequence.request_id, e.token_id, e.finish_reason, e.sequence.num_cached_tokens)
+        Token(e.sequence.request_id, s.token_id, e.finish_reason, e.sequence.num_cached_tokens, s.logprobs)
         for e in emissions
-        if e.token_id is not None
+        if (s := e.sampled) is not None
     ]
     failed = [Failed(e.sequence.request_id, _failure(e.error)) for e in emissions if e.error is not None]
     return Stepped(step, tokens, failed)

@@ -47,6 +47,14 @@ def test_encode_chat_template_cannot_reach_python(tmp_path: Path) -> None:
         HubTokenizer(tmp_path).encode_chat(CHAT)
 
 
+@pytest.mark.parametrize("text", ["plain", "Grüße 🦜\n\t", "\u00a0\u00ad"])
+def test_token_bytes_join_to_the_text(tmp_path: Path, text: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = HubTokenizer(tmp_path)
+    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+    assert tokenizer.token_bytes(257) == b"<|end|>"
+
+
 def test_init_without_tokenizer_raises_not_servable(tmp_path: Path) -> None:
     with pytest.raises(ModelNotServable):
         HubTokenizer(tmp_path)

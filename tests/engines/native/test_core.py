@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.worlds import SmallWorld
 
-from loraplex.engines.errors import EngineOverloaded, PromptTooLong
+from loraplex.engines.errors import EngineOverloaded, InvalidRequest, PromptTooLong
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
 from loraplex.engines.native.scheduler import Emission
@@ -41,7 +41,7 @@ def run(core: EngineCore, seconds: float = 60.0) -> dict[str, list[Emission]]:
 
 
 def tokens(emissions: list[Emission]) -> list[int]:
-    return [emission.token_id for emission in emissions if emission.token_id is not None]
+    return [emission.sampled.token_id for emission in emissions if emission.sampled is not None]
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -109,6 +109,46 @@ def test_same_seed_draws_the_same_tokens_in_any_company(small: SmallWorld) -> No
     emissions = run(core)
     assert tokens(emissions["among"]) == alone
     assert tokens(emissions["reseeded"]) != alone
+
+
+def test_logprobs_equal_those_of_peft(small: SmallWorld) -> None:
+    core = make_core(small)
+    adapter, prompt = small.adapters["rank-8"], prompt_of(4, 21)
+    core.submit(request("a", prompt, adapter, num_logprobs=2, ignore_eos=True))
+    core.submit(request("b", prompt_of(5, 9)))
+    emissions = run(core)["a"]
+    answer = tokens(emissions)
+    expected = small.oracle.logits(prompt + answer, adapter).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    for emission, wanted in zip(emissions, expected, strict=True):
+        assert emission.sampled is not None
+        assert emission.sampled.logprobs is not None
+        assert emission.sampled.logprobs.logprob == pytest.approx(float(wanted[emission.sampled.token_id]), abs=1e-4)
+        assert [token for token, _ in emission.sampled.logprobs.top] == wanted.topk(2).indices.tolist()
+
+
+def test_prefix_hits_change_no_token(small: SmallWorld) -> None:
+    core = make_core(small)
+    adapter, prompt = small.adapters["rank-32-dora"], prompt_of(6, 50)
+    answers = []
+    for number in range(2):
+        core.submit(request(str(number), prompt, adapter, max_tokens=20))
+        answers.append(tokens(run(core)[str(number)]))
+    assert answers[0] == answers[1] == small.oracle.greedy(prompt, 20, adapter)
+    assert core.stats().total_cached_prompt_tokens == 48
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [("stop_token_ids", {"stop_token_ids": (320,)}), ("logit_bias", {"logit_bias": {-1: 1.0}}), ("prompt", {})],
+)
+def test_submit_token_id_outside_the_vocabulary_raises_naming_the_field(
+    small: SmallWorld, field: str, changes: dict[str, Any]
+) -> None:
+    core = make_core(small)
+    with pytest.raises(InvalidRequest) as caught:
+        core.submit(request("bad", [5, 320] if field == "prompt" else [5], **changes))
+    assert caught.value.param == field
+    assert not core.has_work
 
 
 def test_submit_prompt_too_long_raises_and_keeps_nothing(small: SmallWorld) -> None:

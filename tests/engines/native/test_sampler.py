@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from loraplex.engines.errors import GenerationFailed
-from loraplex.engines.native.sampler import sample, uniform
+from loraplex.engines.native.batch import Sampled
+from loraplex.engines.native.sampler import Row, sample, uniform
 from loraplex.engines.protocol import SamplingParams
 
 VOCAB = 50
 DRAWS = 4000
+SEEN = (3, 7, 7, 11, 40)
 
 
-def params(**changes: float) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 1, **changes})  # type: ignore[arg-type]
+def params(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 1, **changes})
+
+
+def tokens(logits: torch.Tensor, *rows: Row) -> list[int]:
+    sampled = sample(logits, rows)
+    return [outcome.token_id for outcome in sampled if isinstance(outcome, Sampled)]
 
 
 def expected(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """The distribution transformers would draw from. Shape [V]."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    """The distribution transformers would draw from after SEEN. Shape [V]."""
+    warpers = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
-    return torch.softmax(warpers(torch.LongTensor([[0]]), torch.FloatTensor(logits[None].clone())), dim=-1)[0]
+    if sampling.typical_p < 1:
+        warpers.append(TypicalLogitsWarper(sampling.typical_p))
+    scores: Any = logits[None].clone()
+    seen: Any = torch.tensor([SEEN])
+    return torch.softmax(warpers(seen, scores), dim=-1)[0]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +64,9 @@ def expected(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
         params(temperature=1.7, top_k=7),
         params(temperature=1.0, top_p=0.8),
         params(temperature=1.0, min_p=0.1),
-        params(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02),
+        params(temperature=1.0, typical_p=0.6),
+        params(temperature=0.8, repetition_penalty=1.5),
+        params(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, typical_p=0.9, repetition_penalty=0.7),
     ],
     ids=str,
 )
@@ -55,10 +75,10 @@ def test_sample_draws_transformers_distribution(sampling: SamplingParams) -> Non
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
     probs = expected(logits, sampling)
     rng = random.Random(5)
-    rows = logits[None].repeat(DRAWS, 1)
-    drawn = sample(rows, [sampling] * DRAWS, [rng.random() for _ in range(DRAWS)], [()] * DRAWS)
-    counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double()
+    rows = [Row(sampling, draw=rng.random(), token_ids=SEEN) for _ in range(DRAWS)]
+    counts = torch.bincount(torch.tensor(tokens(logits[None].repeat(DRAWS, 1), *rows)), minlength=VOCAB).double()
     kept = probs > 0
+    assert counts.sum() == DRAWS
     assert counts[~kept].sum() == 0
     wanted = probs[kept].double() * DRAWS
     statistic = float(((counts[kept] - wanted) ** 2 / wanted).sum())
@@ -66,26 +86,58 @@ def test_sample_draws_transformers_distribution(sampling: SamplingParams) -> Non
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_sample_presence_frequency_and_bias_are_openais_formula() -> None:
+    """logit - count * frequency - (count > 0) * presence + bias; shown by what greedy then takes."""
+    counts = Counter({4: 3, 5: 1})
+    base = torch.zeros(1, VOCAB)
+    base[0, 4], base[0, 5], base[0, 6] = 10.0, 9.0, 8.0
+
+    def greedy(**controls: Any) -> list[int]:
+        return tokens(base.clone(), Row(params(temperature=0.0, **controls), output_counts=counts))
+
+    assert greedy() == [4]
+    assert greedy(frequency_penalty=0.4) == [4]  # 8.8 against 8.6 and 8
+    assert greedy(frequency_penalty=0.6) == [5]  # 8.2 against 8.4 and 8
+    assert greedy(presence_penalty=1.9) == [4]  # 8.1 against 7.1 and 8
+    assert greedy(presence_penalty=2.0, frequency_penalty=0.1) == [6]  # 7.7, 6.9, 8
+    assert greedy(logit_bias={5: 1.5, 4: -100.0}) == [5]
+
+
+def test_sample_logprobs_are_of_the_models_own_distribution() -> None:
+    logits = torch.randn(2, VOCAB)
+    wanted = torch.log_softmax(logits, dim=-1)
+    biased = Row(params(temperature=0.0, logit_bias={9: 100.0}, num_logprobs=3))
+    first, second = sample(logits.clone(), [biased, Row(params(temperature=0.0))])
+    assert isinstance(first, Sampled)
+    assert isinstance(second, Sampled)
+    assert first.token_id == 9
+    assert first.logprobs is not None
+    assert first.logprobs.logprob == pytest.approx(float(wanted[0, 9]), abs=1e-6)
+    values, order = wanted[0].topk(3)
+    assert [token for token, _ in first.logprobs.top] == order.tolist()
+    assert [value for _, value in first.logprobs.top] == pytest.approx(values.tolist(), abs=1e-6)
+    assert second.logprobs is None
+
+
 def test_sample_greedy_rows_take_the_largest_beside_drawing_rows() -> None:
     logits = torch.randn(3, VOCAB)
-    greedy, drawing = params(temperature=0.0), params(temperature=2.0)
-    drawn = sample(logits, [greedy, drawing, greedy], [0.5] * 3, [()] * 3)
-    assert drawn[0] == int(logits[0].argmax())
-    assert drawn[2] == int(logits[2].argmax())
+    greedy, drawing = Row(params(temperature=0.0)), Row(params(temperature=2.0), draw=0.5)
+    drawn = tokens(logits.clone(), greedy, drawing, greedy)
+    assert (drawn[0], drawn[2]) == (int(logits[0].argmax()), int(logits[2].argmax()))
 
 
 def test_sample_not_finite_row_is_its_own_error() -> None:
     logits = torch.randn(2, VOCAB)
     logits[0, 3] = float("nan")
-    failed, token = sample(logits, [params(temperature=1.0)] * 2, [0.5] * 2, [()] * 2)
+    failed, fine = sample(logits, [Row(params(temperature=1.0), draw=0.5)] * 2)
     assert isinstance(failed, GenerationFailed)
-    assert isinstance(token, int)
+    assert isinstance(fine, Sampled)
 
 
 def test_sample_banned_token_is_never_taken() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 9] = 100.0
-    assert sample(logits, [params(temperature=0.0)], [0.0], [(9,)]) != [9]
+    assert tokens(logits, Row(params(temperature=0.0), banned={9})) != [9]
 
 
 def test_uniform_depends_on_seed_and_position_only() -> None:

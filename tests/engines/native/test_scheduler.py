@@ -7,6 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.engines.native.batch import Sampled
 from loraplex.engines.native.blocks import BlockPool, next_key, root_key
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
 from loraplex.engines.native.residency import Residency
@@ -63,7 +64,7 @@ class Bench:
         batch = self.scheduler.next()
         if batch is None:
             return {}
-        self.scheduler.commit(batch, [1] * len(batch.sampling_segments))
+        self.scheduler.commit(batch, [Sampled(1)] * len(batch.sampling_segments))
         return {segment.sequence.request_id: segment.num_tokens for segment in batch.segments}
 
 
