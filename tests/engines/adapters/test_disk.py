@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -260,15 +260,29 @@ def test_killed_at_any_moment_the_cache_is_whole(tmp_path: Path) -> None:
     assert num_objects > 30
 
 
+@contextmanager
+def put_and_hold(cache: DiskCache, files: dict[str, bytes]) -> Iterator[StoredObject]:
+    """As a user of the cache does it: put again what another process evicted before it was held."""
+    with ExitStack() as stack:
+        while True:
+            stored = put(cache, files)
+            with suppress(AdapterNotFound):
+                stack.enter_context(cache.hold(stored.id))
+                break
+        yield stored
+
+
 def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     with writer(tmp_path / "cache", 800_000, 1), writer(tmp_path / "cache", 800_000, 2):
         cache = DiskCache(tmp_path / "cache", 800_000)
-        mine = put(cache, blob(0))
-        with cache.hold(mine.id):
+        with put_and_hold(cache, blob(0)) as mine:
+            seen = set()
             for _ in range(20):
                 time.sleep(0.02)
                 cache.verify(mine.id)
-    assert mine.id in cache.ids()
+                seen |= set(cache.ids())
+            assert mine.id in cache.ids()
+    assert len(seen) > 20  # the others came and went
 
 
 def test_lock_of_a_killed_holder_is_gone(tmp_path: Path) -> None:
