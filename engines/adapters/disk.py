@@ -152,7 +152,7 @@ class DiskCache:
     def _inventory(self) -> list[tuple[int, str, int]]:
         """(last use in ns, id, bytes on disk) of every object, sorted."""
         found = []
-        for place in self._objects.glob("??/*"):
+        for place in filter(lambda path: _ID.fullmatch(path.name), self._objects.glob("??/*")):
             with suppress(FileNotFoundError, NotADirectoryError):  # another process evicts
                 found.append((place.stat().st_mtime_ns, place.name, _size(place)))
         return sorted(found)
@@ -220,6 +220,8 @@ class DiskCache:
     def _sweep(self) -> None:
         """Remove what killed processes left in staging, and references to objects that are gone."""
         for path in self._staging.iterdir():
+            if path.is_file():
+                path.unlink(missing_ok=True)
             descriptor = try_flock(path, exclusive=True)
             if descriptor is not None:
                 shutil.rmtree(path, ignore_errors=True)

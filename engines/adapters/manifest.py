@@ -56,7 +56,10 @@ def check(directory: Path, *, read_bytes: bool) -> Manifest:
 
     Raises FileNotFoundError where there is no such directory, AdapterInvalid naming what is wrong in it.
     """
-    present = set(os.listdir(directory))
+    try:
+        present = set(os.listdir(directory))
+    except NotADirectoryError as error:
+        raise AdapterInvalid(f"{directory.name} is not a directory") from error
     manifest = read_manifest(directory)
     if manifest.id != directory.name:
         raise AdapterInvalid(f"{MANIFEST} of {directory.name} lists other files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -106,6 +107,28 @@ def test_damage_is_named_then_removed(cache: DiskCache, tmp_path: Path, case: st
     assert other.find(stored.id) is None
     assert put(other, adapter_files()) == stored
     other.verify(stored.id)
+
+
+def test_files_that_are_not_the_caches_own_do_not_disturb_it(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 3000)
+    stored = put(cache, blob(0, 1500))
+    shelf = Path(stored.path).parent
+    (shelf / ".DS_Store").write_bytes(b"x")
+    (shelf / "junk").mkdir()
+    (tmp_path / "cache" / "staging" / "file").write_bytes(b"x")
+    assert put(cache, blob(1, 1500)).id in cache.ids()
+    assert stored.id not in cache.ids()
+    DiskCache(tmp_path / "cache", 3000)
+    assert staged(tmp_path) == []
+
+
+def test_file_in_an_objects_place_gives_way(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 3000)
+    stored = put(cache, blob(0))
+    shutil.rmtree(stored.path)
+    Path(stored.path).write_bytes(b"x")
+    assert put(cache, blob(0)) == stored
+    cache.verify(stored.id)
 
 
 @pytest.mark.parametrize("object_id", ["", "..", "../../etc", "A" * 64, "0" * 63, "0" * 64])
