@@ -7,7 +7,7 @@ written together. `StreamResponse` is sse-starlette's response on a shorter path
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -45,18 +45,35 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
+async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. The first error cancels the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class Relay:
-    """One answer's frames. `encode(event)` gives the frames of an event, `end()` those after the last."""
+    """One answer's frames, of one choice or several.
+
+    `encode(choice, event)` gives the frames of an event, `end()` those after the last.
+    """
 
     def __init__(
-        self, events: AsyncIterator[TokenEvent], encode: Callable[[TokenEvent], bytes], end: Callable[[], bytes]
+        self,
+        choices: Sequence[AsyncIterator[TokenEvent]],
+        encode: Callable[[int, TokenEvent], bytes],
+        end: Callable[[], bytes],
     ) -> None:
-        self._events = events
+        self._choices = choices
         self._encode = encode
         self._end = end
         self._frames: list[bytes] = []
@@ -95,11 +112,7 @@ class Relay:
 
     async def _pump(self) -> None:
         try:
-            async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if frames := self._encode(event):
-                        self._frames.append(frames)
-                        self._news.set()
+            await together([self._follow(number, events) for number, events in enumerate(self._choices)])
             self._frames.append(self._end())
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
@@ -108,6 +121,13 @@ class Relay:
         finally:
             self._is_over = True
             self._news.set()
+
+    async def _follow(self, number: int, events: AsyncIterator[TokenEvent]) -> None:
+        async with contextlib.aclosing(events) as closing:  # type: ignore[type-var]
+            async for event in closing:
+                if frames := self._encode(number, event):
+                    self._frames.append(frames)
+                    self._news.set()
 
 
 class StreamResponse(EventSourceResponse):

@@ -9,6 +9,7 @@ from loraplex.engines.protocol import FinishReason
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -47,6 +48,12 @@ class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # said about a request, without effect on its answer
@@ -57,16 +64,12 @@ class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     # common extensions
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Unit | None = None
+    typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     # known, not offered
-    n: Raw | UnsetType = UNSET
-    frequency_penalty: Raw | UnsetType = UNSET
-    presence_penalty: Raw | UnsetType = UNSET
-    logit_bias: Raw | UnsetType = UNSET
-    logprobs: Raw | UnsetType = UNSET
-    top_logprobs: Raw | UnsetType = UNSET
     response_format: Raw | UnsetType = UNSET
     tools: Raw | UnsetType = UNSET
     tool_choice: Raw | UnsetType = UNSET
@@ -93,6 +96,8 @@ class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
                 raise UnsupportedParameter(f"{name} is not supported by this server.", name)
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
+        if self.top_logprobs and not self.logprobs:
+            raise MalformedRequest("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise MalformedRequest("max_tokens and max_completion_tokens differ; set one.", "max_completion_tokens")
@@ -100,12 +105,6 @@ class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 # The values of a field that ask for nothing we lack.
 _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -126,10 +125,35 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 }
 
 
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
 class Usage(Struct):
+    """`cached_tokens` of the prompt were found in the prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class AnswerMessage(Struct):
@@ -141,8 +165,8 @@ class AnswerMessage(Struct):
 class Choice(Struct):
     message: AnswerMessage
     finish_reason: FinishReason
-    index: int = 0
-    logprobs: None = None
+    index: int
+    logprobs: ChoiceLogprobs | None
 
 
 class ChatCompletion(Struct):
@@ -165,21 +189,23 @@ class ChunkFrames:
         head = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
         self._tail = b"]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
-        self._text_head = self._head + b'{"index":0,"delta":{"content":'
-        self._text_tail = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
-    def role(self) -> bytes:
-        """The first frame."""
-        delta = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return self._head + delta + self._tail
+    def role(self, index: int) -> bytes:
+        """The first frame of a choice."""
+        return self._frame(index, b'{"role":"assistant","content":""}')
 
-    def text(self, text: str) -> bytes:
-        return self._text_head + msgspec.json.encode(text) + self._text_tail
+    def text(self, index: int, text: str, logprobs: ChoiceLogprobs | None) -> bytes:
+        described = b"null" if logprobs is None else msgspec.json.encode(logprobs)
+        return self._frame(index, b'{"content":' + msgspec.json.encode(text) + b"}", described)
 
-    def finish(self, reason: FinishReason) -> bytes:
-        delta = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"' + reason.encode() + b'"}'
-        return self._head + delta + self._tail
+    def finish(self, index: int, reason: FinishReason) -> bytes:
+        """The last frame of a choice."""
+        return self._frame(index, b"{}", finish=b'"' + reason.encode() + b'"')
 
     def usage(self, usage: Usage) -> bytes:
         """The extra frame for `stream_options.include_usage`."""
         return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
+
+    def _frame(self, index: int, delta: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, logprobs, finish)
+        return self._head + choice + self._tail
