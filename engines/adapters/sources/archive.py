@@ -160,6 +160,8 @@ class _BoundedReader(io.RawIOBase):
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_SET:
+            if position < 0:  # a lie in the archive; an OSError would be taken for the disk's
+                raise ValueError("a place before the beginning")
             self._bound(position)
         reached: int = self._inner.seek(position, whence)
         return reached

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 from support.archives import member, tar_gz, zipped
@@ -178,6 +178,7 @@ _quick = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 
 
 @_quick
+@example(changes=[(1022, 1)], cut=0, kind="zip")  # a directory said to begin before the file
 @given(changes=_changes, cut=st.integers(0, 60), kind=st.sampled_from(["zip", "gz", "tar"]))
 def test_unpack_mutated_archive_is_sound_or_refused(
     workspace: Workspace, changes: list[tuple[int, int]], cut: int, kind: str
