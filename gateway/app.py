@@ -3,6 +3,7 @@
 import time
 
 from litestar import Litestar
+from litestar.types import ASGIApp
 
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Settings
@@ -19,10 +20,10 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.sse import let_streams_drain
 
 
-def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue) -> Litestar:
+def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue) -> ASGIApp:
     """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
     let_streams_drain()
-    app = Litestar(
+    routes = Litestar(
         route_handlers=[
             *health_routes(engine),
             *chat_routes(engine, catalogue, settings.server),
@@ -31,11 +32,10 @@ def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: 
             *adapter_routes(catalogue, tenants, engine),
             *engine_routes(engine),
         ],
-        middleware=[identify_requests],
         exception_handlers={Exception: respond},
         request_max_body_size=settings.server.max_body_bytes,
         openapi_config=None,
         logging_config=None,
     )
-    app.state.tenants = tenants
-    return app
+    routes.state.tenants = tenants
+    return identify_requests(routes)  # outside Litestar, so that a request that finds no route has an id as well

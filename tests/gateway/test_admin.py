@@ -1,0 +1,143 @@
+"""The operator's API: tenants, keys, adapters, and who may touch what."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from support.gateway import BASE, Gateway, running, settings_in, write_adapter
+from support.problems import assert_problem
+
+
+def names(gateway: Gateway, key: str | None = None) -> list[str]:
+    with gateway.client(key) as client:
+        return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+
+def test_tenant_and_key_live_their_life(gateway: Gateway) -> None:
+    with gateway.admin() as admin:
+        tenant = admin.post("/admin/v1/tenants", json={"name": "acme"})
+        assert tenant.status_code == 201
+        path = f"/admin/v1/tenants/{tenant.json()['id']}"
+        made = admin.post(f"{path}/keys", json={"name": "production"})
+        assert made.status_code == 201
+        key = made.json()["key"]
+        listed = admin.get(f"{path}/keys")
+        assert [(entry["name"], entry["last_four"], entry["key"]) for entry in listed.json()["data"]] == [
+            ("production", key.split("-")[3][-4:], None)
+        ]
+        assert key not in listed.text
+        assert names(gateway, key)[0] == BASE
+        assert admin.delete(path).status_code == 204
+        assert_problem(admin.get(path), 404, "tenant_not_found")
+    with gateway.client(key) as client:
+        assert_problem(client.get("/v1/models"), 401, "invalid_api_key")
+
+
+def test_tenant_name_taken_is_409(gateway: Gateway) -> None:
+    with gateway.admin() as admin:
+        admin.post("/admin/v1/tenants", json={"name": "twice"})
+        assert_problem(admin.post("/admin/v1/tenants", json={"name": "twice"}), 409, "name_taken")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/admin/v1/tenants"),
+        ("POST", "/admin/v1/tenants"),
+        ("GET", "/admin/v1/tenants/x"),
+        ("DELETE", "/admin/v1/tenants/x"),
+        ("GET", "/admin/v1/tenants/x/keys"),
+        ("POST", "/admin/v1/tenants/x/keys"),
+        ("DELETE", "/admin/v1/tenants/x/keys/y"),
+        ("GET", "/admin/v1/adapters"),
+        ("POST", "/admin/v1/adapters"),
+        ("GET", "/admin/v1/adapters/x"),
+        ("DELETE", "/admin/v1/adapters/x"),
+        ("GET", "/admin/v1/engine"),
+        ("GET", "/admin/v1/engine/stats"),
+    ],
+)
+def test_admin_routes_refuse_a_tenants_key(gateway: Gateway, method: str, path: str) -> None:
+    with gateway.client() as client:
+        assert_problem(client.request(method, path, json={}), 403, "not_allowed")
+
+
+def test_adapter_of_one_tenant_is_invisible_to_another(gateway: Gateway) -> None:
+    owner, owner_key = gateway.new_tenant("owner")
+    source = write_adapter(gateway.adapter_dir / "private", rank=6)
+    with gateway.admin() as admin:
+        body = {"name": "private", "source": str(source), "tenant_id": owner}
+        assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        assert "private" in names(gateway, owner_key)
+        assert "private" not in names(gateway)
+        chat = {"model": "private", "messages": [{"role": "user", "content": "x"}]}
+        with gateway.client() as other:
+            assert_problem(other.post("/v1/chat/completions", json=chat), 404, "model_not_found", "model")
+        with gateway.client(owner_key) as own:
+            assert own.post("/v1/chat/completions", json=chat).status_code == 200
+        shown = admin.get("/admin/v1/adapters/private", params={"tenant_id": owner}).json()
+        assert (shown["tenant_id"], shown["tier"], shown["card"]["rank"]) == (owner, "device", 6)
+        assert_problem(admin.get("/admin/v1/adapters/private"), 404, "adapter_not_found", "name")
+        assert admin.delete("/admin/v1/adapters/private", params={"tenant_id": owner}).status_code == 204
+        assert "private" not in names(gateway, owner_key)
+
+
+def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
+    source = write_adapter(gateway.adapter_dir / "busy", rank=7)
+    with gateway.admin() as admin, gateway.client() as client:
+        assert admin.post("/admin/v1/adapters", json={"name": "busy", "source": str(source)}).status_code == 201
+        chat = {"model": "busy", "stream": True, "messages": [{"role": "user", "content": "<slow>" + "x" * 60}]}
+        with client.stream("POST", "/v1/chat/completions", json=chat) as response:
+            next(response.iter_bytes())
+            assert_problem(admin.delete("/admin/v1/adapters/busy"), 409, "adapter_in_use")
+        while gateway.stats().num_running:
+            time.sleep(0.01)
+        assert admin.delete("/admin/v1/adapters/busy").status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code", "param"),
+    [
+        ({"name": BASE}, 409, "name_taken", "name"),
+        ({"name": "team/echo-one"}, 409, "name_taken", "name"),
+        ({"name": ""}, 400, "invalid_request", "name"),
+        ({"name": "a@1"}, 400, "invalid_request", "name"),
+        ({"name": "x" * 129}, 400, "invalid_request", "name"),
+        ({"name": "../up"}, 400, "invalid_request", "name"),
+        ({"base": "other"}, 400, "invalid_request", "base"),
+        ({"tenant_id": "tenant_none"}, 404, "tenant_not_found", None),
+        ({"source": "/etc"}, 403, "adapter_source_forbidden", None),
+        ({"source": "nothing-here"}, 403, "adapter_source_forbidden", None),
+        ({"sauce": "x"}, 400, "unknown_parameter", "sauce"),
+    ],
+    ids=str,
+)
+def test_registration_refused_changes_nothing(
+    gateway: Gateway, changes: dict[str, str], status: int, code: str, param: str | None
+) -> None:
+    body = {"name": "fresh", "source": str(gateway.adapter_dir / "shared"), **changes}
+    with gateway.admin() as admin:
+        before = admin.get("/admin/v1/adapters").json()
+        assert_problem(admin.post("/admin/v1/adapters", json=body), status, code, param)
+        assert admin.get("/admin/v1/adapters").json() == before
+
+
+def test_catalogue_and_keys_survive_a_restart_and_lost_files_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
+    source = write_adapter(tmp_path / "local" / "kept")
+    chat = {"model": "kept", "messages": [{"role": "user", "content": "x"}]}
+    with running(settings_in(tmp_path), "k") as gateway:
+        _, key = gateway.new_tenant("t")
+        with gateway.admin() as admin:
+            assert admin.post("/admin/v1/adapters", json={"name": "kept", "source": str(source)}).status_code == 201
+    (tmp_path / "cache").rename(tmp_path / "cache-that-is-gone")
+    with running(settings_in(tmp_path), "k") as gateway:
+        assert names(gateway, key) == [BASE, "kept"]
+        with gateway.client(key) as client:
+            answer = client.post("/v1/chat/completions", json=chat)
+            assert answer.json()["choices"][0]["message"]["content"] == "kept: x"
+    assert (tmp_path / "cache").is_dir()

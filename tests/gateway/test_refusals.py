@@ -1,0 +1,222 @@
+"""Bad requests: the status, the code and the field's name; and no effect on anything else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from support.gateway import BASE, Gateway
+from support.problems import assert_problem
+
+from loraplex.auth import errors as auth_errors
+from loraplex.auth.errors import AuthError
+from loraplex.engines import errors as engine_errors
+from loraplex.engines.errors import EngineError
+from loraplex.gateway.errors import GatewayError
+from loraplex.gateway.problems import TABLE
+
+ROUTE = "/v1/chat/completions"
+GOOD: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def post(gateway: Gateway, body: Any = None, *, raw: bytes | None = None, key: str | None = None) -> Any:
+    with gateway.client(key) as client:
+        return client.post(ROUTE, content=raw if raw is not None else json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic abc",
+        "Bearer nonsense",
+        "Bearer sk-loraplex-00000000-" + "0" * 43 + "-000000",
+    ],
+)
+def test_key_missing_or_wrong_is_401(gateway: Gateway, header: str | None) -> None:
+    with gateway.client() as client:
+        del client.headers["authorization"]
+        response = client.post(ROUTE, json=GOOD, headers={} if header is None else {"authorization": header})
+    assert_problem(response, 401, "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_key_with_one_character_changed_is_401(gateway: Gateway) -> None:
+    changed = gateway.api_key[:-10] + ("A" if gateway.api_key[-10] != "A" else "B") + gateway.api_key[-9:]
+    assert_problem(post(gateway, GOOD, key=changed), 401, "invalid_api_key")
+
+
+def test_key_revoked_is_refused_at_once(gateway: Gateway) -> None:
+    tenant, key = gateway.new_tenant("revoked")
+    assert post(gateway, GOOD, key=key).status_code == 200
+    with gateway.admin() as admin:
+        key_id = admin.get(f"/admin/v1/tenants/{tenant}/keys").json()["data"][0]["id"]
+        assert admin.delete(f"/admin/v1/tenants/{tenant}/keys/{key_id}").status_code == 204
+    assert_problem(post(gateway, GOOD, key=key), 401, "invalid_api_key")
+
+
+def test_model_unknown_is_404(gateway: Gateway) -> None:
+    message = assert_problem(post(gateway, {**GOOD, "model": "nope"}), 404, "model_not_found", "model")
+    assert "'nope'" in message
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b'"x"', b"\xff\xfe{}", b'{"model": "\xff"}', b"[" * 100_000, b"null"]
+)
+def test_body_that_is_no_object_is_400(gateway: Gateway, raw: bytes) -> None:
+    assert_problem(post(gateway, raw=raw), 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"model": 5}, "model"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "pope", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stream": "true"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"seed": 2**63}, "seed"),
+        ({"n": 0}, "n"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"257": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"stop_token_ids": [400]}, "stop_token_ids"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ({"metadata": {"a": 1}}, "metadata[...]"),
+    ],
+    ids=str,
+)
+def test_field_wrong_is_400_and_named(gateway: Gateway, changes: dict[str, Any], param: str) -> None:
+    assert_problem(post(gateway, {**GOOD, **changes}), 400, "invalid_request", param)
+
+
+@pytest.mark.parametrize(("field", "param"), [("maxtokens", "maxtokens"), ("guided_jsn", "guided_jsn")])
+def test_field_unknown_is_refused_by_name(gateway: Gateway, field: str, param: str) -> None:
+    assert_problem(post(gateway, {**GOOD, field: 1}), 400, "unknown_parameter", param)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("audio", {"voice": "x", "format": "wav"}),
+        ("modalities", ["text", "audio"]),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("prompt_cache_key", "x"),
+        ("reasoning_effort", "high"),
+        ("service_tier", "priority"),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
+    ],
+    ids=str,
+)
+def test_field_not_offered_is_refused_by_name(gateway: Gateway, field: str, value: Any) -> None:
+    assert_problem(post(gateway, {**GOOD, field: value}), 400, "unsupported_parameter", field)
+
+
+def test_fields_not_offered_are_harmless_at_their_defaults(gateway: Gateway) -> None:
+    harmless = {
+        "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "response_format": {"type": "text"},
+        "service_tier": "auto", "modalities": ["text"], "audio": None, "store": False, "user": "u", "n": 1,
+        "metadata": {"a": "b"}, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False,
+    }  # fmt: skip
+    assert post(gateway, {**GOOD, **harmless}).status_code == 200
+
+
+def test_prompt_too_long_is_400(gateway: Gateway) -> None:
+    body = {**GOOD, "messages": [{"role": "user", "content": "x" * 512}]}
+    assert "512" in assert_problem(post(gateway, body), 400, "context_length_exceeded", "messages")
+    assert_problem(post(gateway, {**GOOD, "max_tokens": 511}), 400, "context_length_exceeded", "max_tokens")
+    assert post(gateway, {**GOOD, "max_tokens": 510}).status_code == 200
+
+
+def test_body_too_large_is_413(gateway: Gateway) -> None:
+    assert_problem(post(gateway, raw=b" " * (17 * 2**20)), 413, "request_too_large")
+
+
+def test_route_unknown_and_method_wrong(gateway: Gateway) -> None:
+    with gateway.client() as client:
+        assert_problem(client.get("/v1/nothing"), 404, "not_found")
+        assert_problem(client.get(ROUTE), 405, "method_not_allowed")
+
+
+def test_unforeseen_exception_is_500_and_tells_nothing(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_down(*_: object, **__: object) -> None:
+        raise RuntimeError("an inner secret")
+
+    monkeypatch.setattr(gateway.services.engine.tokenizer, "encode_chat", break_down)
+    response = post(gateway, GOOD)
+    message = assert_problem(response, 500, "internal_error")
+    assert "secret" not in response.text
+    assert "logged" in message
+    assert response.headers["x-request-id"] in caplog.text
+    assert "an inner secret" in caplog.text
+
+
+def test_engine_not_ready_is_503_with_retry_after(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.services.engine, "_state", "restarting")
+    response = post(gateway, {**GOOD, "stream": True})
+    assert_problem(response, 503, "engine_unavailable")
+    assert int(response.headers["retry-after"]) >= 1
+    with gateway.client() as client:
+        assert client.get("/health").json()["state"] == "restarting"
+        assert client.get("/health").status_code == 503
+
+
+def test_no_key_is_ever_logged(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        post(gateway, GOOD)
+        post(gateway, GOOD, key=gateway.api_key + "x")
+        post(gateway, {**GOOD, "messages": [{"role": "user", "content": "<fail>...."}]})
+        with gateway.admin() as admin:
+            admin.post(f"/admin/v1/tenants/{gateway.tenant_id}/keys", json={"name": "logged?"})
+    server_side = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    told = " ".join(record.getMessage() for record in server_side)
+    assert gateway.api_key not in told
+    assert gateway.admin_key not in told
+    assert "sk-loraplex-" not in told
+
+
+def _tree(root: type[Exception]) -> set[type[Exception]]:
+    return {root}.union(*(_tree(child) for child in root.__subclasses__()))
+
+
+def test_table_has_a_row_for_every_error_and_no_other() -> None:
+    assert auth_errors.AuthError is AuthError
+    assert engine_errors.EngineError is EngineError
+    assert set(TABLE) == _tree(GatewayError) | _tree(AuthError) | _tree(EngineError)
+    codes = [row.code for error, row in TABLE.items() if error is not GatewayError]
+    assert all(row.type == ("server_error" if row.status >= 500 else "invalid_request_error") for row in TABLE.values())
+    assert {"invalid_api_key", "model_not_found", "context_length_exceeded"} <= set(codes)
