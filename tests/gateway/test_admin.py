@@ -90,7 +90,8 @@ def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
         assert admin.post("/admin/v1/adapters", json={"name": "busy", "source": str(source)}).status_code == 201
         chat = {"model": "busy", "stream": True, "messages": [{"role": "user", "content": "<slow>" + "x" * 60}]}
         with client.stream("POST", "/v1/chat/completions", json=chat) as response:
-            next(response.iter_bytes())
+            chunks = response.iter_bytes()  # held: httpx closes the response when its iterator goes
+            next(chunks)
             assert_problem(admin.delete("/admin/v1/adapters/busy"), 409, "adapter_in_use")
         while gateway.stats().num_running:
             time.sleep(0.01)

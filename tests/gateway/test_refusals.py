@@ -32,7 +32,6 @@ def post(gateway: Gateway, body: Any = None, *, raw: bytes | None = None, key: s
         None,
         "",
         "Bearer",
-        "Bearer ",
         "Basic abc",
         "Bearer nonsense",
         "Bearer sk-loraplex-00000000-" + "0" * 43 + "-000000",

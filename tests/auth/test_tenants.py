@@ -1,0 +1,161 @@
+"""Tenants and keys on their database, SQLite and PostgreSQL alike."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, inspect
+from sqlalchemy.ext.asyncio import AsyncEngine
+from support.services import missing
+
+from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
+from loraplex.auth.store.database import downgrade, open_database, upgrade
+from loraplex.auth.store.tables import metadata
+from loraplex.auth.tenants import REMEMBERED_SECONDS, Tenants
+
+POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
+
+
+class Clock:
+    """A clock set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest_asyncio.fixture(params=["sqlite", "postgresql"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    """A migrated database of the test's own."""
+    if request.param == "sqlite":
+        engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
+        yield engine
+        await engine.dispose()
+        return
+    try:
+        server = await asyncpg.connect(POSTGRES, timeout=5)
+    except (OSError, asyncpg.PostgresError) as error:
+        missing("PostgreSQL", error)
+    name = f"loraplex_test_{secrets.token_hex(6)}"
+    await server.execute(f"CREATE DATABASE {name}")
+    try:
+        engine = await open_database(f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}")
+        yield engine
+        await engine.dispose()
+    finally:
+        await server.execute(f"DROP DATABASE {name}")
+        await server.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def tenants(database: AsyncEngine, clock: Clock) -> Tenants:
+    return Tenants(database, b"pepper", clock)
+
+
+async def test_key_authenticates_its_tenant(tenants: Tenants) -> None:
+    tenant = await tenants.create_tenant("acme")
+    key = await tenants.create_key(tenant.id, "one")
+    caller = await tenants.authenticate(key.key)
+    assert (caller.tenant_id, caller.tenant_name, caller.key_id, caller.role) == (
+        tenant.id,
+        "acme",
+        key.id,
+        "inference",
+    )
+    assert [(listed.id, listed.key) for listed in await tenants.list_keys(tenant.id)] == [(key.id, None)]
+    assert [listed.name for listed in await tenants.list_tenants()] == ["acme"]
+
+
+async def test_key_under_another_pepper_is_refused(database: AsyncEngine, tenants: Tenants, clock: Clock) -> None:
+    key = await tenants.create_key((await tenants.create_tenant("acme")).id, "one")
+    with pytest.raises(InvalidApiKey):
+        await Tenants(database, b"other", clock).authenticate(key.key)
+
+
+async def test_key_expired_is_refused(tenants: Tenants, clock: Clock) -> None:
+    key = await tenants.create_key((await tenants.create_tenant("acme")).id, "one", expires_at=1010.0)
+    await tenants.authenticate(key.key)
+    clock.now = 1010.0
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key.key)
+
+
+async def test_key_revoked_is_refused_here_at_once_and_elsewhere_soon(
+    database: AsyncEngine, tenants: Tenants, clock: Clock
+) -> None:
+    elsewhere = Tenants(database, b"pepper", clock)
+    tenant = await tenants.create_tenant("acme")
+    key = await tenants.create_key(tenant.id, "one")
+    await tenants.authenticate(key.key)
+    await elsewhere.authenticate(key.key)
+    await tenants.revoke_key(tenant.id, key.id)
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key.key)
+    clock.now += REMEMBERED_SECONDS
+    with pytest.raises(InvalidApiKey):
+        await elsewhere.authenticate(key.key)
+    assert (await tenants.list_keys(tenant.id))[0].revoked_at == 1000.0
+
+
+async def test_tenant_deleted_takes_its_keys_along(tenants: Tenants) -> None:
+    tenant = await tenants.create_tenant("acme")
+    key = await tenants.create_key(tenant.id, "one")
+    await tenants.authenticate(key.key)
+    await tenants.delete_tenant(tenant.id)
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key.key)
+
+
+async def test_names_and_ids_that_do_not_fit_raise(tenants: Tenants) -> None:
+    tenant = await tenants.create_tenant("acme")
+    with pytest.raises(NameTaken):
+        await tenants.create_tenant("acme")
+    for call in (tenants.get_tenant, tenants.delete_tenant, tenants.list_keys):
+        with pytest.raises(TenantNotFound):
+            await call("tenant_none")
+    with pytest.raises(TenantNotFound):
+        await tenants.create_key("tenant_none", "x")
+    other = await tenants.create_tenant("other")
+    key = await tenants.create_key(tenant.id, "one")
+    with pytest.raises(KeyNotFound):
+        await tenants.revoke_key(other.id, key.id)
+    await tenants.authenticate(key.key)
+
+
+async def test_admin_key_is_made_once_and_remembered(database: AsyncEngine, tenants: Tenants, clock: Clock) -> None:
+    made = await tenants.bootstrap_admin(None)
+    assert (await tenants.authenticate(made)).role == "admin"
+    again = Tenants(database, b"pepper", clock)
+    assert await again.bootstrap_admin(None) is None
+    assert (await again.authenticate(made)).role == "admin"
+    given = Tenants(database, b"pepper", clock)
+    assert await given.bootstrap_admin("chosen") is None
+    assert (await given.authenticate("chosen")).role == "admin"
+    with pytest.raises(InvalidApiKey):
+        await given.authenticate(made)
+
+
+async def test_migrations_make_what_the_tables_say_and_can_be_undone(database: AsyncEngine) -> None:
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    async with database.begin() as connection:
+        assert await connection.run_sync(differences) == []
+        await connection.run_sync(lambda sync: downgrade(sync, "base"))
+        assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == ["alembic_version"]
+        await connection.run_sync(upgrade)
+        assert await connection.run_sync(differences) == []
