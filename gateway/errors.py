@@ -25,6 +25,10 @@ class ModelNotFound(GatewayError):
     """No model of this name is there for this caller."""
 
 
+class ClientLeft(GatewayError):
+    """The client closed the connection before its answer was complete; nobody reads this."""
+
+
 class AdapterNotRegistered(GatewayError):
     """The admin API was asked about an adapter that is not in the catalogue."""
 

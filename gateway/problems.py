@@ -32,6 +32,7 @@ TABLE: dict[type[Exception], Row] = {
     gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
+    gateway.ClientLeft: Row(499, _INVALID, "client_closed_request"),
     gateway.AdapterNotRegistered: Row(404, _INVALID, "adapter_not_found"),
     gateway.AdapterNameTaken: Row(409, _INVALID, "name_taken"),
     auth.AuthError: Row(401, _INVALID, "unauthorized"),

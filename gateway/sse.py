@@ -18,16 +18,13 @@ from starlette.types import Receive as StarletteReceive
 from starlette.types import Scope, Send
 
 from loraplex.engines.protocol import TokenEvent
+from loraplex.gateway.errors import ClientLeft
 from loraplex.gateway.problems import problem_of
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 _log = logging.getLogger("loraplex.gateway")
-
-
-class ClientLeft(Exception):
-    """The client closed the connection before its answer was complete."""
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -38,7 +35,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientLeft
+        raise ClientLeft("The client closed the connection before its answer was complete.")
     finally:
         for pending in (task, watcher):
             pending.cancel()

@@ -1,0 +1,188 @@
+"""The console script: settings checked, signals obeyed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+LORAPLEX = str(Path(sys.executable).parent / "loraplex")
+ADMIN_KEY = "an-admin-key-of-the-tests"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def write_config(home: Path, port: int = 0, extra: str = "") -> Path:
+    path = home / "loraplex.toml"
+    path.write_text(
+        f"""
+[model]
+path = "{home}"
+name = "echo-base"
+[server]
+port = {port}
+drain_seconds = 10
+[engine]
+kind = "echo"
+[database]
+url = "sqlite+aiosqlite:///{home / "test.db"}"
+[auth]
+pepper_file = "{home / "pepper"}"
+[adapters]
+cache_dir = "{home / "cache"}"
+{extra}
+"""
+    )
+    return path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([LORAPLEX, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
+    """(the process, a client with the admin key, a tenant's key)"""
+    port = free_port()
+    environment = {**os.environ, "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
+    process = subprocess.Popen(
+        [LORAPLEX, "serve", "--config", str(write_config(home, port))],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30) as client:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    if client.get("/health").status_code == 200:
+                        break
+                except httpx.ConnectError:
+                    pass
+                assert time.monotonic() < deadline, process.communicate(timeout=5)
+                time.sleep(0.05)
+            tenant = client.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+            yield process, client, client.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_stream(client: httpx.Client, key: str, begun: threading.Event, into: list[bytes]) -> None:
+    """A stream of about three seconds."""
+    body = {"model": "echo-base", "stream": True, "messages": [{"role": "user", "content": "<slow>" + "x" * 50}]}
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            for chunk in response.iter_bytes():
+                into.append(chunk)
+                begun.set()
+    except httpx.HTTPError:
+        into.append(b"(cut)")
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ("[server]\nport = 1", "loraplex.toml"),  # a table twice
+        ("max_rnak = 3", "max_rnak"),
+        ("max_rank = 0", "max_rank"),
+        ("max_rank = 'many'", "max_rank"),
+    ],
+)
+def test_check_config_wrong_names_file_and_setting(tmp_path: Path, extra: str, says: str) -> None:
+    done = run("check-config", str(write_config(tmp_path, extra=extra)))
+    assert done.returncode == 2
+    shown = done.stderr.replace("\n", "")
+    assert says in shown
+    assert "loraplex.toml" in shown
+    assert "Traceback" not in done.stderr
+
+
+def test_check_config_prints_every_setting(tmp_path: Path) -> None:
+    done = run("check-config", str(write_config(tmp_path)))
+    assert done.returncode == 0
+    assert '"max_batch_tokens": 512' in done.stdout
+
+
+def test_check_config_unknown_engine_and_missing_model_are_told(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace('kind = "echo"', 'kind = "warp"'))
+    assert "'warp'" in run("check-config", str(path)).stderr
+    path.write_text(path.read_text().replace('kind = "warp"', 'kind = "native"'))
+    assert "config.json" in run("check-config", str(path)).stderr
+
+
+def test_serve_port_taken_is_a_clear_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = run("serve", "--config", str(write_config(tmp_path, listener.getsockname()[1])))
+    assert done.returncode == 2
+    assert "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_sigterm_lets_streams_finish(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, client, key):
+        begun, received = threading.Event(), list[bytes]()
+        reader = threading.Thread(target=read_stream, args=(client, key, begun, received))
+        reader.start()
+        assert begun.wait(10)
+        process.send_signal(signal.SIGTERM)
+        reader.join(20)
+        assert b"".join(received).endswith(b"data: [DONE]\n\n")
+        assert process.wait(20) == 0
+
+
+def test_serve_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, client, key):
+        begun, received = threading.Event(), list[bytes]()
+        reader = threading.Thread(target=read_stream, args=(client, key, begun, received))
+        reader.start()
+        assert begun.wait(10)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 2.0
+        reader.join(20)
+        assert b"[DONE]" not in b"".join(received)
+
+
+def test_serve_first_start_prints_an_admin_key_once(tmp_path: Path) -> None:
+    shown = []
+    for _ in range(2):
+        port = free_port()
+        process = subprocess.Popen(
+            [LORAPLEX, "serve", "--config", str(write_config(tmp_path, port))],
+            env={name: value for name, value in os.environ.items() if name != "LORAPLEX_ADMIN_KEY"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=20)
+        assert process.returncode == 0, error
+        shown.append((out, error))
+    assert "ak-loraplex-" in shown[0][0]
+    assert "ak-loraplex-" not in shown[0][1] + shown[1][0] + shown[1][1]
