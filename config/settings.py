@@ -55,7 +55,9 @@ class EngineSettings(_Section, frozen=True):
     max_batch_tokens: Annotated[int, Help(ge=1, description="Token budget of one step; bounds prefill chunks.")] = 512
     max_running: Annotated[int, Help(ge=1, description="Most sequences in one step.")] = 64
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
-    num_threads: Annotated[PositiveInt | None, Help(description="CPU threads for the forward pass.")] = None
+    num_threads: Annotated[
+        PositiveInt | None, Help(description="CPU threads of the forward pass; measured at start if unset.")
+    ] = None
 
 
 class Adapters(_Section, frozen=True):

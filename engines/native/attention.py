@@ -8,8 +8,10 @@ decode (one token) are attended together and each longer segment on its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,7 +31,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """The B one-token segments. rows, lengths: Shape [B]. slots: Shape [B · L], padded with any valid rows."""
+    """The B one-token segments. rows, lengths: Shape [B]. slots: Shape [B · L], padded with the row of zeros."""
 
     rows: Tensor
     slots: Tensor
@@ -66,10 +68,14 @@ class PagedAttention:
         self._values: dict[int, Tensor] = {}
 
     def allocate(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the cache: for each layer seen in the dry run `num_slots` rows of keys and of values."""
+        """Make the cache: for each layer seen in the dry run `num_slots` rows of keys and of values.
+
+        One more row, number `num_slots`, is never written: what is padded reads its zeros, not another sequence's
+        leavings, for a weight of zero does not take the harm out of a NaN.
+        """
         for layer, shape in self.shapes.items():
-            self._keys[layer] = torch.zeros(num_slots, shape.num_heads, shape.key_width, dtype=dtype, device=device)
-            self._values[layer] = torch.zeros(num_slots, shape.num_heads, shape.value_width, dtype=dtype, device=device)
+            self._keys[layer] = _zeros((num_slots + 1, shape.num_heads, shape.key_width), dtype, device)
+            self._values[layer] = _zeros((num_slots + 1, shape.num_heads, shape.value_width), dtype, device)
 
     def __call__(
         self,
@@ -130,6 +136,14 @@ class PagedAttention:
         k = keys.index_select(0, decodes.slots).view(batch, decodes.max_len, *keys.shape[1:])
         v = values.index_select(0, decodes.slots).view(batch, decodes.max_len, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU the memory is mapped when it is first written: torch.zeros would touch all of it at start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, form: Form, prefill: Prefill, step: AttentionStep) -> Tensor:

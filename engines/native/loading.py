@@ -16,6 +16,7 @@ from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.model import choose_device, dense_weight, dry_run, linear_layers, load_model
 from loraplex.engines.native.runner import Runner
+from loraplex.engines.native.threads import choose_num_threads
 from loraplex.engines.protocol import EngineInfo, Progress
 
 # Of the memory that is free once the weights are in, the most that an unset kv_cache_bytes may take.
@@ -46,6 +47,8 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     model = load_model(settings.model, device, attention)
     on_progress(Progress(stage="checking the model", fraction=0.7))
     dry_run(model, attention)
+    if settings.engine.num_threads is None:
+        choose_num_threads(model)
     max_len = _max_model_len(settings, model)
     block_size = settings.engine.kv_block_size
     num_blocks = _num_kv_blocks(settings, attention, model, max_len)
@@ -73,7 +76,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         dtype=model.dtype,
         max_rank=settings.adapters.max_rank,
     )
-    runner = Runner(model, attention, arena, block_size)
+    runner = Runner(model, attention, arena, num_blocks, block_size)
     return Machine(settings, info, _eos_token_ids(model), runner, arena, capacity, num_blocks, base)
 
 

@@ -24,8 +24,11 @@ from loraplex.engines.native.sequence import Sequence as EngineSequence
 class Runner:
     """Steps one model over one KV cache and one arena."""
 
-    def __init__(self, model: PreTrainedModel, attention: PagedAttention, arena: Arena, block_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, attention: PagedAttention, arena: Arena, num_blocks: int, block_size: int
+    ) -> None:
         self._model = model
+        self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
         self._lora = LoraLayers(arena)
@@ -78,13 +81,14 @@ class Runner:
         )
 
     def _decodes(self, decodes: list[tuple[int, Segment]], device: torch.device) -> Decodes:
-        lengths = [segment.start + 1 for _, segment in decodes]
-        max_len = max(lengths)
-        slots = self._slots([segment.sequence.block_table for _, segment in decodes])
+        lengths = torch.tensor([segment.start + 1 for _, segment in decodes])
+        max_len = int(lengths.max())
+        slots = self._slots([segment.sequence.block_table for _, segment in decodes])[:, :max_len]
+        padded = slots.masked_fill(torch.arange(max_len) >= lengths[:, None], self._num_slots)
         return Decodes(
             rows=torch.tensor([row for row, _ in decodes], device=device),
-            slots=slots[:, :max_len].reshape(-1).to(device),
-            lengths=torch.tensor(lengths, device=device),
+            slots=padded.reshape(-1).to(device),
+            lengths=lengths.to(device),
             max_len=max_len,
         )
 

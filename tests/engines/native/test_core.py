@@ -137,6 +137,21 @@ def test_prefix_hits_change_no_token(small: SmallWorld) -> None:
     assert core.stats().total_cached_prompt_tokens == 48
 
 
+def test_leavings_in_the_cache_never_reach_a_token(small: SmallWorld) -> None:
+    """A block is handed on with what its last holder wrote; were it ever read, NaN would show."""
+    machine = load_machine(small.settings(), lambda progress: None)
+    attention = machine.runner._attention
+    for cache in [*attention._keys.values(), *attention._values.values()]:
+        cache[:-1] = float("nan")
+    core = EngineCore(machine)
+    prompts = [prompt_of(seed, length) for seed, length in enumerate([3, 50, 17, 9])]
+    for number, prompt in enumerate(prompts):
+        core.submit(request(str(number), prompt, max_tokens=20))
+    emissions = run(core)
+    for number, prompt in enumerate(prompts):
+        assert tokens(emissions[str(number)]) == small.oracle.greedy(prompt, 20, None)
+
+
 @pytest.mark.parametrize(
     ("field", "changes"),
     [("stop_token_ids", {"stop_token_ids": (320,)}), ("logit_bias", {"logit_bias": {-1: 1.0}}), ("prompt", {})],
