@@ -26,6 +26,7 @@ class Server(_Section, frozen=True):
     drain_seconds: Annotated[float, Help(ge=0, description="How long open streams may finish after SIGTERM.")] = 30.0
     keep_alive_seconds: Annotated[float, Help(gt=0, description="Silence in a stream before a comment is sent.")] = 15.0
     send_timeout_seconds: Annotated[float, Help(gt=0, description="How long a client may stop reading.")] = 60.0
+    open_metrics: Annotated[bool, Help(description="Serve /metrics without an admin key.")] = False
     max_body_bytes: Annotated[int, Help(ge=1024, description="Largest request body accepted.")] = 16 * 2**20
 
 

@@ -13,6 +13,7 @@ from loraplex.gateway.admin.engine import engine_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.health import health_routes
+from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.models import model_routes
@@ -23,10 +24,12 @@ from loraplex.gateway.sse import let_streams_drain
 def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue) -> ASGIApp:
     """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
     let_streams_drain()
+    metrics = Metrics()
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
-            *chat_routes(engine, catalogue, settings.server),
+            *metric_routes(metrics, engine, is_open=settings.server.open_metrics),
+            *chat_routes(engine, catalogue, metrics, settings.server),
             *model_routes(catalogue, started_at=int(time.time())),
             *tenant_routes(tenants),
             *adapter_routes(catalogue, tenants, engine),

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from loraplex.engines.protocol import Engine, GenerateRequest, TokenEvent, Token
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.openai.chat_wire import (
     AnswerMessage,
     ChatCompletion,
@@ -35,7 +37,7 @@ _LEAST_LOGPROB = -9999.0
 _body = Body(ChatRequest)
 
 
-def chat_routes(engine: Engine, catalogue: Catalogue, server: Server) -> list[HTTPRouteHandler]:
+def chat_routes(engine: Engine, catalogue: Catalogue, metrics: Metrics, server: Server) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     @post("/v1/chat/completions", status_code=200, guards=[require_inference])
@@ -45,10 +47,11 @@ def chat_routes(engine: Engine, catalogue: Catalogue, server: Server) -> list[HT
         caller = caller_of(request)
         route = await catalogue.route(body.model, caller)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
-        answer = _Answer(completion_id, body.model, to_generate_requests(body, completion_id, route, caller, engine))
+        requests = to_generate_requests(body, completion_id, route, caller, engine)
+        answer = _Answer(completion_id, body.model, requests, engine, metrics)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            relay = answer.stream(engine, include_usage)
+            relay = answer.stream(include_usage)
             try:
                 await relay.begin(server.keep_alive_seconds)
             except BaseException:
@@ -57,7 +60,7 @@ def chat_routes(engine: Engine, catalogue: Catalogue, server: Server) -> list[HT
             return StreamResponse(  # type: ignore[return-value]  # an ASGI app of Starlette's types
                 relay, keep_alive_seconds=server.keep_alive_seconds, send_timeout_seconds=server.send_timeout_seconds
             )
-        completion = await unless_client_leaves(request.receive, answer.complete(engine))
+        completion = await unless_client_leaves(request.receive, answer.complete())
         return Response(msgspec.json.encode(completion), media_type="application/json")  # type: ignore[return-value]
 
     return [create_chat_completion]
@@ -66,7 +69,11 @@ def chat_routes(engine: Engine, catalogue: Catalogue, server: Server) -> list[HT
 class _Answer:
     """One completion in the making: a request for each choice, and what they have used so far."""
 
-    def __init__(self, completion_id: str, model: str, choices: list[GenerateRequest]) -> None:
+    def __init__(
+        self, completion_id: str, model: str, choices: list[GenerateRequest], engine: Engine, metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
         self._id = completion_id
         self._model = model
         self._created = int(time.time())
@@ -74,14 +81,14 @@ class _Answer:
         self._num_tokens = 0
         self._num_cached = 0
 
-    async def complete(self, engine: Engine) -> ChatCompletion:
+    async def complete(self) -> ChatCompletion:
         """The whole answer at once."""
-        choices = await together([self._choice(engine, number) for number in range(len(self._choices))])
+        choices = await together([self._choice(number) for number in range(len(self._choices))])
         return ChatCompletion(
             id=self._id, created=self._created, model=self._model, choices=choices, usage=self._usage()
         )
 
-    def stream(self, engine: Engine, include_usage: bool) -> Relay:
+    def stream(self, include_usage: bool) -> Relay:
         """The answer as frames: for each choice role, texts, finish; then usage if asked for, and [DONE]."""
         frames = ChunkFrames(self._id, self._created, self._model, include_usage=include_usage)
         begun: set[int] = set()
@@ -90,7 +97,7 @@ class _Answer:
             self._count(event)
             encoded = b"" if number in begun else frames.role(number)
             begun.add(number)
-            logprobs = _logprobs([event], engine.tokenizer)
+            logprobs = _logprobs([event], self._engine.tokenizer)
             if event.text or logprobs:
                 encoded += frames.text(number, event.text, logprobs)
             if event.finish_reason is not None:
@@ -100,16 +107,19 @@ class _Answer:
         def end() -> bytes:
             return (frames.usage(self._usage()) if include_usage else b"") + DONE
 
-        return Relay([engine.generate(choice) for choice in self._choices], encode, end)
+        return Relay([self._events(number) for number in range(len(self._choices))], encode, end)
 
-    async def _choice(self, engine: Engine, number: int) -> Choice:
-        events = [event async for event in engine.generate(self._choices[number])]
+    def _events(self, number: int) -> AsyncIterator[TokenEvent]:
+        return self._metrics.watch(self._model, self._engine.generate(self._choices[number]))
+
+    async def _choice(self, number: int) -> Choice:
+        events = [event async for event in self._events(number)]
         for event in events:
             self._count(event)
         finish_reason = events[-1].finish_reason
         assert finish_reason is not None, "an engine ends every answer with a reason"
         message = AnswerMessage(content="".join(event.text for event in events))
-        logprobs = _logprobs(events, engine.tokenizer)
+        logprobs = _logprobs(events, self._engine.tokenizer)
         return Choice(message=message, finish_reason=finish_reason, index=number, logprobs=logprobs)
 
     def _count(self, event: TokenEvent) -> None:
