@@ -176,6 +176,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str
     content: str
+    name: str | None = None
 
 
 class Tokenizer(Protocol):

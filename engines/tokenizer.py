@@ -74,7 +74,7 @@ class HubTokenizer:
             raise InvalidRequest("this model has no chat template", "messages")
         try:
             return self._template(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+                messages=[_as_dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **{name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token")},
             )
@@ -120,6 +120,11 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> Callable[..., str
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source).render
+
+
+def _as_dict(message: ChatMessage) -> dict[str, str]:
+    named = {"name": message.name} if message.name is not None else {}
+    return {"role": message.role, "content": message.content, **named}
 
 
 def _to_json(value: object, indent: int | None = None, **options: Any) -> str:

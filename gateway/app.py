@@ -15,7 +15,9 @@ from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
+from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat import chat_routes
+from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.problems import respond
 from loraplex.gateway.sse import let_streams_drain
@@ -25,11 +27,13 @@ def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: 
     """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
     let_streams_drain()
     metrics = Metrics()
+    answers = Answers(engine, metrics, settings.server)
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
             *metric_routes(metrics, engine, is_open=settings.server.open_metrics),
-            *chat_routes(engine, catalogue, metrics, settings.server),
+            *chat_routes(engine, catalogue, answers),
+            *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
             *tenant_routes(tenants),
             *adapter_routes(catalogue, tenants, engine),

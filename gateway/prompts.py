@@ -8,9 +8,12 @@ from loraplex.engines.protocol import ChatMessage, Engine, GenerateRequest, Samp
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.wire import GenerationFields
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
-def to_generate_requests(
+def chat_requests(
     body: ChatRequest, completion_id: str, route: Route, caller: Caller, engine: Engine
 ) -> list[GenerateRequest]:
     """One request for each of the `n` choices; a seed is counted up from choice to choice.
@@ -18,33 +21,89 @@ def to_generate_requests(
     Raises PromptTooLong or MalformedRequest, naming the field, or InvalidRequest where the template refuses.
     """
     messages = [
-        ChatMessage(role="system" if message.role == "developer" else message.role, content=message.text())
+        ChatMessage(
+            role="system" if message.role == "developer" else message.role, content=message.text(), name=message.name
+        )
         for message in body.messages
     ]
     prompt = engine.tokenizer.encode_chat(messages)
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
+    return _choices(body, [(prompt, limit)], completion_id, route, caller, engine)
+
+
+def completion_requests(
+    body: GenerationFields,
+    prompt: str | list[str | int | list[int]],
+    completion_id: str,
+    route: Route,
+    caller: Caller,
+    engine: Engine,
+) -> list[GenerateRequest]:
+    """`n` requests for each prompt. Raises PromptTooLong or MalformedRequest, naming the field."""
     info = engine.info()
-    room = info.max_model_len - len(prompt)
+    prompts = _prompt_tokens(prompt, engine, info.vocab_size)
+    wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
+    return _choices(body, limited, completion_id, route, caller, engine)
+
+
+def _prompt_tokens(prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int) -> list[list[int]]:
+    """The token ids of each prompt. Raises MalformedRequest."""
+    if isinstance(prompt, str):
+        prompts: list[list[int]] = [engine.tokenizer.encode(prompt)]
+    elif prompt and all(isinstance(part, int) for part in prompt):
+        prompts = [[part for part in prompt if isinstance(part, int)]]
+    else:
+        if any(isinstance(part, int) for part in prompt):
+            raise MalformedRequest(
+                "A prompt is a text, a list of texts, token ids, or a list of lists of them.", "prompt"
+            )
+        prompts = [engine.tokenizer.encode(part) if isinstance(part, str) else list(part) for part in prompt
+                   if not isinstance(part, int)]  # fmt: skip
+    if not prompts or not all(prompts):
+        raise MalformedRequest("A prompt must not be empty.", "prompt")
+    if not all(0 <= token < vocab_size for tokens in prompts for token in tokens):
+        raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "prompt")
+    return prompts
+
+
+def _limit(num_prompt: int, prompt_field: str, wanted: int | None, field: str, max_model_len: int) -> int:
+    """How many tokens may be generated. Raises PromptTooLong."""
+    room = max_model_len - num_prompt
     if room < 1:
         raise PromptTooLong(
-            f"This model's context is {info.max_model_len} tokens, and the messages have {len(prompt)}.", "messages"
+            f"This model's context is {max_model_len} tokens; the prompt has {num_prompt}.", prompt_field
         )
-    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted: int | None = getattr(body, field)
     if wanted is not None and wanted > room:
         raise PromptTooLong(
-            f"This model's context is {info.max_model_len} tokens; the messages have {len(prompt)}, "
+            f"This model's context is {max_model_len} tokens; the prompt has {num_prompt}, "
             f"which leaves {room} of the {wanted} asked for.",
             field,
         )
-    sampling = _sampling(body, wanted or room, info.vocab_size)
+    return wanted or room
+
+
+def _choices(
+    body: GenerationFields,
+    prompts: list[tuple[list[int], int]],
+    completion_id: str,
+    route: Route,
+    caller: Caller,
+    engine: Engine,
+) -> list[GenerateRequest]:
+    """(prompt, token limit) pairs -> `n` requests for each."""
+    vocab_size = engine.info().vocab_size
     return [
         GenerateRequest(
-            request_id=f"{completion_id}-{number}",
+            request_id=f"{completion_id}-{place}-{number}",
             prompt_token_ids=tuple(prompt),
-            sampling=_reseeded(sampling, number),
+            sampling=_reseeded(_sampling(body, limit, vocab_size), number),
             adapter=route.adapter,
             tenant=caller.tenant_id,
         )
+        for place, (prompt, limit) in enumerate(prompts)
         for number in range(body.n or 1)
     ]
 
@@ -55,7 +114,7 @@ def _reseeded(sampling: SamplingParams, number: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=sampling.seed + number)
 
 
-def _sampling(body: ChatRequest, max_tokens: int, vocab_size: int) -> SamplingParams:
+def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> SamplingParams:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if "" in stops:
         raise MalformedRequest("A stop string must not be empty.", "stop")
@@ -76,7 +135,7 @@ def _sampling(body: ChatRequest, max_tokens: int, vocab_size: int) -> SamplingPa
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): value for token, value in bias.items()},
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        num_logprobs=body.num_logprobs(),
         seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),

@@ -1,0 +1,120 @@
+"""One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from litestar import Request, Response
+from litestar.types import ASGIApp
+
+from loraplex.config.settings import Server
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent
+from loraplex.gateway.metrics import Metrics
+from loraplex.gateway.openai.wire import GenerationFields, PromptTokensDetails, Usage
+from loraplex.gateway.sse import DONE, Relay, StreamResponse, together, unless_client_leaves
+
+
+class Wire(Protocol):
+    """The JSON of one answer: frames while it streams, or the whole of it."""
+
+    def begin(self, number: int) -> bytes:
+        """The frames that open a choice."""
+        ...
+
+    def chunk(self, number: int, event: TokenEvent) -> bytes:
+        """The frame of an event's text; nothing where it adds nothing."""
+        ...
+
+    def finish(self, number: int, reason: FinishReason) -> bytes: ...
+
+    def usage(self, usage: Usage) -> bytes:
+        """The extra frame for `stream_options.include_usage`."""
+        ...
+
+    def whole(self, choices: Sequence[Sequence[TokenEvent]], usage: Usage) -> bytes:
+        """The answer at once, as JSON."""
+        ...
+
+
+class Answers:
+    """Answers generation requests of any route over one engine."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, server: Server) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._server = server
+
+    async def respond(
+        self, request: Request[Any, Any, Any], body: GenerationFields, choices: list[GenerateRequest], wire: Wire
+    ) -> ASGIApp:
+        """The response. Raises what the engine raises before its first token, and ClientLeft."""
+        answer = _Answer(choices, wire)
+        events = [self._metrics.watch(body.model, self._engine.generate(choice)) for choice in choices]
+        if not body.stream:
+            collected = await unless_client_leaves(request.receive, answer.collect(events))
+            return Response(collected, media_type="application/json")  # type: ignore[return-value]
+        relay = answer.relay(events, include_usage=body.includes_usage)
+        try:
+            await relay.begin(self._server.keep_alive_seconds)
+        except BaseException:
+            await relay.close()
+            raise
+        return StreamResponse(  # type: ignore[return-value]  # an ASGI app of Starlette's types
+            relay,
+            keep_alive_seconds=self._server.keep_alive_seconds,
+            send_timeout_seconds=self._server.send_timeout_seconds,
+        )
+
+
+class _Answer:
+    """One answer in the making: its choices, and what they have used so far."""
+
+    def __init__(self, choices: list[GenerateRequest], wire: Wire) -> None:
+        self._wire = wire
+        prompts = {choice.prompt_token_ids for choice in choices}  # the choices of one prompt count it once
+        self._num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self._num_tokens = 0
+        self._num_cached = 0
+
+    async def collect(self, events: Sequence[AsyncIterator[TokenEvent]]) -> bytes:
+        """The whole answer at once."""
+        choices = await together([self._exhaust(choice) for choice in events])
+        return self._wire.whole(choices, self._usage())
+
+    def relay(self, events: Sequence[AsyncIterator[TokenEvent]], *, include_usage: bool) -> Relay:
+        """The answer as frames, [DONE] last."""
+        begun: set[int] = set()
+
+        def encode(number: int, event: TokenEvent) -> bytes:
+            self._count(event)
+            encoded = b"" if number in begun else self._wire.begin(number)
+            begun.add(number)
+            encoded += self._wire.chunk(number, event)
+            if event.finish_reason is not None:
+                encoded += self._wire.finish(number, event.finish_reason)
+            return encoded
+
+        def end() -> bytes:
+            return (self._wire.usage(self._usage()) if include_usage else b"") + DONE
+
+        return Relay(events, encode, end)
+
+    async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
+        collected = []
+        async for event in events:
+            self._count(event)
+            collected.append(event)
+        return collected
+
+    def _count(self, event: TokenEvent) -> None:
+        self._num_tokens += len(event.token_ids)
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+
+    def _usage(self) -> Usage:
+        details = PromptTokensDetails(cached_tokens=self._num_cached)
+        total = self._num_prompt_tokens + self._num_tokens
+        return Usage(self._num_prompt_tokens, self._num_tokens, total, details)
+
+
+def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    """The events whose tokens are part of the text: one that only ended the answer is not."""
+    return [event for event in events if event.text or event.finish_reason != "stop"]

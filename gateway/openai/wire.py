@@ -1,0 +1,84 @@
+"""What chat completions and completions share: sampling fields, usage, and how the rest is refused."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import UNSET, Struct
+
+from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+
+# JSON has no -inf; OpenAI's own answers say this instead.
+LEAST_LOGPROB = -9999.0
+
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that are honoured wherever text is generated.
+
+    A route adds its own, and those it knows and does not offer: these may only have a value without effect, listed in
+    `not_offered`. A field that is neither is refused by the decoder.
+    """
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # said about a request, without effect on its answer
+    user: str | None = None
+    # common extensions
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    min_p: Unit | None = None
+    typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: Natural | None = None
+
+    def check(self) -> None:
+        """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
+        for name, harmless in self.not_offered.items():
+            raw = getattr(self, name)
+            if raw is not UNSET and msgspec.json.decode(raw) not in (None, *harmless):
+                raise UnsupportedParameter(f"{name} is not supported by this server.", name)
+        if self.stream_options is not None and not self.stream:
+            raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
+
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell beside each; None where nothing is asked for."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    """`cached_tokens` of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails

@@ -1,0 +1,93 @@
+"""/v1/completions with the official SDK: text continues as the echo engine echoes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from openai.types import Completion
+from support.gateway import BASE, Gateway
+from support.problems import assert_problem
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0) as client:
+        yield client
+
+
+def test_text_continues_up_to_sixteen_tokens_unless_told(client: OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt="0123456789abcdefXYZ")
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("0123456789abcdef", "length")
+    answer = client.completions.create(model=BASE, prompt="0123456789abcdefXYZ", max_tokens=30)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("0123456789abcdefXYZ", "stop")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), ([104, 105], ["hi"]), ([[104], [105, 33]], ["h", "i!"])],
+    ids=str,
+)
+def test_prompt_in_each_form(client: OpenAI, prompt: Any, texts: list[str]) -> None:
+    answer = client.completions.create(model=BASE, prompt=prompt, n=2)
+    assert [choice.text for choice in answer.choices] == [text for text in texts for _ in range(2)]
+    assert [choice.index for choice in answer.choices] == list(range(2 * len(texts)))
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(len(text) for text in texts)
+
+
+def test_stream_and_logprobs(client: OpenAI) -> None:
+    stream = client.completions.create(
+        model=BASE, prompt="hé", stream=True, logprobs=1, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "hé"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 4
+    whole = client.completions.create(model=BASE, prompt="abc", logprobs=2)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert (logprobs.tokens, logprobs.text_offset) == (["a", "b", "c"], [0, 1, 2])
+    assert logprobs.top_logprobs == [{"a": 0.0}, {"b": 0.0}, {"c": 0.0}]
+
+
+def test_chunks_are_strictly_the_sdks_type(gateway: Gateway) -> None:
+    body = {"model": BASE, "prompt": "ab", "logprobs": 1}
+    with gateway.client() as client:
+        raw = client.post("/v1/completions", json={**body, "stream": True}).content
+        whole = client.post("/v1/completions", json=body)
+    Completion.model_validate_json(whole.content, strict=True)
+    frames = raw.removesuffix(b"\n\n").split(b"\n\n")
+    assert frames[-1] == b"data: [DONE]"
+    for frame in frames[:-1]:
+        chunk = json.loads(frame.removeprefix(b"data: "))
+        assert chunk["object"] == "text_completion"
+        assert "usage" not in chunk
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"prompt": ""}, "invalid_request", "prompt"),
+        ({"prompt": []}, "invalid_request", "prompt"),
+        ({"prompt": [[]]}, "invalid_request", "prompt"),
+        ({"prompt": ["a", 5]}, "invalid_request", "prompt"),
+        ({"prompt": [257]}, "invalid_request", "prompt"),
+        ({"prompt": 5}, "invalid_request", "prompt"),
+        ({"prompt": "x" * 512}, "context_length_exceeded", "prompt"),
+        ({"max_tokens": 600}, "context_length_exceeded", "max_tokens"),
+        ({"logprobs": 21}, "invalid_request", "logprobs"),
+        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ({"best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"messages": []}, "unknown_parameter", "messages"),
+    ],
+    ids=str,
+)
+def test_field_wrong_is_refused_by_name(gateway: Gateway, changes: dict[str, Any], code: str, param: str) -> None:
+    with gateway.client() as client:
+        response = client.post("/v1/completions", json={"model": BASE, "prompt": "x", **changes})
+    assert_problem(response, 400, code, param)
