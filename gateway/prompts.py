@@ -1,5 +1,7 @@
 """Wire parameters -> GenerateRequest: messages become tokens under the model's chat template."""
 
+import re
+
 import msgspec
 
 from loraplex.auth.caller import Caller
@@ -11,6 +13,7 @@ from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 
 def chat_requests(
@@ -111,7 +114,7 @@ def _choices(
 def _reseeded(sampling: SamplingParams, number: int) -> SamplingParams:
     if sampling.seed is None or not number:
         return sampling
-    return msgspec.structs.replace(sampling, seed=sampling.seed + number)
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + number + 2**63) % 2**64 - 2**63)  # of 64 bits still
 
 
 def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> SamplingParams:
@@ -122,13 +125,16 @@ def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> Sampl
     if not all(0 <= token < vocab_size for token in stop_token_ids):
         raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "stop_token_ids")
     bias = body.logit_bias or {}
-    if not all(token.isascii() and token.isdigit() and int(token) < vocab_size for token in bias):
+    if not all(_TOKEN_ID.fullmatch(token) and int(token) < vocab_size for token in bias):
         raise MalformedRequest(f"Its keys are token ids, from 0 to {vocab_size - 1}.", "logit_bias")
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
+        top_k=min(max(body.top_k or 0, 0), vocab_size),
         min_p=body.min_p or 0.0,
         typical_p=1.0 if body.typical_p is None else body.typical_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
@@ -140,5 +146,5 @@ def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> Sampl
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
-        min_tokens=body.min_tokens or 0,
+        min_tokens=min_tokens,
     )

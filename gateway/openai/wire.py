@@ -57,7 +57,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
         for name, harmless in self.not_offered.items():
             raw = getattr(self, name)
-            if raw is not UNSET and msgspec.json.decode(raw) not in (None, *harmless):
+            if raw is not UNSET and not _is_among(raw, (None, *harmless)):
                 raise UnsupportedParameter(f"{name} is not supported by this server.", name)
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
@@ -69,6 +69,14 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def _is_among(raw: msgspec.Raw, values: tuple[Any, ...]) -> bool:
+    """The decoder only skips over raw fields, so that broken UTF-8 or a number out of range shows here first."""
+    try:
+        return msgspec.json.decode(raw) in values
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 class PromptTokensDetails(Struct):

@@ -1,0 +1,82 @@
+"""Values that are valid JSON to one layer and poison to the next: each is refused by name, none reaches an engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.gateway import BASE, Gateway
+from support.problems import assert_problem
+
+from loraplex.engines.protocol import GenerateRequest
+
+GOOD: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
+BEGINNING = b'{"model":"echo-base","messages":[{"role":"user","content":"hi"}],'
+
+
+def post(gateway: Gateway, body: bytes) -> Any:
+    with gateway.client() as client:
+        return client.post("/v1/chat/completions", content=body)
+
+
+@pytest.mark.parametrize(
+    "value", [b'"\xff"', b"1e999", b"[" * 500 + b"]" * 500, b'{"a":"\xc3"}'], ids=["utf8", "range", "deep", "nested"]
+)
+def test_field_not_offered_with_undecodable_value_is_refused_by_name(gateway: Gateway, value: bytes) -> None:
+    assert_problem(post(gateway, BEGINNING + b'"tools":' + value + b"}"), 400, "unsupported_parameter", "tools")
+
+
+@pytest.mark.parametrize("depth", [2_000, 100_000])
+def test_field_not_offered_nested_too_deep_is_400(gateway: Gateway, depth: int) -> None:
+    raw = BEGINNING + b'"tools":' + b"[" * depth + b"]" * depth + b"}"
+    assert_problem(post(gateway, raw), 400, "invalid_request")
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'"\\udc00"', b'"\\ud800x"'])
+@pytest.mark.parametrize("field", [b"model", b"user", b"stop"])
+def test_lone_surrogate_is_400(gateway: Gateway, field: bytes, text: bytes) -> None:
+    raw = BEGINNING + b'"' + field + b'":' + text + b"}"
+    assert_problem(post(gateway, raw), 400, "invalid_request")
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+@pytest.mark.parametrize("field", [b"temperature", b"repetition_penalty", b"presence_penalty", b"min_p"])
+def test_number_that_is_none_is_400(gateway: Gateway, field: bytes, number: bytes) -> None:
+    response = post(gateway, BEGINNING + b'"' + field + b'":' + number + b"}")
+    assert_problem(response, 400, "invalid_request", field.decode() if number == b"1e999" else None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"": 1}}, "logit_bias", "invalid_request"),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids", "invalid_request"),
+        ({"min_tokens": 10**30}, "min_tokens", "invalid_request"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "invalid_request"),
+        ({"max_tokens": 10**30}, "max_tokens", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x", "nmae": "y"}]}, "messages[0].nmae", "unknown_parameter"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_value_out_of_bounds_is_named(gateway: Gateway, changes: dict[str, Any], param: str, code: str) -> None:
+    assert_problem(post(gateway, json.dumps({**GOOD, **changes}).encode()), 400, code, param)
+
+
+def test_integers_reach_the_engine_within_64_bits(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[GenerateRequest] = []
+    generate = gateway.services.engine.generate
+
+    def record(request: GenerateRequest) -> Any:
+        asked.append(request)
+        return generate(request)
+
+    monkeypatch.setattr(gateway.services.engine, "generate", record)
+    body = {**GOOD, "seed": 2**63 - 1, "n": 3, "top_k": 10**30, "min_tokens": 3, "max_tokens": 3}
+    assert post(gateway, json.dumps(body).encode()).status_code == 200
+    assert [request.sampling.seed for request in asked] == [2**63 - 1, -(2**63), -(2**63) + 1]
+    assert {request.sampling.top_k for request in asked} == {257}
