@@ -5,8 +5,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 from litestar import Request
+from litestar.exceptions import InternalServerException
 
-from loraplex.gateway.errors import MalformedRequest, UnknownParameter
+from loraplex.gateway.errors import ClientLeft, MalformedRequest, UnknownParameter
 
 T = TypeVar("T")
 
@@ -21,8 +22,12 @@ class Body(Generic[T]):
         self._decoder = msgspec.json.Decoder(type, strict=True)
 
     async def of(self, request: Request[Any, Any, Any]) -> T:
-        """Raises MalformedRequest or UnknownParameter."""
-        return self.decode(await request.body())
+        """Raises MalformedRequest or UnknownParameter, or ClientLeft."""
+        try:
+            raw = await request.body()
+        except InternalServerException as error:  # Litestar's word for a body that broke off
+            raise ClientLeft("The client closed the connection before its request was complete.") from error
+        return self.decode(raw)
 
     def decode(self, raw: bytes) -> T:
         if not raw.strip():

@@ -3,11 +3,18 @@
 import re
 import secrets
 import time
+from typing import Any
 
+from litestar import Request
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id_of(request: Request[Any, Any, Any]) -> str:
+    """What the response's `x-request-id` says, for the log."""
+    return str(request.scope.get("request_id", "-"))
 
 
 def identify_requests(app: ASGIApp) -> ASGIApp:

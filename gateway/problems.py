@@ -10,6 +10,7 @@ from litestar.exceptions import HTTPException
 from loraplex.auth import errors as auth
 from loraplex.engines import errors as engines
 from loraplex.gateway import errors as gateway
+from loraplex.gateway.middleware import request_id_of
 
 _log = logging.getLogger("loraplex.gateway")
 
@@ -78,7 +79,7 @@ class Problem(NamedTuple):
 
 def problem_of(error: Exception) -> Problem:
     """What to tell a client of this exception; an unforeseen one tells nothing of its insides."""
-    if isinstance(error, HTTPException):
+    if isinstance(error, HTTPException) and error.status_code < 500:
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         return Problem(Row(error.status_code, _INVALID, code), error.detail, None)
     row = TABLE.get(type(error))
@@ -87,13 +88,16 @@ def problem_of(error: Exception) -> Problem:
     return Problem(row, str(error), getattr(error, "param", None))
 
 
+def report(request_id: str, error: Exception) -> None:
+    """Log what is the server's fault, with its traceback where nobody foresaw it."""
+    if problem_of(error).row.status >= 500:
+        _log.error("request %s failed: %s", request_id, error, exc_info=None if type(error) in TABLE else error)
+
+
 def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Litestar's handler for every exception."""
     problem = problem_of(error)
-    if problem.row.status >= 500:
-        request_id = request.scope.get("request_id", "-")
-        expected = type(error) in TABLE
-        _log.error("request %s failed: %s", request_id, error, exc_info=None if expected else error)
+    report(request_id_of(request), error)
     headers = {}
     if problem.row.retry_after is not None:
         headers["retry-after"] = f"{problem.row.retry_after:.0f}"

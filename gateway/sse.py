@@ -6,7 +6,6 @@ written together. `StreamResponse` is sse-starlette's response on a shorter path
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +18,11 @@ from starlette.types import Scope, Send
 
 from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.errors import ClientLeft
-from loraplex.gateway.problems import problem_of
+from loraplex.gateway.problems import problem_of, report
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-_log = logging.getLogger("loraplex.gateway")
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -61,7 +59,7 @@ async def _disconnected(receive: Receive) -> None:
 class Relay:
     """One answer's frames, of one choice or several.
 
-    `encode(choice, event)` gives the frames of an event, `end()` those after the last.
+    `encode(choice, event)` gives the frames of an event, `end()` those after the last; `request_id` is for the log.
     """
 
     def __init__(
@@ -69,10 +67,12 @@ class Relay:
         choices: Sequence[AsyncIterator[TokenEvent]],
         encode: Callable[[int, TokenEvent], bytes],
         end: Callable[[], bytes],
+        request_id: str = "-",
     ) -> None:
         self._choices = choices
         self._encode = encode
         self._end = end
+        self._request_id = request_id
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
         self._is_over = False
@@ -100,6 +100,7 @@ class Relay:
             if is_over:
                 break
         if self._error is not None:
+            report(self._request_id, self._error)
             yield b"data: " + problem_of(self._error).body() + b"\n\n"
 
     async def close(self) -> None:
@@ -113,8 +114,6 @@ class Relay:
             self._frames.append(self._end())
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
-            if problem_of(error).row.code == "internal_error":
-                _log.exception("a stream failed")
         finally:
             self._is_over = True
             self._news.set()

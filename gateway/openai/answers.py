@@ -9,6 +9,7 @@ from litestar.types import ASGIApp
 from loraplex.config.settings import Server
 from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent
 from loraplex.gateway.metrics import Metrics
+from loraplex.gateway.middleware import request_id_of
 from loraplex.gateway.openai.wire import GenerationFields, PromptTokensDetails, Usage
 from loraplex.gateway.sse import DONE, Relay, StreamResponse, together, unless_client_leaves
 
@@ -52,9 +53,10 @@ class Answers:
         if not body.stream:
             collected = await unless_client_leaves(request.receive, answer.collect(events))
             return Response(collected, media_type="application/json")  # type: ignore[return-value]
-        relay = answer.relay(events, include_usage=body.includes_usage)
+        request_id = request_id_of(request)
+        relay = answer.relay(events, request_id, include_usage=body.includes_usage)
         try:
-            await relay.begin(self._server.keep_alive_seconds)
+            await unless_client_leaves(request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
             await relay.close()
             raise
@@ -80,7 +82,7 @@ class _Answer:
         choices = await together([self._exhaust(choice) for choice in events])
         return self._wire.whole(choices, self._usage())
 
-    def relay(self, events: Sequence[AsyncIterator[TokenEvent]], *, include_usage: bool) -> Relay:
+    def relay(self, events: Sequence[AsyncIterator[TokenEvent]], request_id: str, *, include_usage: bool) -> Relay:
         """The answer as frames, [DONE] last."""
         begun: set[int] = set()
 
@@ -96,7 +98,7 @@ class _Answer:
         def end() -> bytes:
             return (self._wire.usage(self._usage()) if include_usage else b"") + DONE
 
-        return Relay(events, encode, end)
+        return Relay(events, encode, end, request_id)
 
     async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
         collected = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,8 +76,11 @@ def settings_in(home: Path, **server: Any) -> Settings:
 
 
 @contextmanager
-def running(settings: Settings, admin_key: str) -> Iterator[Gateway]:
-    """Serve until the block ends, as the CLI does. `LORAPLEX_TEST_ADMIN_KEY` must hold `admin_key`."""
+def running(settings: Settings, admin_key: str, *, send_buffer: int | None = None) -> Iterator[Gateway]:
+    """Serve until the block ends, as the CLI does. `LORAPLEX_TEST_ADMIN_KEY` must hold `admin_key`.
+
+    `send_buffer` is what the kernel keeps for a client that does not read, in bytes.
+    """
     started = threading.Event()
     found: list[Gateway] = []
     stop: list[asyncio.Task[None]] = []
@@ -84,6 +88,8 @@ def running(settings: Settings, admin_key: str) -> Iterator[Gateway]:
 
     async def main() -> None:
         listener = listen(settings)
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         host, port = listener.getsockname()[:2]
         with listener:
             async with open_services(settings) as services:

@@ -1,0 +1,133 @@
+"""Clients that leave, stall or break off: their place is free at once, and nobody is blamed for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.gateway import BASE, Gateway, running, settings_in
+
+from loraplex.engines.protocol import GenerateRequest, TokenEvent
+
+LONG = {"model": BASE, "messages": [{"role": "user", "content": "<slow>" + "x" * 300}]}
+
+
+@pytest.fixture
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    """A gateway that sends its first comment after an hour."""
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
+    with running(settings_in(tmp_path, keep_alive_seconds=3600), "k") as gateway:
+        gateway.tenant_id, gateway.api_key = gateway.new_tenant("tests")
+        yield gateway
+
+
+def connect(gateway: Gateway, body: Any, *, length: int | None = None, receive_buffer: int | None = None) -> Any:
+    """A socket with a chat request written to it, of `length` bytes as it claims."""
+    url = httpx.URL(gateway.url)
+    raw = json.dumps(body).encode()
+    client = socket.socket()
+    if receive_buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(20)
+    client.connect((url.host, url.port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+    client.sendall(head.encode() + f"Content-Length: {length or len(raw)}\r\n\r\n".encode() + raw)
+    return client
+
+
+def wait_for(holds: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_gone_before_the_first_token_frees_its_place(
+    patient: Gateway, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    entered, left = [], []
+
+    async def never(request: GenerateRequest) -> Any:
+        entered.append(request)
+        try:
+            await asyncio.sleep(3600)
+            yield TokenEvent(request_id=request.request_id, token_ids=(), text="", step=0)
+        finally:
+            left.append(request)
+
+    monkeypatch.setattr(patient.services.engine, "generate", never)
+    client = connect(patient, {**LONG, "stream": stream})
+    wait_for(lambda: entered, 5)
+    assert not left
+    client.close()
+    wait_for(lambda: left, 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_client_gone_midway_is_aborted_and_counted(gateway: Gateway, stream: bool, how: str) -> None:
+    before = gateway.stats()
+    client = connect(gateway, {**LONG, "stream": stream})
+    wait_for(lambda: gateway.stats().total_generated_tokens > before.total_generated_tokens + 2, 5)
+    if how == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    client.close()
+    wait_for(lambda: gateway.stats().num_running == 0, 1)
+    after = gateway.stats()
+    assert after.total_aborted == before.total_aborted + 1
+    assert after.total_finished == before.total_finished
+
+
+def test_every_choice_of_a_client_that_leaves_is_aborted(gateway: Gateway) -> None:
+    before = gateway.stats().total_aborted
+    client = connect(gateway, {**LONG, "stream": True, "n": 5})
+    wait_for(lambda: gateway.stats().num_running == 5, 5)
+    client.close()
+    wait_for(lambda: gateway.stats().num_running == 0, 1)
+    assert gateway.stats().total_aborted == before + 5
+
+
+def test_request_that_breaks_off_is_nobodys_error(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    client = connect(gateway, LONG, length=10_000)
+    time.sleep(0.1)
+    client.close()
+    time.sleep(0.2)
+    with gateway.client() as other:
+        assert other.get("/v1/models").status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_reader_that_stalls_is_cut_after_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
+    with running(settings_in(tmp_path, send_timeout_seconds=0.5), "k", send_buffer=4096) as gateway:
+        _, gateway.api_key = gateway.new_tenant("tests")
+        body = {**LONG, "stream": True, "n": 64, "logprobs": True}  # some 400 kB a second
+        with connect(gateway, body, receive_buffer=4096) as client:
+            wait_for(lambda: gateway.stats().num_running == 64, 5)
+            wait_for(lambda: gateway.stats().num_running == 0, 5)  # the whole answer would take 15 seconds
+            assert gateway.stats().total_aborted == 64
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+        assert b"[DONE]" not in received
+        with gateway.client() as other:
+            assert other.get("/v1/models").status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_reader_that_is_slow_but_reads_is_served_to_the_end(gateway: Gateway) -> None:
+    body = {"model": BASE, "stream": True, "messages": [{"role": "user", "content": "x" * 200}]}
+    with connect(gateway, body, receive_buffer=4096) as client:
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            time.sleep(0.01)
+            received += client.recv(1024)
+    assert b"data: [DONE]\n\n" in received
