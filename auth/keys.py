@@ -8,10 +8,13 @@ pepper that lies outside the database is stored: whoever reads the database can 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import os
 import re
 import secrets
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -57,13 +60,28 @@ def digest(pepper: bytes, key: str) -> str:
 
 
 def load_pepper(value: str | None, path: Path) -> bytes:
-    """The pepper from `value` if given, else from the file, which is made on first use (mode 0600)."""
+    """The pepper from `value` if given, else from the file, which is made on first use (mode 0600).
+
+    Raises OSError, or ValueError where the file is empty.
+    """
     if value is not None:
         return value.encode()
+    if not path.exists():
+        _make_pepper(path)
+    pepper = path.read_bytes().strip()
+    if not pepper:
+        raise ValueError(f"{path} is empty; it must hold the secret that key hashes are made under")
+    return pepper
+
+
+def _make_pepper(path: Path) -> None:
+    """Whole or not at all, so that a process beside this one never reads half a secret; the first to come wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # of mode 0600
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_text(secrets.token_hex(32))
-    except FileExistsError:
-        pass
-    return path.read_bytes().strip()
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        os.unlink(draft)

@@ -51,6 +51,7 @@ class Tenants:
         self._clock = clock
         self._admin_digests: frozenset[str] = frozenset()
         self._remembered: dict[str, tuple[float, Caller | None]] = {}
+        self._num_revocations = 0
 
     async def bootstrap_admin(self, given: str | None) -> str | None:
         """Let in the `given` admin key, or the one of an earlier start; where there is none, make and return one."""
@@ -109,7 +110,7 @@ class Tenants:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
         if not result.rowcount:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
-        self._remembered.clear()
+        self._forget()
 
     async def create_key(self, tenant_id: str, name: str, expires_at: float | None = None) -> ApiKey:
         """A new inference key, shown in this answer alone. Raises TenantNotFound."""
@@ -127,8 +128,11 @@ class Tenants:
         )
         values = {**msgspec.structs.asdict(key), "digest": digest(self._pepper, secret)}
         del values["key"]
-        async with self._database.begin() as connection:
-            await connection.execute(insert(api_keys).values(**values))
+        try:
+            async with self._database.begin() as connection:
+                await connection.execute(insert(api_keys).values(**values))
+        except IntegrityError as error:  # deleted since it was looked up
+            raise TenantNotFound(f"There is no tenant {tenant_id!r}.") from error
         return key
 
     async def list_keys(self, tenant_id: str) -> list[ApiKey]:
@@ -147,7 +151,11 @@ class Tenants:
                 raise KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
             if known.revoked_at is None:
                 await connection.execute(update(api_keys).where(mine).values(revoked_at=self._clock()))
+        self._forget()
+
+    def _forget(self) -> None:
         self._remembered.clear()
+        self._num_revocations += 1
 
     async def _look_up(self, hashed: str) -> Caller | None:
         """By digest: an index on it gives an attacker no timing to climb, for digests cannot be steered."""
@@ -155,6 +163,7 @@ class Tenants:
         known = self._remembered.get(hashed)
         if known is not None and now - known[0] < REMEMBERED_SECONDS:
             return known[1]
+        revocations = self._num_revocations
         query = (
             select(api_keys, tenants.c.name.label("tenant_name"))
             .join(tenants, tenants.c.id == api_keys.c.tenant_id)
@@ -167,7 +176,8 @@ class Tenants:
             caller = Caller(tenant_id=row.tenant_id, tenant_name=row.tenant_name, key_id=row.id, role="inference")
         if len(self._remembered) >= _MAX_REMEMBERED:
             self._remembered.clear()
-        self._remembered[hashed] = (now, caller)
+        if revocations == self._num_revocations:  # else the row may have been read before a key was revoked
+            self._remembered[hashed] = (now, caller)
         return caller
 
 

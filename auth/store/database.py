@@ -7,10 +7,12 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+# Two gateways that start together must not both migrate. The number is arbitrary and must never change.
+_ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(6013294718)"}
 
 
 async def open_database(url: str) -> AsyncEngine:
@@ -18,8 +20,14 @@ async def open_database(url: str) -> AsyncEngine:
     engine = create_async_engine(url)
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _set_sqlite_pragmas)
-    async with engine.begin() as connection:
-        await connection.run_sync(upgrade)
+    try:
+        async with engine.begin() as connection:
+            if (alone := _ALONE.get(engine.dialect.name)) is not None:
+                await connection.execute(text(alone))
+            await connection.run_sync(upgrade)
+    except BaseException:
+        await engine.dispose()
+        raise
     return engine
 
 

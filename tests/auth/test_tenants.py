@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -12,10 +16,11 @@ import pytest_asyncio
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from support.services import missing
 
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
+from loraplex.auth.keys import new_key
 from loraplex.auth.store.database import downgrade, open_database, upgrade
 from loraplex.auth.store.tables import metadata
 from loraplex.auth.tenants import REMEMBERED_SECONDS, Tenants
@@ -34,12 +39,10 @@ class Clock:
 
 
 @pytest_asyncio.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    """A migrated database of the test's own."""
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """An empty database of the test's own."""
     if request.param == "sqlite":
-        engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
-        yield engine
-        await engine.dispose()
+        yield f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
         return
     try:
         server = await asyncpg.connect(POSTGRES, timeout=5)
@@ -48,12 +51,17 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
     name = f"loraplex_test_{secrets.token_hex(6)}"
     await server.execute(f"CREATE DATABASE {name}")
     try:
-        engine = await open_database(f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}")
-        yield engine
-        await engine.dispose()
+        yield f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}"
     finally:
-        await server.execute(f"DROP DATABASE {name}")
+        await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
         await server.close()
+
+
+@pytest_asyncio.fixture
+async def database(url: str) -> AsyncIterator[AsyncEngine]:
+    engine = await open_database(url)
+    yield engine
+    await engine.dispose()
 
 
 @pytest.fixture
@@ -92,6 +100,64 @@ async def test_key_expired_is_refused(tenants: Tenants, clock: Clock) -> None:
     clock.now = 1010.0
     with pytest.raises(InvalidApiKey):
         await tenants.authenticate(key.key)
+
+
+async def test_remembered_keys_are_bounded(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.auth.tenants._MAX_REMEMBERED", 8)
+    key = await tenants.create_key((await tenants.create_tenant("acme")).id, "one")
+    for _ in range(20):
+        with pytest.raises(InvalidApiKey):
+            await tenants.authenticate(new_key("inference"))
+        assert len(tenants._remembered) <= 8
+    assert (await tenants.authenticate(key.key)).key_id == key.id
+
+
+async def test_key_mistyped_costs_no_look_up(tenants: Tenants) -> None:
+    key = new_key("inference")
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key[:-1] + ("x" if key[-1] != "x" else "y"))
+    assert tenants._remembered == {}
+
+
+async def test_key_revoked_while_it_is_looked_up_is_not_remembered(
+    database: AsyncEngine, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-up reads its row, then waits; the revocation comes in between."""
+    tenant = await tenants.create_tenant("acme")
+    key = await tenants.create_key(tenant.id, "one")
+    read, revoked = asyncio.Event(), asyncio.Event()
+    execute = AsyncConnection.execute
+
+    async def slow_execute(self: AsyncConnection, *arguments: Any) -> Any:
+        result = await execute(self, *arguments)
+        if "digest" in str(arguments[0]) and not read.is_set():
+            read.set()
+            await revoked.wait()
+        return result
+
+    monkeypatch.setattr(AsyncConnection, "execute", slow_execute)
+    looking = asyncio.create_task(tenants.authenticate(key.key))
+    await read.wait()
+    revoking = asyncio.create_task(tenants.revoke_key(tenant.id, key.id))
+    await revoking
+    revoked.set()
+    await looking  # it came first
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key.key)
+
+
+async def test_create_key_for_a_tenant_deleted_meanwhile_raises(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = await tenants.create_tenant("acme")
+
+    async def say_it_is_there(tenant_id: str) -> Any:
+        await tenants.delete_tenant(tenant_id)
+        return tenant
+
+    monkeypatch.setattr(tenants, "get_tenant", say_it_is_there)
+    with pytest.raises(TenantNotFound):
+        await tenants.create_key(tenant.id, "late")
 
 
 async def test_key_revoked_is_refused_here_at_once_and_elsewhere_soon(
@@ -159,3 +225,28 @@ async def test_migrations_make_what_the_tables_say_and_can_be_undone(database: A
         assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == ["alembic_version"]
         await connection.run_sync(upgrade)
         assert await connection.run_sync(differences) == []
+
+
+async def test_processes_that_start_together_all_open_the_database(url: str) -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from loraplex.auth.store.database import open_database\n"
+        "async def main():\n"
+        "    await (await open_database(sys.argv[1])).dispose()\n"
+        "asyncio.run(main())\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    ends = [await asyncio.to_thread(process.communicate, timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, ends
+
+
+async def test_open_database_again_keeps_what_is_there(url: str) -> None:
+    for expected in ([], ["acme"]):
+        engine = await open_database(url)
+        tenants = Tenants(engine, b"pepper")
+        assert [tenant.name for tenant in await tenants.list_tenants()] == expected
+        if not expected:
+            await tenants.create_tenant("acme")
+        await engine.dispose()
