@@ -4,6 +4,7 @@ The table is in the database; requests read a snapshot in memory, replaced as a 
 request sees either the old catalogue or the new one.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from loraplex.engines.protocol import Adapter, AdapterCard, Engine
 from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, MalformedRequest, ModelNotFound
 
 SHARED = ""  # the tenant of adapters that everyone may use
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+_NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
 
 
 class Stored(Protocol):
@@ -76,13 +77,15 @@ class Catalogue:
         self._engine = engine
         self.base = base
         self._snapshot: Mapping[tuple[str, str], Registered] = {}
+        self._reloading = asyncio.Lock()  # or an older reading of the table could replace a newer one
 
     async def reload(self) -> None:
         """Read the table anew."""
-        async with self._database.connect() as connection:
-            rows = await connection.execute(select(table).order_by(table.c.created_at, table.c.name))
-            found = [_registered(row._mapping) for row in rows]
-        self._snapshot = {(entry.tenant_id, entry.name): entry for entry in found}
+        async with self._reloading:
+            async with self._database.connect() as connection:
+                rows = await connection.execute(select(table).order_by(table.c.created_at, table.c.name))
+                found = [_registered(row._mapping) for row in rows]
+            self._snapshot = {(entry.tenant_id, entry.name): entry for entry in found}
 
     async def route(self, model: str, caller: Caller) -> Route:
         """Raises ModelNotFound, also for another tenant's adapter; AdapterError if its files are gone for good."""
@@ -97,11 +100,9 @@ class Catalogue:
 
     def visible(self, caller: Caller) -> list[Registered]:
         """The adapters this caller may use, oldest first; an admin sees all."""
-        return [
-            entry
-            for entry in self._snapshot.values()
-            if caller.role == "admin" or entry.tenant_id in (SHARED, caller.tenant_id)
-        ]
+        if caller.role == "admin":
+            return list(self._snapshot.values())
+        return [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
 
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
@@ -154,7 +155,9 @@ class Catalogue:
     def _check_name(self, name: str, tenant_id: str) -> None:
         if _NAME.fullmatch(name) is None:
             raise MalformedRequest(
-                f"{name!r} is not a model name: 1 to 128 letters, digits and any of . _ / : - are.", "name"
+                f"{name!r} is not a model name: 1 to 128 letters, digits and any of . _ / : - are, "
+                "where no part between slashes is empty or begins with a dot.",
+                "name",
             )
         if name == self.base or (tenant_id, name) in self._snapshot:
             raise AdapterNameTaken(f"There is a model named {name!r} already.", "name")
@@ -163,7 +166,16 @@ class Catalogue:
         """Fetch the files of a registered adapter again, because the cache lost them."""
         stored = await self._store.fetch(entry.source, entry.name)
         mine = (table.c.tenant_id == entry.tenant_id) & (table.c.name == entry.name)
-        changes = {"adapter_id": stored.adapter.id, "path": stored.adapter.path, "revision": stored.revision}
+        card = entry.card
+        if stored.adapter.id != entry.adapter_id:  # the source has other files by now
+            card = await self._engine.inspect(stored.adapter)
+        changes = {
+            "adapter_id": stored.adapter.id,
+            "path": stored.adapter.path,
+            "revision": stored.revision,
+            "num_bytes": stored.num_bytes,
+            "card": msgspec.to_builtins(card),
+        }
         async with self._database.begin() as connection:
             await connection.execute(update(table).where(mine).values(**changes))
         await self.reload()

@@ -11,6 +11,7 @@ import msgspec
 import typer
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 
 from loraplex.config.settings import Settings, SettingsError, load_settings
 from loraplex.engines.build import build_engine
@@ -18,7 +19,7 @@ from loraplex.engines.errors import EngineError, ModelNotServable
 from loraplex.engines.protocol import Progress
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
 from loraplex.gateway.server import listen, serve
-from loraplex.gateway.services import Services, open_services
+from loraplex.gateway.services import CannotOpen, Services, open_services
 
 _screen = Console(stderr=True, highlight=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -67,13 +68,13 @@ async def _present_demo(settings: Settings, services: Services, base_url: str, a
 
 
 async def _present_server(services: Services, base_url: str) -> None:
-    _screen.print(f"Serving {services.engine.info().base_model} at {base_url}")
+    _screen.print(f"Serving {services.engine.info().base_model} at {base_url}", markup=False, soft_wrap=True)
     if services.new_admin_key is not None:
         print(f"Admin key (shown this once): {services.new_admin_key}", flush=True)
 
 
 def _run(settings: Settings, present: Callable[[Services, str], Awaitable[None]]) -> None:
-    """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 1 and the reason where it cannot start."""
+    """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 2 and the reason where it cannot start."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s gateway %(levelname)s %(message)s")
     for noisy in ("uvicorn", "httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -84,7 +85,7 @@ def _run(settings: Settings, present: Callable[[Services, str], Awaitable[None]]
     with listener:
         try:
             uvloop.run(_serve(settings, listener, present))
-        except EngineError as error:
+        except (CannotOpen, EngineError) as error:
             _fail(str(error))
 
 
@@ -116,5 +117,5 @@ def _load(config: Path) -> Settings:
 
 
 def _fail(message: str) -> NoReturn:
-    _screen.print(f"[red]error:[/red] {message}")
+    _screen.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(2)

@@ -11,7 +11,7 @@ from loraplex.auth.tenants import ApiKey, Tenant, Tenants
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import require_admin
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class NewTenant(Struct, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -236,9 +235,10 @@ async def test_processes_that_start_together_all_open_the_database(url: str) -> 
         "asyncio.run(main())\n"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE, text=True) for _ in range(4)
+        await asyncio.create_subprocess_exec(sys.executable, "-c", code, url, stderr=asyncio.subprocess.PIPE)
+        for _ in range(4)
     ]
-    ends = [await asyncio.to_thread(process.communicate, timeout=60) for process in processes]
+    ends = [await process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, ends
 
 

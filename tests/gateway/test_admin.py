@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from support.gateway import BASE, Gateway, running, settings_in, write_adapter
@@ -107,13 +108,24 @@ def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
         ({"name": "a@1"}, 400, "invalid_request", "name"),
         ({"name": "x" * 129}, 400, "invalid_request", "name"),
         ({"name": "../up"}, 400, "invalid_request", "name"),
+        ({"name": "a/../b"}, 400, "invalid_request", "name"),
+        ({"name": "a/./b"}, 400, "invalid_request", "name"),
+        ({"name": "a//b"}, 400, "invalid_request", "name"),
+        ({"name": "a/"}, 400, "invalid_request", "name"),
+        ({"name": "a\n"}, 400, "invalid_request", "name"),
+        ({"name": "ä"}, 400, "invalid_request", "name"),
+        ({"name": 5}, 400, "invalid_request", "name"),
+        ({"tenant_id": ["x"]}, 400, "invalid_request", "tenant_id"),
+        ({"source": "/" + "x" * 5000}, 400, "adapter_invalid", None),
+        ({"source": "/etc/\0"}, 400, "adapter_invalid", None),
+        ({"source": "ftp://x/y"}, 403, "adapter_source_forbidden", None),
         ({"base": "other"}, 400, "invalid_request", "base"),
         ({"tenant_id": "tenant_none"}, 404, "tenant_not_found", None),
         ({"source": "/etc"}, 403, "adapter_source_forbidden", None),
         ({"source": "nothing-here"}, 403, "adapter_source_forbidden", None),
         ({"sauce": "x"}, 400, "unknown_parameter", "sauce"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_registration_refused_changes_nothing(
     gateway: Gateway, changes: dict[str, str], status: int, code: str, param: str | None
@@ -123,6 +135,115 @@ def test_registration_refused_changes_nothing(
         before = admin.get("/admin/v1/adapters").json()
         assert_problem(admin.post("/admin/v1/adapters", json=body), status, code, param)
         assert admin.get("/admin/v1/adapters").json() == before
+
+
+@pytest.mark.parametrize("name", ["x" * 128, "org/name", "a/b/c", "v1.0:latest", "a/_b", "7"])
+def test_adapter_name_leads_to_it_on_every_route(gateway: Gateway, name: str) -> None:
+    body = {"name": name, "source": str(gateway.adapter_dir / "shared")}
+    with gateway.admin() as admin, gateway.client() as client:
+        assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        for path in (name, quote(name, safe="")):
+            assert admin.get(f"/admin/v1/adapters/{path}").json()["name"] == name
+            assert client.get(f"/v1/models/{path}").json()["id"] == name
+        chat = {"model": name, "messages": [{"role": "user", "content": "x"}]}
+        answer = client.post("/v1/chat/completions", json=chat).json()
+        assert answer["choices"][0]["message"]["content"] == f"{name}: x"
+        assert admin.delete(f"/admin/v1/adapters/{quote(name, safe='')}").status_code == 204
+        assert_problem(admin.delete(f"/admin/v1/adapters/{name}"), 404, "adapter_not_found", "name")
+        assert_problem(client.post("/v1/chat/completions", json=chat), 404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("broken", ["config", "weights", "both"])
+def test_registration_of_broken_files_changes_nothing(gateway: Gateway, broken: str) -> None:
+    source = write_adapter(gateway.adapter_dir / f"broken-{broken}")
+    if broken in ("config", "both"):
+        (source / "adapter_config.json").write_text("{")
+    if broken in ("weights", "both"):
+        (source / "adapter_model.safetensors").unlink()
+    with gateway.admin() as admin:
+        before = admin.get("/admin/v1/adapters").json()
+        response = admin.post("/admin/v1/adapters", json={"name": "broken", "source": str(source)})
+        assert response.status_code in (400, 404)
+        assert_problem(response, response.status_code, response.json()["error"]["code"])
+        assert response.json()["error"]["code"].startswith("adapter_")
+        assert admin.get("/admin/v1/adapters").json() == before
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, None, "invalid_request"),
+        ({"name": ""}, "name", "invalid_request"),
+        ({"name": "x" * 129}, "name", "invalid_request"),
+        ({"name": "a\0b"}, "name", "invalid_request"),
+        ({"name": "a\nb"}, "name", "invalid_request"),
+        ({"name": None}, "name", "invalid_request"),
+        ({"name": "x", "id": "y"}, "id", "unknown_parameter"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_tenant_refused_changes_nothing(gateway: Gateway, body: object, param: str | None, code: str) -> None:
+    with gateway.admin() as admin:
+        before = admin.get("/admin/v1/tenants").json()
+        assert_problem(admin.post("/admin/v1/tenants", json=body), 400, code, param)
+        assert admin.get("/admin/v1/tenants").json() == before
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"name": 5}, "name"), ({"expires_at": "tomorrow"}, "expires_at"), ({"name": "\0"}, "name")],
+    ids=str,
+)
+def test_key_refused_is_400_and_named(gateway: Gateway, body: object, param: str) -> None:
+    with gateway.admin() as admin:
+        path = f"/admin/v1/tenants/{gateway.tenant_id}/keys"
+        before = admin.get(path).json()
+        assert_problem(admin.post(path, json=body), 400, "invalid_request", param)
+        assert admin.get(path).json() == before
+
+
+def test_key_expires_and_is_refused(gateway: Gateway) -> None:
+    with gateway.admin() as admin:
+        path = f"/admin/v1/tenants/{gateway.tenant_id}/keys"
+        past = admin.post(path, json={"expires_at": time.time() - 1}).json()["key"]
+        future = admin.post(path, json={"expires_at": time.time() + 3600}).json()["key"]
+    with gateway.client(past) as client:
+        assert_problem(client.get("/v1/models"), 401, "invalid_api_key")
+    with gateway.client(future) as client:
+        assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/admin/v1/tenants/none", "tenant_not_found"),
+        ("DELETE", "/admin/v1/tenants/none", "tenant_not_found"),
+        ("GET", "/admin/v1/tenants/none/keys", "tenant_not_found"),
+        ("POST", "/admin/v1/tenants/none/keys", "tenant_not_found"),
+        ("DELETE", "/admin/v1/tenants/none/keys/none", "key_not_found"),
+    ],
+)
+def test_tenant_or_key_unknown_is_404(gateway: Gateway, method: str, path: str, code: str) -> None:
+    with gateway.admin() as admin:
+        assert_problem(admin.request(method, path, json={}), 404, code)
+
+
+def test_key_of_one_tenant_cannot_be_revoked_through_another(gateway: Gateway) -> None:
+    tenant, key = gateway.new_tenant("keeper")
+    with gateway.admin() as admin, gateway.client(key) as client:
+        key_id = admin.get(f"/admin/v1/tenants/{tenant}/keys").json()["data"][0]["id"]
+        refused = admin.delete(f"/admin/v1/tenants/{gateway.tenant_id}/keys/{key_id}")
+        assert_problem(refused, 404, "key_not_found")
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_admin_key_sees_every_tenants_adapters_and_may_chat(gateway: Gateway) -> None:
+    with gateway.admin() as admin:
+        chat = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
+        assert admin.post("/v1/chat/completions", json=chat).status_code == 200
+        engine = admin.get("/admin/v1/engine").json()
+        assert (engine["engine"], engine["base_model"], engine["max_model_len"]) == ("echo", BASE, 512)
+        assert admin.get("/admin/v1/engine/stats").json()["num_running"] == 0
 
 
 def test_catalogue_and_keys_survive_a_restart_and_lost_files_come_back(

@@ -127,6 +127,34 @@ def test_check_config_unknown_engine_and_missing_model_are_told(tmp_path: Path) 
     assert "config.json" in run("check-config", str(path)).stderr
 
 
+@pytest.mark.parametrize("directory", ["[/red]", "[red]", "a directory with a name " + "so long " * 15])
+def test_check_config_shows_paths_as_they_are(tmp_path: Path, directory: str) -> None:
+    path = tmp_path / directory / "missing.toml"
+    done = run("check-config", str(path))
+    assert done.returncode == 2
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "setting"),
+    [
+        ('test.db"', 'missing/test.db"', "database.url"),
+        ("sqlite+aiosqlite:///", "nonsense+driver://", "database.url"),
+        ("sqlite+aiosqlite:///", "postgresql+asyncpg://someone:a-secret@127.0.0.1:1", "database.url"),
+        ('pepper"', 'loraplex.toml/pepper"', "auth.pepper_file"),
+    ],
+)
+def test_serve_what_cannot_be_opened_is_named(tmp_path: Path, old: str, new: str, setting: str) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace(old, new))
+    done = run("serve", "--config", str(path))
+    assert done.returncode == 2, done.stderr
+    assert setting in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a-secret" not in done.stderr
+
+
 def test_serve_port_taken_is_a_clear_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = run("serve", "--config", str(write_config(tmp_path, listener.getsockname()[1])))
