@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import threading
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from loraplex.config.settings import Settings
-from loraplex.engines.protocol import Progress
+from loraplex.engines.protocol import Engine, Progress
 from loraplex.gateway.app import create_app
 from loraplex.gateway.services import Services
 
@@ -19,7 +20,28 @@ _log = logging.getLogger("loraplex.gateway")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's own would end the process by the signal it got; ours ends by returning, with status 0."""
+    """uvicorn's own would end the process by the signal it got; ours ends by returning, with status 0.
+
+    And it would cut the streams that are open at the end of the drain; ours stops the engine then, so that each ends
+    with an error its client can read.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.create_task(self._close_engine_after_drain())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+
+    async def _close_engine_after_drain(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
+        await self._engine.close()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,8 +81,10 @@ async def serve(
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=max(1, round(settings.server.drain_seconds)),
-        )
+            timeout_graceful_shutdown=math.ceil(settings.server.drain_seconds) + 2,  # for what the engine cannot end
+        ),
+        services.engine,
+        settings.server.drain_seconds,
     )
 
     async def start() -> None:

@@ -26,7 +26,7 @@ def free_port() -> int:
         return port
 
 
-def write_config(home: Path, port: int = 0, extra: str = "") -> Path:
+def write_config(home: Path, port: int = 0, extra: str = "", drain_seconds: int = 10) -> Path:
     path = home / "loraplex.toml"
     path.write_text(
         f"""
@@ -35,7 +35,7 @@ path = "{home}"
 name = "echo-base"
 [server]
 port = {port}
-drain_seconds = 10
+drain_seconds = {drain_seconds}
 [engine]
 kind = "echo"
 [database]
@@ -55,12 +55,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(home: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
+def serving(home: Path, drain_seconds: int = 10) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
     """(the process, a client with the admin key, a tenant's key)"""
     port = free_port()
     environment = {**os.environ, "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
     process = subprocess.Popen(
-        [LORAPLEX, "serve", "--config", str(write_config(home, port))],
+        [LORAPLEX, "serve", "--config", str(write_config(home, port, drain_seconds=drain_seconds))],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -173,6 +173,51 @@ def test_serve_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         reader.join(20)
         assert b"".join(received).endswith(b"data: [DONE]\n\n")
         assert process.wait(20) == 0
+
+
+def test_serve_sigterm_ends_streams_that_outlast_the_drain_with_an_error(tmp_path: Path) -> None:
+    with serving(tmp_path, drain_seconds=1) as (process, client, key):
+        begun, received = threading.Event(), list[bytes]()
+        reader = threading.Thread(target=read_stream, args=(client, key, begun, received))
+        reader.start()
+        assert begun.wait(10)
+        process.send_signal(signal.SIGTERM)
+        reader.join(20)
+        assert process.wait(20) == 0
+        frames = b"".join(received).split(b"\n\n")
+        assert frames[-1] == b""
+        assert b'"error":{"message":' in frames[-2]
+        assert b"[DONE]" not in b"".join(received)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_serve_refuses_new_connections_while_it_drains(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, client, key):
+        begun, received = threading.Event(), list[bytes]()
+        reader = threading.Thread(target=read_stream, args=(client, key, begun, received))
+        reader.start()
+        assert begun.wait(10)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{client.base_url}/health")
+        reader.join(20)
+        assert b"".join(received).endswith(b"data: [DONE]\n\n")
+
+
+def test_serve_log_of_a_run_holds_no_key(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, client, key):
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}x"}).status_code == 401
+        body = {"model": "echo-base", "messages": [{"role": "user", "content": "<fail>......"}]}
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.post("/v1/chat/completions", json=body, headers=headers).status_code == 500
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=20)
+    assert "this request was asked to fail" in error
+    for secret in (key, key.split("-")[3], ADMIN_KEY, "Bearer"):
+        assert secret not in out + error
 
 
 def test_serve_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
