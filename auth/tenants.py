@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from loraplex.auth.store.tables import admin_keys, api_keys, tenants
 # How long, in seconds, a key's look-up may be remembered; a revocation in another process shows after this at most.
 REMEMBERED_SECONDS = 1.0
 _MAX_REMEMBERED = 10_000
+_ID = re.compile(r"(tenant|key)_[0-9a-f]{16}")  # other text is not asked for: PostgreSQL refuses some of it
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +100,8 @@ class Tenants:
 
     async def get_tenant(self, tenant_id: str) -> Tenant:
         """Raises TenantNotFound."""
+        if not _ID.fullmatch(tenant_id):
+            raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
         async with self._database.connect() as connection:
             row = (await connection.execute(select(tenants).where(tenants.c.id == tenant_id))).first()
         if row is None:
@@ -106,6 +110,7 @@ class Tenants:
 
     async def delete_tenant(self, tenant_id: str) -> None:
         """Its keys stop working at once. Raises TenantNotFound."""
+        await self.get_tenant(tenant_id)
         async with self._database.begin() as connection:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
         if not result.rowcount:
@@ -144,6 +149,8 @@ class Tenants:
 
     async def revoke_key(self, tenant_id: str, key_id: str) -> None:
         """From now on the key is refused. Raises KeyNotFound; revoking twice is no error."""
+        if not (_ID.fullmatch(tenant_id) and _ID.fullmatch(key_id)):
+            raise KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
         mine = (api_keys.c.id == key_id) & (api_keys.c.tenant_id == tenant_id)
         async with self._database.begin() as connection:
             known = (await connection.execute(select(api_keys.c.revoked_at).where(mine))).first()

@@ -157,9 +157,13 @@ class StreamResponse(EventSourceResponse):
                     await send({"type": "http.response.body", "body": frames, "more_body": True})
                 finally:
                     watchdog.cancel()
-            async with self._send_lock:
-                self.active = False
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            watchdog = loop.call_later(self._send_timeout, stalled.cancel)
+            try:
+                async with self._send_lock:
+                    self.active = False
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                watchdog.cancel()
 
 
 def let_streams_drain() -> None:

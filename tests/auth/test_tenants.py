@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 import pytest_asyncio
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from support.services import missing
+from support.services import own_postgres_database
 
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
 from loraplex.auth.keys import new_key
 from loraplex.auth.store.database import downgrade, open_database, upgrade
 from loraplex.auth.store.tables import metadata
 from loraplex.auth.tenants import REMEMBERED_SECONDS, Tenants
-
-POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 
 
 class Clock:
@@ -43,17 +39,8 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
     if request.param == "sqlite":
         yield f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
         return
-    try:
-        server = await asyncpg.connect(POSTGRES, timeout=5)
-    except (OSError, asyncpg.PostgresError) as error:
-        missing("PostgreSQL", error)
-    name = f"loraplex_test_{secrets.token_hex(6)}"
-    await server.execute(f"CREATE DATABASE {name}")
-    try:
-        yield f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}"
-    finally:
-        await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
-        await server.close()
+    async with own_postgres_database() as url:
+        yield url
 
 
 @pytest_asyncio.fixture

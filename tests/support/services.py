@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NoReturn
 
+import asyncpg
 import pytest
+
+POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 
 
 def missing(service: str, reason: object) -> NoReturn:
@@ -14,3 +20,19 @@ def missing(service: str, reason: object) -> NoReturn:
     if os.environ.get("LORAPLEX_REQUIRE_SERVICES"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@asynccontextmanager
+async def own_postgres_database() -> AsyncIterator[str]:
+    """The SQLAlchemy URL of an empty database that is dropped afterwards."""
+    try:
+        server = await asyncpg.connect(POSTGRES, timeout=5)
+    except (OSError, asyncpg.PostgresError) as error:
+        missing("PostgreSQL", error)
+    name = f"loraplex_test_{secrets.token_hex(6)}"
+    try:
+        await server.execute(f"CREATE DATABASE {name}")
+        yield f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}"
+    finally:
+        await server.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await server.close()

@@ -1,0 +1,159 @@
+"""The response that writes a relay to a client, against an ASGI server that is computed by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from loraplex.engines.errors import EngineDied
+from loraplex.engines.protocol import TokenEvent
+from loraplex.gateway.sse import DONE, Relay, StreamResponse
+
+SCOPE: Any = {"type": "http", "method": "POST", "path": "/", "headers": []}
+
+
+class Wire:
+    """What a server would see; writing `stall_at` waits for ever, as a client that does not read makes it."""
+
+    def __init__(self, *, stall_at: bytes | None = None) -> None:
+        self.messages: list[Any] = []
+        self.stall_at = stall_at
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> Any:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.messages.append(message)
+        if self.stall_at is not None and message.get("body") == self.stall_at:
+            await asyncio.sleep(3600)
+
+    @property
+    def writes(self) -> list[bytes]:
+        return [message["body"] for message in self.messages if message["type"] == "http.response.body"]
+
+
+class Tap:
+    """One choice whose tokens come when the test says so."""
+
+    def __init__(self) -> None:
+        self.texts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        self.was_closed = False
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        try:
+            while (text := await self.texts.get()) is not None:
+                if isinstance(text, Exception):
+                    raise text
+                yield TokenEvent(request_id="r", token_ids=(1,), text=text, step=1)
+        finally:
+            self.was_closed = True
+
+
+def response_of(tap: Tap, *, keep_alive: float = 3600, send_timeout: float = 3600) -> StreamResponse:
+    relay = Relay([tap.events()], lambda number, event: f"data: {event.text}\n\n".encode(), lambda: DONE)
+    return StreamResponse(relay, keep_alive_seconds=keep_alive, send_timeout_seconds=send_timeout)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_tokens_that_are_there_together_are_one_write_and_later_ones_another() -> None:
+    tap, wire = Tap(), Wire()
+    answering = asyncio.create_task(response_of(tap)(SCOPE, wire.receive, wire.send))
+    for text in "abc":
+        tap.texts.put_nowait(text)
+    await settle()
+    assert wire.writes == [b"data: a\n\ndata: b\n\ndata: c\n\n"]
+    tap.texts.put_nowait("d")
+    await settle()
+    assert wire.writes[1:] == [b"data: d\n\n"]
+    tap.texts.put_nowait(None)
+    await answering
+    assert wire.writes[2:] == [DONE, b""]
+    assert [message.get("more_body") for message in wire.messages[1:]] == [True, True, True, False]
+
+
+async def test_head_says_event_stream_and_comes_first() -> None:
+    tap, wire = Tap(), Wire()
+    tap.texts.put_nowait(None)
+    await response_of(tap)(SCOPE, wire.receive, wire.send)
+    head = wire.messages[0]
+    assert (head["type"], head["status"]) == ("http.response.start", 200)
+    headers = dict(head["headers"])
+    assert headers[b"content-type"].startswith(b"text/event-stream")
+    assert headers[b"x-accel-buffering"] == b"no"
+    assert b"content-length" not in headers
+
+
+async def test_silence_is_filled_with_comments_until_the_next_token() -> None:
+    tap, wire = Tap(), Wire()
+    answering = asyncio.create_task(response_of(tap, keep_alive=0.02)(SCOPE, wire.receive, wire.send))
+    await asyncio.sleep(0.1)
+    assert set(wire.writes) == {b": keep-alive\n\n"}
+    assert 2 <= len(wire.writes) <= 5
+    tap.texts.put_nowait(None)
+    await answering
+
+
+async def test_client_that_leaves_closes_the_choice() -> None:
+    tap, wire = Tap(), Wire()
+    tap.texts.put_nowait("a")
+    answering = asyncio.create_task(response_of(tap)(SCOPE, wire.receive, wire.send))
+    await settle()
+    assert not tap.was_closed
+    wire.gone.set()
+    await asyncio.wait_for(answering, 1)
+    assert tap.was_closed
+    assert b"" not in wire.writes
+
+
+async def test_client_that_stalls_closes_the_choice_after_the_timeout() -> None:
+    tap, wire = Tap(), Wire(stall_at=b"data: a\n\n")
+    tap.texts.put_nowait("a")
+    answering = asyncio.create_task(response_of(tap, send_timeout=0.05)(SCOPE, wire.receive, wire.send))
+    await asyncio.sleep(0.02)
+    assert not answering.done()
+    await asyncio.wait_for(answering, 1)
+    assert tap.was_closed
+    assert wire.writes == [b"data: a\n\n"]
+
+
+async def test_client_that_stalls_at_a_comment_closes_the_choice_after_the_timeout() -> None:
+    tap, wire = Tap(), Wire(stall_at=b": keep-alive\n\n")
+    answering = asyncio.create_task(
+        response_of(tap, keep_alive=0.02, send_timeout=0.05)(SCOPE, wire.receive, wire.send)
+    )
+    await asyncio.sleep(0.04)
+    tap.texts.put_nowait(None)
+    await asyncio.wait_for(answering, 1)
+    assert tap.was_closed
+    assert b"" not in wire.writes
+
+
+@pytest.mark.parametrize("last", [DONE, b""])
+async def test_client_that_stalls_at_the_end_is_let_go_after_the_timeout(last: bytes) -> None:
+    tap, wire = Tap(), Wire(stall_at=last)
+    answering = asyncio.create_task(response_of(tap, send_timeout=0.05)(SCOPE, wire.receive, wire.send))
+    tap.texts.put_nowait("a")
+    await settle()
+    assert wire.writes == [b"data: a\n\n"]
+    tap.texts.put_nowait(None)
+    await asyncio.wait_for(answering, 1)
+    assert wire.writes[-1] == last
+
+
+async def test_error_is_the_last_frame_and_the_response_ends_properly() -> None:
+    tap, wire = Tap(), Wire()
+    tap.texts.put_nowait("a")
+    tap.texts.put_nowait(EngineDied("gone"))
+    await response_of(tap)(SCOPE, wire.receive, wire.send)
+    assert wire.writes[-1] == b""
+    assert wire.writes[-2].startswith(b'data: {"error":{"message":"gone"')
+    assert wire.messages[-1]["more_body"] is False
