@@ -157,9 +157,10 @@ class NativeEngine:
             await asyncio.sleep(0.02)
         if self._supervisor is None:
             return
-        self._supervisor.cancel()
+        supervisor, self._supervisor = self._supervisor, None
+        supervisor.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._supervisor
+            await supervisor
         self._fail_all(EngineUnavailable("the server is stopping"))
         self._context.destroy(linger=0)
         self._directory.cleanup()
