@@ -100,8 +100,7 @@ class Tenants:
 
     async def get_tenant(self, tenant_id: str) -> Tenant:
         """Raises TenantNotFound."""
-        if not _ID.fullmatch(tenant_id):
-            raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
+        _require_tenant_id(tenant_id)
         async with self._database.connect() as connection:
             row = (await connection.execute(select(tenants).where(tenants.c.id == tenant_id))).first()
         if row is None:
@@ -110,7 +109,7 @@ class Tenants:
 
     async def delete_tenant(self, tenant_id: str) -> None:
         """Its keys stop working at once. Raises TenantNotFound."""
-        await self.get_tenant(tenant_id)
+        _require_tenant_id(tenant_id)
         async with self._database.begin() as connection:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
         if not result.rowcount:
@@ -186,6 +185,11 @@ class Tenants:
         if revocations == self._num_revocations:  # else the row may have been read before a key was revoked
             self._remembered[hashed] = (now, caller)
         return caller
+
+
+def _require_tenant_id(text: str) -> None:
+    if _ID.fullmatch(text) is None:
+        raise TenantNotFound(f"There is no tenant {text!r}.")
 
 
 def _api_key(row: Any) -> ApiKey:
