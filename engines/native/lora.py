@@ -7,7 +7,7 @@ kept stacked (one copy, made when the set of active adapters changes), so that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from loraplex.kernels.lora.grouped import add_masked, add_runs, owner_mask
 
 # Tokens of a step beyond which a GEMM pair for each run of tokens beats one masked pair over all adapters' rows.
 MASKED_MAX_TOKENS = 64
-_MAX_STACKS = 4
+_MAX_STACKS = 2  # each is a copy of its adapters' matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,16 @@ class ActiveAdapters:
     def __init__(self, adapter_ids: Sequence[str], arena: Arena) -> None:
         self.positions = {adapter_id: position for position, adapter_id in enumerate(adapter_ids)}
         self._entries = [arena.plan(adapter_id).entries for adapter_id in adapter_ids]
+        self._ranks = [max(entry.rank for entry in entries.values()) for entries in self._entries]
         self._flats = [arena.flat(adapter_id) for adapter_id in adapter_ids]
         self._layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout] = {}
         self._stacks = {index: self._stack(index) for index in sorted({i for e in self._entries for i in e})}
+
+    def serves(self, adapter_ids: Set[str]) -> bool:
+        """Whether a step of just these adapters may use the stacks: all are in, at no more than twice their rows."""
+        if not adapter_ids <= self.positions.keys():
+            return False
+        return sum(self._ranks) <= 2 * sum(self._ranks[self.positions[adapter_id]] for adapter_id in adapter_ids)
 
     def stack(self, index: int) -> Stack | None:
         """None where no active adapter touches the module."""
@@ -140,7 +147,7 @@ class LoraLayers:
     def __init__(self, arena: Arena) -> None:
         self.step: LoraStep | None = None
         self._arena = arena
-        self._recent: dict[tuple[str, ...], ActiveAdapters] = {}
+        self._recent: list[ActiveAdapters] = []
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """Replace the layer's `forward` by one that adds the step's adapters."""
@@ -172,11 +179,17 @@ class LoraLayers:
         )
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
-        """Recent stacks are kept: they are copies named by content, so a move in the arena does not stale them."""
-        active = self._recent.pop(adapter_ids, None) or ActiveAdapters(adapter_ids, self._arena)
-        self._recent[adapter_ids] = active
-        while len(self._recent) > _MAX_STACKS:
-            del self._recent[next(iter(self._recent))]
+        """Recent stacks are kept: they are copies named by content, so a move in the arena does not stale them.
+
+        An adapter whose last request ended stays in the stack, multiplied by zero, until half the rows are such.
+        """
+        wanted = set(adapter_ids)
+        active = next((recent for recent in self._recent if recent.serves(wanted)), None)
+        if active is None:
+            active = ActiveAdapters(adapter_ids, self._arena)
+        else:
+            self._recent.remove(active)
+        self._recent = [active, *self._recent[: _MAX_STACKS - 1]]
         return active
 
 

@@ -111,6 +111,22 @@ def test_same_seed_draws_the_same_tokens_in_any_company(small: SmallWorld) -> No
     assert tokens(emissions["reseeded"]) != alone
 
 
+def test_adapter_that_left_stays_stacked_and_changes_no_token(small: SmallWorld) -> None:
+    core = make_core(small)
+    wide, narrow = small.adapters["rank-64-mlp"], small.adapters["rank-32-dora"]
+    for adapter in (wide, narrow):
+        core.adapters.load(adapter, lambda error: None)
+    while core.stats().num_adapters_on_device < 2:
+        core.step()
+    core.submit(request("long", prompt_of(7, 9), wide, max_tokens=30, ignore_eos=True))
+    core.submit(request("short", prompt_of(8, 9), narrow, max_tokens=3, ignore_eos=True))
+    emissions = run(core)
+    assert len(core._machine.runner._lora._recent) <= 2
+    assert core._machine.runner._lora._recent[0].positions.keys() == {wide.id, narrow.id}
+    expected = small.oracle.greedy(prompt_of(7, 9), 30, wide)
+    assert tokens(emissions["long"])[: len(expected)] == expected
+
+
 def test_logprobs_equal_those_of_peft(small: SmallWorld) -> None:
     core = make_core(small)
     adapter, prompt = small.adapters["rank-8"], prompt_of(4, 21)
