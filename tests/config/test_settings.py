@@ -1,0 +1,48 @@
+"""The settings file: the example works, mistakes are named, and the reference says what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loraplex.config.reference import settings_markdown
+from loraplex.config.settings import SettingsError, load_settings
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = '[model]\npath = "x"\nname = "y"\n'
+
+
+def test_example_is_valid() -> None:
+    settings = load_settings(ROOT / "config" / "example.toml")
+    assert settings.model.name == "tinyllama"
+    assert settings.server.drain_seconds == 30
+
+
+def test_reference_is_what_the_settings_say() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_markdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "model"),
+        ("[model]\nname = 'y'", "path"),
+        (MODEL + "[server]\nprot = 1", "prot"),
+        (MODEL + "[server]\nport = 70000", "$.server.port"),
+        (MODEL + "[engine]\nkv_cache_bytes = 0", "$.engine.kv_cache_bytes"),
+        (MODEL + "[model", "loraplex.toml"),
+    ],
+)
+def test_load_settings_mistake_is_named_with_the_file(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "loraplex.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    assert says in str(caught.value)
+    assert "loraplex.toml" in str(caught.value)
+
+
+def test_load_settings_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml"):
+        load_settings(tmp_path / "nowhere.toml")
