@@ -13,6 +13,7 @@ from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 
@@ -47,6 +48,8 @@ def completion_requests(
     """`n` requests for each prompt. Raises PromptTooLong or MalformedRequest, naming the field."""
     info = engine.info()
     prompts = _prompt_tokens(prompt, engine, info.vocab_size)
+    if len(prompts) * (body.n or 1) > MAX_ANSWERS:
+        raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
     return _choices(body, limited, completion_id, route, caller, engine)

@@ -48,7 +48,7 @@ class Answers:
         self, request: Request[Any, Any, Any], body: GenerationFields, choices: list[GenerateRequest], wire: Wire
     ) -> ASGIApp:
         """The response. Raises what the engine raises before its first token, and ClientLeft."""
-        answer = _Answer(choices, wire)
+        answer = _Answer(choices, body.n or 1, wire)
         events = [self._metrics.watch(body.model, self._engine.generate(choice)) for choice in choices]
         if not body.stream:
             collected = await unless_client_leaves(request.receive, answer.collect(events))
@@ -70,10 +70,10 @@ class Answers:
 class _Answer:
     """One answer in the making: its choices, and what they have used so far."""
 
-    def __init__(self, choices: list[GenerateRequest], wire: Wire) -> None:
+    def __init__(self, choices: list[GenerateRequest], num_per_prompt: int, wire: Wire) -> None:
         self._wire = wire
-        prompts = {choice.prompt_token_ids for choice in choices}  # the choices of one prompt count it once
-        self._num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+        # the choices of one prompt stand together, and count it once
+        self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
         self._num_tokens = 0
         self._num_cached = 0
 

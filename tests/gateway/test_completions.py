@@ -91,3 +91,18 @@ def test_field_wrong_is_refused_by_name(gateway: Gateway, changes: dict[str, Any
     with gateway.client() as client:
         response = client.post("/v1/completions", json={"model": BASE, "prompt": "x", **changes})
     assert_problem(response, 400, code, param)
+
+
+def test_prompt_given_twice_counts_twice_and_its_choices_once(client: OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt=["abc", "abc"], n=3)
+    assert answer.usage is not None
+    assert (len(answer.choices), answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 6, 24)
+
+
+def test_prompts_beyond_the_limit_are_refused_before_any_runs(gateway: Gateway) -> None:
+    before = gateway.stats().total_prompt_tokens
+    with gateway.client() as client:
+        for prompt, n in (([[1]] * 2049, 1), (["a"] * 17, 128)):
+            response = client.post("/v1/completions", json={"model": BASE, "prompt": prompt, "n": n})
+            assert "2048" in assert_problem(response, 400, "invalid_request", "prompt")
+    assert gateway.stats().total_prompt_tokens == before
