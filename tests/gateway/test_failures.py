@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from typing import Any
 
@@ -11,10 +10,12 @@ import pytest
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
-from loraplex.engines.errors import EngineOverloaded
+from loraplex.engines.errors import EngineError
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.gateway.problems import TABLE
 
 ROUTE = "/v1/chat/completions"
+ENGINE_ERRORS = [error for error in TABLE if issubclass(error, EngineError)]
 
 
 def chat(text: str, **changes: Any) -> dict[str, Any]:
@@ -22,39 +23,20 @@ def chat(text: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_engine_death_before_the_first_token_is_a_status(gateway: Gateway, stream: bool) -> None:
-    """Another request's death comes in the 50 ms before this one's first token."""
-    responses: list[Any] = []
-
-    def wait_for_an_answer() -> None:
-        with gateway.client() as client:
-            responses.append(client.post(ROUTE, json=chat("<slow>abc", stream=stream)))
-
-    waiting = threading.Thread(target=wait_for_an_answer)
-    with gateway.client() as client:
-        client.get("/v1/models")  # connects
-        waiting.start()
-        deadline = time.monotonic() + 5
-        while not gateway.stats().num_running:
-            assert time.monotonic() < deadline
-        client.post(ROUTE, json=chat("<die>......"))
-    waiting.join(10)
-    assert_problem(responses[0], 500, "engine_died")
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_engine_overloaded_is_503_with_retry_after(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, stream: bool
+@pytest.mark.parametrize("error", sorted(ENGINE_ERRORS, key=str))
+def test_engine_error_before_the_first_token_is_its_status(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, error: type[EngineError], stream: bool
 ) -> None:
     async def refuse(request: GenerateRequest) -> Any:
-        raise EngineOverloaded("the queue is full")
+        raise error("the reason in words")
         yield
 
     monkeypatch.setattr(gateway.services.engine, "generate", refuse)
     with gateway.client() as client:
         response = client.post(ROUTE, json=chat("x", stream=stream))
-    assert assert_problem(response, 503, "engine_overloaded") == "the queue is full"
-    assert response.headers["retry-after"] == "1"
+    row = TABLE[error]
+    assert assert_problem(response, row.status, row.code) == "the reason in words"
+    assert ("retry-after" in response.headers) is (row.retry_after is not None)
 
 
 @pytest.mark.parametrize("tokens_before", [0, 1])

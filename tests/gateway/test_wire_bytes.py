@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import AsyncOpenAI
 from openai.types import Model
-from support.gateway import BASE, Gateway
+from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
 from loraplex.gateway.openai.chat_wire import ChatRequest
@@ -72,21 +73,17 @@ def test_stream_is_exactly_these_bytes(gateway: Gateway, include_usage: bool) ->
     assert stream == expected + b"data: [DONE]\n\n"
 
 
-def test_body_too_large_without_a_length_is_413(gateway: Gateway) -> None:
-    url = httpx.URL(gateway.url)
-    with socket.create_connection((url.host, url.port), timeout=10) as client:
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-            f"Authorization: Bearer {gateway.api_key}\r\n\r\n"
-        )
-        client.sendall(head.encode())
-        piece = b"100000\r\n" + b" " * 2**20 + b"\r\n"
-        try:
-            for _ in range(20):
-                client.sendall(piece)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        assert client.recv(12) == b"HTTP/1.1 413"
+@pytest.mark.parametrize("framing", ["Content-Length: 1025", "Transfer-Encoding: chunked"])
+def test_body_over_the_limit_is_413_however_it_is_framed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, framing: str
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
+    body = b" " * 1025 if "Length" in framing else b"401\r\n" + b" " * 1025 + b"\r\n0\r\n\r\n"
+    with running(settings_in(tmp_path, max_body_bytes=1024), "k") as small:
+        small.api_key = "k"
+        head, raw = exchange(small, f"POST /v1/chat/completions HTTP/1.1\r\n{framing}", body)
+    assert head.startswith("http/1.1 413 ")
+    assert json.loads(raw)["error"]["code"] == "request_too_large"
 
 
 def test_content_type_does_not_matter(gateway: Gateway) -> None:
