@@ -16,9 +16,15 @@ _ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lo
 
 
 async def open_database(url: str) -> AsyncEngine:
-    """Connect and migrate to the newest revision. SQLite runs with WAL and enforced foreign keys."""
+    """Connect and migrate to the newest revision. SQLite runs with WAL and enforced foreign keys.
+
+    The directory of an SQLite file is made, if need be. Raises SQLAlchemyError, OSError or ImportError.
+    """
     engine = create_async_engine(url)
     if engine.dialect.name == "sqlite":
+        database = engine.url.database or ""
+        if database != ":memory:" and not database.startswith("file:"):
+            Path(database).parent.mkdir(parents=True, exist_ok=True)
         event.listen(engine.sync_engine, "connect", _set_sqlite_pragmas)
     try:
         async with engine.begin() as connection:

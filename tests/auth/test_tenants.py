@@ -237,3 +237,9 @@ async def test_open_database_again_keeps_what_is_there(url: str) -> None:
         if not expected:
             await tenants.create_tenant("acme")
         await engine.dispose()
+
+
+async def test_open_database_makes_the_directory_of_its_file(tmp_path: Path) -> None:
+    engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'deep' / 'down' / 'test.db'}")
+    await engine.dispose()
+    assert (tmp_path / "deep" / "down" / "test.db").is_file()

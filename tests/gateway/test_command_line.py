@@ -139,7 +139,7 @@ def test_check_config_shows_paths_as_they_are(tmp_path: Path, directory: str) ->
 @pytest.mark.parametrize(
     ("old", "new", "setting"),
     [
-        ('test.db"', 'missing/test.db"', "database.url"),
+        ('test.db"', 'loraplex.toml/test.db"', "database.url"),
         ("sqlite+aiosqlite:///", "nonsense+driver://", "database.url"),
         ("sqlite+aiosqlite:///", "postgresql+asyncpg://someone:a-secret@127.0.0.1:1", "database.url"),
         ('pepper"', 'loraplex.toml/pepper"', "auth.pepper_file"),
