@@ -1,10 +1,10 @@
 """GET /health and /ping: for load balancers, without a key."""
 
-import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 
 from loraplex.engines.protocol import Engine
+from loraplex.gateway.replies import json_reply
 
 
 def health_routes(engine: Engine) -> list[HTTPRouteHandler]:
@@ -14,6 +14,6 @@ def health_routes(engine: Engine) -> list[HTTPRouteHandler]:
     async def health() -> Response[bytes]:
         found = engine.health()
         status = 200 if found.state == "ready" else 503
-        return Response(msgspec.json.encode(found), status_code=status, media_type="application/json")
+        return json_reply(found, status)
 
     return [health]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import msgspec
 from litestar import Request, Response, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
@@ -13,6 +12,7 @@ from loraplex.gateway.catalogue import SHARED, Catalogue, Registered
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, require_admin
+from loraplex.gateway.replies import json_reply
 
 
 class NewAdapter(Struct, forbid_unknown_fields=True):
@@ -72,15 +72,15 @@ def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> li
         if wanted.tenant_id is not None:
             await tenants.get_tenant(wanted.tenant_id)
         entry = await catalogue.register(wanted.name, wanted.source, wanted.tenant_id or SHARED)
-        return _json(_view(entry, catalogue.base), 201)
+        return json_reply(_view(entry, catalogue.base), 201)
 
     @get("/admin/v1/adapters", guards=[require_admin])
     async def list_adapters(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return _json(AdapterList(await views(catalogue.visible(caller_of(request)))))
+        return json_reply(AdapterList(await views(catalogue.visible(caller_of(request)))))
 
     @get("/admin/v1/adapters/{name:path}", guards=[require_admin])
     async def get_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return _json((await views([catalogue.get(*_key(request))]))[0])
+        return json_reply((await views([catalogue.get(*_key(request))]))[0])
 
     @delete("/admin/v1/adapters/{name:path}", guards=[require_admin])
     async def delete_adapter(request: Request[Any, Any, Any]) -> None:
@@ -105,7 +105,3 @@ def _view(entry: Registered, base: str) -> AdapterView:
         created_at=entry.created_at,
         card=entry.card,
     )
-
-
-def _json(value: Struct, status: int = 200) -> Response[bytes]:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

@@ -1,11 +1,11 @@
 """GET /admin/v1/engine and /admin/v1/engine/stats: what the engine serves, and its counters."""
 
-import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.guards import require_admin
+from loraplex.gateway.replies import json_reply
 
 
 def engine_routes(engine: Engine) -> list[HTTPRouteHandler]:
@@ -13,10 +13,10 @@ def engine_routes(engine: Engine) -> list[HTTPRouteHandler]:
 
     @get("/admin/v1/engine", guards=[require_admin])
     async def get_engine() -> Response[bytes]:
-        return Response(msgspec.json.encode(engine.info()), media_type="application/json")
+        return json_reply(engine.info())
 
     @get("/admin/v1/engine/stats", guards=[require_admin])
     async def get_stats() -> Response[bytes]:
-        return Response(msgspec.json.encode(await engine.stats()), media_type="application/json")
+        return json_reply(await engine.stats())
 
     return [get_engine, get_stats]

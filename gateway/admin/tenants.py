@@ -10,6 +10,7 @@ from msgspec import Struct
 from loraplex.auth.tenants import ApiKey, Tenant, Tenants
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import require_admin
+from loraplex.gateway.replies import json_reply
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
@@ -42,15 +43,15 @@ def tenant_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
 
     @post("/admin/v1/tenants", guards=[require_admin])
     async def create_tenant(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return _json(await tenants.create_tenant((await _new_tenant.of(request)).name), 201)
+        return json_reply(await tenants.create_tenant((await _new_tenant.of(request)).name), 201)
 
     @get("/admin/v1/tenants", guards=[require_admin])
     async def list_tenants() -> Response[bytes]:
-        return _json(TenantList(await tenants.list_tenants()))
+        return json_reply(TenantList(await tenants.list_tenants()))
 
     @get("/admin/v1/tenants/{tenant_id:str}", guards=[require_admin])
     async def get_tenant(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return _json(await tenants.get_tenant(request.path_params["tenant_id"]))
+        return json_reply(await tenants.get_tenant(request.path_params["tenant_id"]))
 
     @delete("/admin/v1/tenants/{tenant_id:str}", guards=[require_admin])
     async def delete_tenant(request: Request[Any, Any, Any]) -> None:
@@ -59,18 +60,16 @@ def tenant_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
     @post("/admin/v1/tenants/{tenant_id:str}/keys", guards=[require_admin])
     async def create_key(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_key.of(request)
-        return _json(await tenants.create_key(request.path_params["tenant_id"], wanted.name, wanted.expires_at), 201)
+        return json_reply(
+            await tenants.create_key(request.path_params["tenant_id"], wanted.name, wanted.expires_at), 201
+        )
 
     @get("/admin/v1/tenants/{tenant_id:str}/keys", guards=[require_admin])
     async def list_keys(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return _json(KeyList(await tenants.list_keys(request.path_params["tenant_id"])))
+        return json_reply(KeyList(await tenants.list_keys(request.path_params["tenant_id"])))
 
     @delete("/admin/v1/tenants/{tenant_id:str}/keys/{key_id:str}", guards=[require_admin])
     async def revoke_key(request: Request[Any, Any, Any]) -> None:
         await tenants.revoke_key(request.path_params["tenant_id"], request.path_params["key_id"])
 
     return [create_tenant, list_tenants, get_tenant, delete_tenant, create_key, list_keys, revoke_key]
-
-
-def _json(value: Struct, status: int = 200) -> Response[bytes]:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

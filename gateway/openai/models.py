@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import msgspec
 from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
@@ -10,6 +9,7 @@ from msgspec import Struct
 from loraplex.gateway.catalogue import Catalogue, Registered
 from loraplex.gateway.errors import ModelNotFound
 from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.replies import json_reply
 
 
 class ModelCard(Struct):
@@ -37,7 +37,7 @@ def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler
 
     @get("/v1/models", guards=[require_inference])
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return Response(msgspec.json.encode(ModelList(data=cards(request))), media_type="application/json")
+        return json_reply(ModelList(data=cards(request)))
 
     @get("/v1/models/{name:path}", guards=[require_inference])
     async def retrieve_model(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -45,7 +45,7 @@ def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler
         card = next((card for card in cards(request) if card.id == name), None)
         if card is None:
             raise ModelNotFound(f"The model {name!r} does not exist or you do not have access to it.", "model")
-        return Response(msgspec.json.encode(card), media_type="application/json")
+        return json_reply(card)
 
     return [list_models, retrieve_model]
 
