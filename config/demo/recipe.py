@@ -34,7 +34,7 @@ ADAPTER_SCHEDULES = {
     "butler": LONG,
     "emoji": Schedule(steps=1000, learning_rate=4e-3, warmup_steps=50, tokens_per_batch=2048),
     "json": LONG,
-    "pirate": SHORT,
+    "pirate": LONG,
     "shout": LONG,
     "spanish": LONG,
     "verse": LONG,
