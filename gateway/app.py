@@ -35,7 +35,7 @@ def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: 
             *chat_routes(engine, catalogue, answers),
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
-            *tenant_routes(tenants),
+            *tenant_routes(tenants, catalogue),
             *adapter_routes(catalogue, tenants, engine),
             *engine_routes(engine),
         ],

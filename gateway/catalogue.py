@@ -104,6 +104,10 @@ class Catalogue:
             return list(self._snapshot.values())
         return [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
 
+    def of_tenant(self, tenant_id: str) -> list[Registered]:
+        """A tenant's own adapters."""
+        return [entry for entry in self._snapshot.values() if entry.tenant_id == tenant_id]
+
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
         entry = self._snapshot.get((tenant_id, name))

@@ -12,6 +12,8 @@ import typer
 import uvloop
 from rich.console import Console
 from rich.markup import escape
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from loraplex.config.settings import Settings, SettingsError, load_settings
 from loraplex.engines.build import build_engine
@@ -54,7 +56,16 @@ def check_config_command(config: Annotated[Path, typer.Argument(help="A TOML fil
         _fail(f"{config}: {error}")
     if settings.engine.kind == "native" and not (settings.model.directory / "config.json").is_file():
         _fail(f"{config}: model.path = {settings.model.path!r} holds no config.json")
-    print(msgspec.json.format(msgspec.json.encode(settings), indent=2).decode())
+    print(msgspec.json.format(msgspec.json.encode(_without_password(settings)), indent=2).decode())
+
+
+def _without_password(settings: Settings) -> Settings:
+    """The same settings, fit to be shown."""
+    try:
+        shown = make_url(settings.database.url).render_as_string(hide_password=True)
+    except ArgumentError:
+        _fail("database.url is not a database's URL")
+    return msgspec.structs.replace(settings, database=msgspec.structs.replace(settings.database, url=shown))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from loraplex.auth.tenants import ApiKey, Tenant, Tenants
+from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import require_admin
 from loraplex.gateway.replies import json_reply
@@ -38,7 +39,7 @@ _new_tenant = Body(NewTenant)
 _new_key = Body(NewKey)
 
 
-def tenant_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
+def tenant_routes(tenants: Tenants, catalogue: Catalogue) -> list[HTTPRouteHandler]:
     """The handlers of these resources."""
 
     @post("/admin/v1/tenants", guards=[require_admin])
@@ -55,7 +56,10 @@ def tenant_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
 
     @delete("/admin/v1/tenants/{tenant_id:str}", guards=[require_admin])
     async def delete_tenant(request: Request[Any, Any, Any]) -> None:
-        await tenants.delete_tenant(request.path_params["tenant_id"])
+        tenant = await tenants.get_tenant(request.path_params["tenant_id"])
+        for entry in catalogue.of_tenant(tenant.id):  # refused as a whole while one of them serves requests
+            await catalogue.remove(tenant.id, entry.name)
+        await tenants.delete_tenant(tenant.id)
 
     @post("/admin/v1/tenants/{tenant_id:str}/keys", guards=[require_admin])
     async def create_key(request: Request[Any, Any, Any]) -> Response[bytes]:

@@ -85,6 +85,16 @@ def test_adapter_of_one_tenant_is_invisible_to_another(gateway: Gateway) -> None
         assert "private" not in names(gateway, owner_key)
 
 
+def test_tenant_deleted_takes_its_adapters_along(gateway: Gateway) -> None:
+    tenant, _ = gateway.new_tenant("with adapters")
+    source = write_adapter(gateway.adapter_dir / "orphan", rank=9)
+    with gateway.admin() as admin:
+        body = {"name": "orphan", "source": str(source), "tenant_id": tenant}
+        assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        assert admin.delete(f"/admin/v1/tenants/{tenant}").status_code == 204
+        assert "orphan" not in [entry["name"] for entry in admin.get("/admin/v1/adapters").json()["data"]]
+
+
 def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
     source = write_adapter(gateway.adapter_dir / "busy", rank=7)
     with gateway.admin() as admin, gateway.client() as client:

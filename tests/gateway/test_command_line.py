@@ -119,6 +119,27 @@ def test_check_config_prints_every_setting(tmp_path: Path) -> None:
     assert '"max_batch_tokens": 512' in done.stdout
 
 
+def test_check_config_never_shows_the_databases_password(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    lines = [
+        'url = "postgresql+asyncpg://loraplex:hush@db/loraplex"' if line.startswith("url =") else line
+        for line in path.read_text().splitlines()
+    ]
+    path.write_text("\n".join(lines))
+    done = run("check-config", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "postgresql+asyncpg://loraplex:***@db/loraplex" in done.stdout
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_check_config_url_of_no_database_is_told(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace("sqlite+aiosqlite:///", "nonsense "))
+    done = run("check-config", str(path))
+    assert done.returncode == 2
+    assert "database.url" in done.stderr
+
+
 def test_check_config_unknown_engine_and_missing_model_are_told(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     path.write_text(path.read_text().replace('kind = "echo"', 'kind = "warp"'))
