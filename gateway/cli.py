@@ -43,7 +43,7 @@ def demo_command(
 @app.command("serve")
 def serve_command(config: Annotated[Path, typer.Option(help="A TOML file; see config/example.toml.")]) -> None:
     """Serve what a settings file describes."""
-    _run(_load(config), _present_server)
+    _run(_load(config), _present_server, _show_new_admin_key)
 
 
 @app.command("check-config")
@@ -80,11 +80,19 @@ async def _present_demo(settings: Settings, services: Services, base_url: str, a
 
 async def _present_server(services: Services, base_url: str) -> None:
     _screen.print(f"Serving {services.engine.info().base_model} at {base_url}", markup=False, soft_wrap=True)
+
+
+def _show_new_admin_key(services: Services) -> None:
+    """Before the engine starts, for it may fail to: the database knows the key by then, and no later start shows it."""
     if services.new_admin_key is not None:
         print(f"Admin key (shown this once): {services.new_admin_key}", flush=True)
 
 
-def _run(settings: Settings, present: Callable[[Services, str], Awaitable[None]]) -> None:
+def _run(
+    settings: Settings,
+    present: Callable[[Services, str], Awaitable[None]],
+    on_open: Callable[[Services], None] = lambda services: None,
+) -> None:
     """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 2 and the reason where it cannot start."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s gateway %(levelname)s %(message)s")
     for noisy in ("uvicorn", "httpx", "alembic"):
@@ -95,18 +103,22 @@ def _run(settings: Settings, present: Callable[[Services, str], Awaitable[None]]
         _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}")
     with listener:
         try:
-            uvloop.run(_serve(settings, listener, present))
+            uvloop.run(_serve(settings, listener, present, on_open))
         except (CannotOpen, EngineError) as error:
             _fail(str(error))
 
 
 async def _serve(
-    settings: Settings, listener: socket.socket, present: Callable[[Services, str], Awaitable[None]]
+    settings: Settings,
+    listener: socket.socket,
+    present: Callable[[Services, str], Awaitable[None]],
+    on_open: Callable[[Services], None],
 ) -> None:
     host, port = listener.getsockname()[:2]
     base_url = f"http://{host}:{port}/v1"
-    with _screen.status("Starting") as status:
-        async with open_services(settings) as services:
+    async with open_services(settings) as services:
+        on_open(services)
+        with _screen.status("Starting") as status:
 
             async def on_ready() -> None:
                 status.stop()

@@ -280,3 +280,15 @@ def test_serve_first_start_prints_an_admin_key_once(tmp_path: Path) -> None:
         shown.append((out, error))
     assert "ak-loraplex-" in shown[0][0]
     assert "ak-loraplex-" not in shown[0][1] + shown[1][0] + shown[1][1]
+
+
+def test_serve_first_start_that_fails_has_shown_the_admin_key(tmp_path: Path) -> None:
+    """No later start would: the database knows it by then."""
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace('kind = "echo"', 'kind = "native"'))
+    environment = {name: value for name, value in os.environ.items() if name != "LORAPLEX_ADMIN_KEY"}
+    command = [LORAPLEX, "serve", "--config", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "tokenizer.json" in done.stderr.replace("\n", "")
+    assert "ak-loraplex-" in done.stdout
