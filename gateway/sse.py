@@ -6,12 +6,12 @@ written together. `StreamResponse` is sse-starlette's response on a shorter path
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import anyio
 from litestar.types import Receive
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive as StarletteReceive
 from starlette.types import Scope, Send
@@ -23,6 +23,7 @@ from loraplex.gateway.problems import problem_of, report
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -127,17 +128,15 @@ class Relay:
 
 
 class StreamResponse(EventSourceResponse):
-    """A relay as a response: keep-alive comments, a bound on a client that stops reading, abort on disconnect."""
+    """A relay as a response: comments in silence, a bound on a client that stops reading, abort on disconnect."""
 
     def __init__(self, relay: Relay, *, keep_alive_seconds: float, send_timeout_seconds: float) -> None:
-        super().__init__(
-            relay.frames(),
-            ping=keep_alive_seconds,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            sep="\n",
-        )
+        super().__init__(relay.frames(), ping=keep_alive_seconds, sep="\n")
         self._relay = relay
         self._send_timeout = send_timeout_seconds
+        self._stalled = anyio.CancelScope()
+        self._loop = asyncio.get_running_loop()
+        self._wrote_at = self._loop.time()
 
     async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
         try:
@@ -148,22 +147,38 @@ class StreamResponse(EventSourceResponse):
 
     async def _stream_response(self, send: Send) -> None:
         """sse-starlette's own wraps every frame in an event object and a cancel scope, at several times the cost."""
-        with anyio.CancelScope() as stalled:
-            loop = asyncio.get_running_loop()
+        with self._stalled:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for frames in self.body_iterator:
-                watchdog = loop.call_later(self._send_timeout, stalled.cancel)
-                try:
+                with self._bounded():
                     await send({"type": "http.response.body", "body": frames, "more_body": True})
-                finally:
-                    watchdog.cancel()
-            watchdog = loop.call_later(self._send_timeout, stalled.cancel)
-            try:
+                self._wrote_at = self._loop.time()
+            with self._bounded():
                 async with self._send_lock:
                     self.active = False
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
-            finally:
-                watchdog.cancel()
+
+    async def _ping(self, send: Send) -> None:
+        """sse-starlette's own comments at every interval, between tokens that come in time as well."""
+        while self.active:
+            silence = self._loop.time() - self._wrote_at
+            if silence < self.ping_interval:
+                await asyncio.sleep(self.ping_interval - silence)
+                continue
+            async with self._send_lock:
+                if self.active:
+                    with self._bounded():
+                        await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._wrote_at = self._loop.time()
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """One write; the stream is cut if it takes longer than the send timeout."""
+        watchdog = self._loop.call_later(self._send_timeout, self._stalled.cancel)
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
 
 def let_streams_drain() -> None:

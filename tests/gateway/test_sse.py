@@ -30,9 +30,10 @@ def relay_of(*choices: AsyncIterator[TokenEvent]) -> Relay:
     return Relay(choices, lambda number, event: f"{number}{event.text};".encode(), lambda: b"end")
 
 
-def test_overridden_method_still_exists() -> None:
-    assert list(inspect.signature(EventSourceResponse._stream_response).parameters) == ["self", "send"]
-    assert "self._stream_response(send)" in inspect.getsource(EventSourceResponse.__call__)
+@pytest.mark.parametrize("method", ["_stream_response", "_ping"])
+def test_overridden_method_still_exists(method: str) -> None:
+    assert list(inspect.signature(getattr(EventSourceResponse, method)).parameters) == ["self", "send"]
+    assert f"self.{method}(send)" in inspect.getsource(EventSourceResponse.__call__)
 
 
 async def test_frames_that_are_ready_together_come_together() -> None:

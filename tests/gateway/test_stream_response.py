@@ -158,3 +158,27 @@ async def test_error_is_the_last_frame_and_the_response_ends_properly() -> None:
     assert wire.writes[-1] == b""
     assert wire.writes[-2].startswith(b'data: {"error":{"message":"gone"')
     assert wire.messages[-1]["more_body"] is False
+
+
+async def test_tokens_that_come_in_time_need_no_comment() -> None:
+    tap, wire = Tap(), Wire()
+    answering = asyncio.create_task(response_of(tap, keep_alive=0.2)(SCOPE, wire.receive, wire.send))
+    for _ in range(25):
+        tap.texts.put_nowait("a")
+        await asyncio.sleep(0.02)
+    assert b": keep-alive\n\n" not in wire.writes
+    async with asyncio.timeout(5):
+        while b": keep-alive\n\n" not in wire.writes:
+            await asyncio.sleep(0.02)
+    tap.texts.put_nowait(None)
+    await answering
+
+
+async def test_client_that_stalls_in_silence_is_cut_after_the_timeout() -> None:
+    """No token comes to notice it; the comment does."""
+    tap, wire = Tap(), Wire(stall_at=b": keep-alive\n\n")
+    answering = asyncio.create_task(
+        response_of(tap, keep_alive=0.02, send_timeout=0.05)(SCOPE, wire.receive, wire.send)
+    )
+    await asyncio.wait_for(answering, 2)
+    assert tap.was_closed
