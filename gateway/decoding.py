@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 _AT = re.compile(r" - at `\$(?P<path>.*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 
 
 class Body(Generic[T]):
@@ -47,4 +48,7 @@ def _explain(text: str) -> MalformedRequest | UnknownParameter:
     if unknown := _UNKNOWN.search(message):
         name = f"{path}.{unknown['name']}".lstrip(".")
         return UnknownParameter(f"Unrecognized request argument: {name}", name)
+    if missing := _MISSING.search(message):
+        name = f"{path}.{missing['name']}".lstrip(".")
+        return MalformedRequest(f"Missing required parameter: {name}", name)
     return MalformedRequest(f"Invalid value for {path or 'the body'}: {message}", path or None)

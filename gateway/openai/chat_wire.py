@@ -7,7 +7,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import FinishReason
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.openai.wire import Count, GenerationFields, Usage
+from loraplex.gateway.openai.wire import Count, GenerationFields, Usage, refuse_what_matters
 
 
 class TextPart(Struct, forbid_unknown_fields=True):
@@ -21,6 +21,20 @@ class Message(Struct, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    # what answers have beside their text, and clients send back with them
+    refusal: Raw | UnsetType = UNSET
+    annotations: Raw | UnsetType = UNSET
+    audio: Raw | UnsetType = UNSET
+    function_call: Raw | UnsetType = UNSET
+    tool_calls: Raw | UnsetType = UNSET
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "refusal": (),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "tool_calls": ([],),
+    }
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -79,6 +93,8 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         super().check()
+        for place, message in enumerate(self.messages):
+            refuse_what_matters(message, message.not_offered, f"messages[{place}].")
         if self.top_logprobs and not self.logprobs:
             raise MalformedRequest("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
         both = self.max_tokens is not None and self.max_completion_tokens is not None

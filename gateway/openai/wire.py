@@ -55,10 +55,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
-        for name, harmless in self.not_offered.items():
-            raw = getattr(self, name)
-            if raw is not UNSET and not _is_among(raw, (None, *harmless)):
-                raise UnsupportedParameter(f"{name} is not supported by this server.", name)
+        refuse_what_matters(self, self.not_offered)
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
 
@@ -69,6 +66,14 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def refuse_what_matters(body: Struct, not_offered: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Fields that are known and not offered may be null or one of these values. Raises UnsupportedParameter."""
+    for name, harmless in not_offered.items():
+        raw = getattr(body, name)
+        if raw is not UNSET and not _is_among(raw, (None, *harmless)):
+            raise UnsupportedParameter(f"{prefix}{name} is not supported by this server.", f"{prefix}{name}")
 
 
 def _is_among(raw: msgspec.Raw, values: tuple[Any, ...]) -> bool:

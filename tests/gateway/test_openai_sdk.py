@@ -117,14 +117,15 @@ def test_every_chunk_and_answer_is_strictly_the_sdks_type(gateway: Gateway) -> N
     ChatCompletion.model_validate_json(answer.content, strict=True)
 
 
-def test_stream_silence_is_filled_with_comments(gateway: Gateway) -> None:
+def test_stream_silence_is_filled_with_comments(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.services.engine, "_step_seconds", 0.5)  # beside comments after 0.2
     with gateway.client() as client:
-        body = {"model": BASE, "stream": True, "messages": user("<slow>" + "x" * 20)}
+        body = {"model": BASE, "stream": True, "messages": user("xy")}
         raw = client.post("/v1/chat/completions", json=body).content
     assert b": keep-alive\n\n" in raw
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key) as sdk:
-        stream = sdk.chat.completions.create(model=BASE, messages=user("<slow>" + "x" * 20), stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "<slow>" + "x" * 20
+        stream = sdk.chat.completions.create(model=BASE, messages=user("xy"), stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "xy"
 
 
 @pytest.mark.parametrize(("prompt", "code"), [("<fail>......", "generation_failed"), ("<die>......", "engine_died")])
@@ -177,3 +178,12 @@ def wait_idle(gateway: Gateway, seconds: float = 2.0) -> None:
     while gateway.stats().num_running:
         assert time.monotonic() < deadline, "a request that was left runs on"
         time.sleep(0.01)
+
+
+def test_create_conversation_goes_on_with_the_sdks_own_message(client: OpenAI) -> None:
+    """As OpenAI's documentation does it: the answer's message is appended, with all the nulls that stand in it."""
+    first = client.chat.completions.create(model=BASE, messages=user("one")).choices[0].message
+    for said in (first, first.model_dump()):
+        messages: Any = [*user("one"), said, *user("two")]
+        answer = client.chat.completions.create(model=BASE, messages=messages)
+        assert answer.choices[0].message.content == "one\none\ntwo"

@@ -78,7 +78,6 @@ def test_body_that_is_no_object_is_400(gateway: Gateway, raw: bytes) -> None:
         ({"messages": "hi"}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "pope", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
@@ -219,3 +218,35 @@ def test_table_has_a_row_for_every_error_and_no_other() -> None:
     codes = [row.code for error, row in TABLE.items() if error is not GatewayError]
     assert all(row.type == ("server_error" if row.status >= 500 else "invalid_request_error") for row in TABLE.values())
     assert {"invalid_api_key", "model_not_found", "context_length_exceeded"} <= set(codes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("refusal", "no"),
+        ("annotations", [{}]),
+        ("audio", {"id": "a"}),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("tool_calls", [{"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+    ],
+)
+def test_message_field_not_offered_is_refused_by_name(gateway: Gateway, field: str, value: Any) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", field: value}]
+    with gateway.client() as client:
+        response = client.post("/v1/chat/completions", json={"model": BASE, "messages": messages})
+    assert_problem(response, 400, "unsupported_parameter", f"messages[1].{field}")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": BASE}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "model"),
+        ({"model": BASE, "messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"model": BASE, "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ],
+)
+def test_field_missing_is_named(gateway: Gateway, body: dict[str, Any], param: str) -> None:
+    with gateway.client() as client:
+        message = assert_problem(client.post("/v1/chat/completions", json=body), 400, "invalid_request", param)
+    assert param in message
