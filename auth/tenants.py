@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
 from loraplex.auth.keys import digest, has_key_form, last_four, new_key
-from loraplex.auth.store.tables import admin_keys, api_keys, tenants
+from loraplex.auth.store.tables import adapters, admin_keys, api_keys, tenants
 
 # How long, in seconds, a key's look-up may be remembered; a revocation in another process shows after this at most.
 REMEMBERED_SECONDS = 1.0
@@ -108,10 +108,12 @@ class Tenants:
         return Tenant(**row._mapping)
 
     async def delete_tenant(self, tenant_id: str) -> None:
-        """Its keys stop working at once. Raises TenantNotFound."""
+        """Its keys stop working at once, and its adapters leave the catalogue. Raises TenantNotFound."""
         _require_tenant_id(tenant_id)
         async with self._database.begin() as connection:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
+            # after the tenant: whoever enters an adapter for it has locked its row until then
+            await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         if not result.rowcount:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
         self._forget()
@@ -185,6 +187,13 @@ class Tenants:
         if revocations == self._num_revocations:  # else the row may have been read before a key was revoked
             self._remembered[hashed] = (now, caller)
         return caller
+
+
+async def require_tenant(connection: AsyncConnection, tenant_id: str) -> None:
+    """Keep a tenant from being deleted until the transaction ends. Raises TenantNotFound."""
+    query = select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update(read=True)
+    if (await connection.execute(query)).first() is None:
+        raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
 
 
 def _require_tenant_id(text: str) -> None:

@@ -5,6 +5,7 @@ request sees either the old catalogue or the new one.
 """
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.store.tables import adapters as table
+from loraplex.auth.tenants import require_tenant
+from loraplex.engines.errors import EngineError
 from loraplex.engines.protocol import Adapter, AdapterCard, Engine
 from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, MalformedRequest, ModelNotFound
 
@@ -99,14 +102,12 @@ class Catalogue:
         return Route(base=self.base, adapter=entry.adapter())
 
     def visible(self, caller: Caller) -> list[Registered]:
-        """The adapters this caller may use, oldest first; an admin sees all."""
-        if caller.role == "admin":
-            return list(self._snapshot.values())
+        """The adapters this caller may use, oldest first."""
         return [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
 
-    def of_tenant(self, tenant_id: str) -> list[Registered]:
-        """A tenant's own adapters."""
-        return [entry for entry in self._snapshot.values() if entry.tenant_id == tenant_id]
+    def everything(self) -> list[Registered]:
+        """The adapters of all tenants and those shared, oldest first."""
+        return list(self._snapshot.values())
 
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
@@ -118,7 +119,7 @@ class Catalogue:
     async def register(self, name: str, source: str, tenant_id: str = SHARED) -> Registered:
         """Fetch, validate against the base, and only then enter.
 
-        Raises MalformedRequest, AdapterNameTaken or AdapterError; the catalogue is then as it was.
+        Raises MalformedRequest, AdapterNameTaken, TenantNotFound or AdapterError; the catalogue is then as it was.
         """
         self._check_name(name, tenant_id)
         stored = await self._store.fetch(source, name)
@@ -137,6 +138,8 @@ class Catalogue:
         try:
             async with self._database.begin() as connection:
                 await connection.execute(insert(table).values(**msgspec.to_builtins(entry)))
+                if tenant_id != SHARED:  # it may have been deleted during the fetch
+                    await require_tenant(connection, tenant_id)
         except IntegrityError as error:
             raise AdapterNameTaken(f"There is a model named {name!r} already.", "name") from error
         await self.reload()
@@ -151,6 +154,14 @@ class Catalogue:
         async with self._database.begin() as connection:
             await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.name == name))
         await self.reload()
+
+    async def let_go(self, tenant_id: str) -> None:
+        """Forget the adapters of a deleted tenant; what is in use ends its requests and leaves the device later."""
+        gone = {entry.adapter_id for entry in self._snapshot.values() if entry.tenant_id == tenant_id}
+        await self.reload()
+        for adapter_id in gone - {entry.adapter_id for entry in self._snapshot.values()}:
+            with contextlib.suppress(EngineError):
+                await self._engine.unload(adapter_id)
 
     def _find(self, model: str, caller: Caller) -> Registered | None:
         own = self._snapshot.get((caller.tenant_id, model))

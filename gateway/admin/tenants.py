@@ -56,10 +56,9 @@ def tenant_routes(tenants: Tenants, catalogue: Catalogue) -> list[HTTPRouteHandl
 
     @delete("/admin/v1/tenants/{tenant_id:str}", guards=[require_admin])
     async def delete_tenant(request: Request[Any, Any, Any]) -> None:
-        tenant = await tenants.get_tenant(request.path_params["tenant_id"])
-        for entry in catalogue.of_tenant(tenant.id):  # refused as a whole while one of them serves requests
-            await catalogue.remove(tenant.id, entry.name)
-        await tenants.delete_tenant(tenant.id)
+        tenant_id = request.path_params["tenant_id"]
+        await tenants.delete_tenant(tenant_id)
+        await catalogue.let_go(tenant_id)
 
     @post("/admin/v1/tenants/{tenant_id:str}/keys", guards=[require_admin])
     async def create_key(request: Request[Any, Any, Any]) -> Response[bytes]:

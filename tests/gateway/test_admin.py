@@ -10,6 +10,8 @@ import pytest
 from support.gateway import BASE, Gateway, running, settings_in, write_adapter
 from support.problems import assert_problem
 
+from loraplex.engines.errors import EngineUnavailable
+
 
 def names(gateway: Gateway, key: str | None = None) -> list[str]:
     with gateway.client(key) as client:
@@ -89,10 +91,45 @@ def test_tenant_deleted_takes_its_adapters_along(gateway: Gateway) -> None:
     tenant, _ = gateway.new_tenant("with adapters")
     source = write_adapter(gateway.adapter_dir / "orphan", rank=9)
     with gateway.admin() as admin:
+        resident = gateway.stats().num_adapters_on_device
         body = {"name": "orphan", "source": str(source), "tenant_id": tenant}
         assert admin.post("/admin/v1/adapters", json=body).status_code == 201
         assert admin.delete(f"/admin/v1/tenants/{tenant}").status_code == 204
         assert "orphan" not in [entry["name"] for entry in admin.get("/admin/v1/adapters").json()["data"]]
+        assert gateway.stats().num_adapters_on_device == resident
+
+
+def test_tenant_deleted_while_its_adapter_is_in_use_is_gone_as_a_whole(gateway: Gateway) -> None:
+    tenant, key = gateway.new_tenant("busy")
+    with gateway.admin() as admin, gateway.client(key) as client:
+        for name, rank in (("idle", 10), ("in-use", 11)):
+            source = str(write_adapter(gateway.adapter_dir / name, rank=rank))
+            body = {"name": name, "source": source, "tenant_id": tenant}
+            assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        chat = {"model": "in-use", "stream": True, "messages": [{"role": "user", "content": "<slow>" + "x" * 10}]}
+        with client.stream("POST", "/v1/chat/completions", json=chat) as response:
+            chunks = response.iter_bytes()
+            received = next(chunks)
+            assert admin.delete(f"/admin/v1/tenants/{tenant}").status_code == 204
+            assert_problem(client.get("/v1/models"), 401, "invalid_api_key")
+            assert tenant not in [entry["tenant_id"] for entry in admin.get("/admin/v1/adapters").json()["data"]]
+            received += b"".join(chunks)
+        assert received.endswith(b"data: [DONE]\n\n")
+
+
+def test_tenant_is_deleted_though_the_engine_is_down(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenant, key = gateway.new_tenant("cut off")
+    source = str(write_adapter(gateway.adapter_dir / "cut-off", rank=13))
+
+    async def refuse(adapter_id: str) -> None:
+        raise EngineUnavailable("the engine is restarting")
+
+    with gateway.admin() as admin, gateway.client(key) as client:
+        body = {"name": "cut-off", "source": source, "tenant_id": tenant}
+        assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        monkeypatch.setattr(gateway.services.engine, "unload", refuse)
+        assert admin.delete(f"/admin/v1/tenants/{tenant}").status_code == 204
+        assert_problem(client.get("/v1/models"), 401, "invalid_api_key")
 
 
 def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
@@ -182,7 +219,7 @@ def test_registration_of_broken_files_changes_nothing(gateway: Gateway, broken: 
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({}, None, "invalid_request"),
+        ({}, "name", "invalid_request"),
         ({"name": ""}, "name", "invalid_request"),
         ({"name": "x" * 129}, "name", "invalid_request"),
         ({"name": "a\0b"}, "name", "invalid_request"),
@@ -247,7 +284,22 @@ def test_key_of_one_tenant_cannot_be_revoked_through_another(gateway: Gateway) -
         assert client.get("/v1/models").status_code == 200
 
 
-def test_admin_key_sees_every_tenants_adapters_and_may_chat(gateway: Gateway) -> None:
+def test_admin_key_lists_as_models_what_it_may_use(gateway: Gateway) -> None:
+    tenant, _ = gateway.new_tenant("listed")
+    source = str(write_adapter(gateway.adapter_dir / "theirs", rank=14))
+    with gateway.admin() as admin:
+        body = {"name": "theirs", "source": source, "tenant_id": tenant}
+        assert admin.post("/admin/v1/adapters", json=body).status_code == 201
+        assert "theirs" in [entry["name"] for entry in admin.get("/admin/v1/adapters").json()["data"]]
+        listed = names(gateway, gateway.admin_key)
+        assert listed[:2] == [BASE, "team/echo-one"]
+        assert "theirs" not in listed
+        for name in listed:
+            chat = {"model": name, "messages": [{"role": "user", "content": "x"}]}
+            assert admin.post("/v1/chat/completions", json=chat).status_code == 200
+
+
+def test_admin_key_may_chat_and_sees_the_engine(gateway: Gateway) -> None:
     with gateway.admin() as admin:
         chat = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
         assert admin.post("/v1/chat/completions", json=chat).status_code == 200

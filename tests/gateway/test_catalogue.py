@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from sqlalchemy import update
+from sqlalchemy import delete, insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from support.gateway import BASE, settings_in, write_adapter
 
 from loraplex.auth.caller import Caller
+from loraplex.auth.errors import TenantNotFound
 from loraplex.auth.store.database import open_database
-from loraplex.auth.store.tables import adapters
+from loraplex.auth.store.tables import adapters, tenants
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound
 from loraplex.engines.protocol import Adapter
@@ -53,6 +54,9 @@ class Shelf:
 @pytest_asyncio.fixture
 async def database(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
     engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
+    async with engine.begin() as connection:
+        for id, name in (("t1", "acme"), ("t2", "other")):
+            await connection.execute(insert(tenants).values(id=id, name=name, created_at=0.0))
     yield engine
     await engine.dispose()
 
@@ -108,7 +112,8 @@ async def test_own_adapter_hides_the_shared_one_of_its_name(catalogue: Catalogue
         assert adapter is not None
         assert adapter.path == source
         assert [entry.source for entry in catalogue.visible(caller)] == [source]
-    assert len(catalogue.visible(ADMIN)) == 2
+    assert [entry.source for entry in catalogue.visible(ADMIN)] == [shared]
+    assert [entry.source for entry in catalogue.everything()] == [shared, own]
 
 
 async def test_adapter_of_a_tenant_is_another_tenants_unknown_model(catalogue: Catalogue, tmp_path: Path) -> None:
@@ -177,3 +182,20 @@ async def _points_to(catalogue: Catalogue, path: Path) -> None:
     async with catalogue._database.begin() as connection:
         await connection.execute(update(adapters).values(path=str(path)))
     await catalogue.reload()
+
+
+async def test_tenant_deleted_during_the_fetch_gets_no_adapter(
+    catalogue: Catalogue, database: AsyncEngine, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = shelf.fetch
+
+    async def fetch_meanwhile(uri: str, name: str) -> Fetched:
+        async with database.begin() as connection:
+            await connection.execute(delete(tenants).where(tenants.c.id == "t1"))
+        return await fetch(uri, name)
+
+    monkeypatch.setattr(shelf, "fetch", fetch_meanwhile)
+    with pytest.raises(TenantNotFound):
+        await catalogue.register("late", str(write_adapter(tmp_path / "a")), "t1")
+    await catalogue.reload()
+    assert catalogue.everything() == []
