@@ -5,6 +5,7 @@ from litestar.handlers import HTTPRouteHandler
 
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.guards import require_admin
+from loraplex.gateway.health import require_ready
 from loraplex.gateway.replies import json_reply
 
 
@@ -13,6 +14,7 @@ def engine_routes(engine: Engine) -> list[HTTPRouteHandler]:
 
     @get("/admin/v1/engine", guards=[require_admin])
     async def get_engine() -> Response[bytes]:
+        require_ready(engine)
         return json_reply(engine.info())
 
     @get("/admin/v1/engine/stats", guards=[require_admin])

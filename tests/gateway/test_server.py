@@ -40,7 +40,11 @@ async def test_health_and_chat_say_starting_until_the_engine_is_ready(
     settings: Settings, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, ready = asyncio.Event(), asyncio.Event()
-    start = EchoEngine.start
+    start, info = EchoEngine.start, EchoEngine.info
+
+    def info_once_loaded(self: EchoEngine) -> EngineInfo:
+        assert loaded.is_set(), "an engine knows nothing of itself before it has started"
+        return info(self)
 
     async def slow_start(self: EchoEngine, on_progress: Callable[[Progress], None]) -> EngineInfo:
         await loaded.wait()
@@ -50,6 +54,9 @@ async def test_health_and_chat_say_starting_until_the_engine_is_ready(
         ready.set()
 
     monkeypatch.setattr(EchoEngine, "start", slow_start)
+    monkeypatch.setattr(EchoEngine, "info", info_once_loaded)
+    tokenizer = services.engine.tokenizer
+    monkeypatch.setattr(services.engine, "tokenizer", None)
     progress: list[Progress] = []
     with listen(settings) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -60,8 +67,12 @@ async def test_health_and_chat_say_starting_until_the_engine_is_ready(
                 health = await client.get(path)
                 assert (health.status_code, health.json()["state"]) == (503, "starting")
             assert_problem(await client.post("/v1/chat/completions", json=body), 503, "engine_unavailable")
+            prompt: Any = {"model": BASE, "prompt": "x"}
+            assert_problem(await client.post("/v1/completions", json=prompt), 503, "engine_unavailable")
+            assert_problem(await client.get("/admin/v1/engine"), 503, "engine_unavailable")
             assert (await client.get("/v1/models")).status_code == 200
             assert progress == []
+            monkeypatch.setattr(services.engine, "tokenizer", tokenizer)
             loaded.set()
             await asyncio.wait_for(ready.wait(), 5)
             assert (await client.get("/health")).json()["state"] == "ready"
