@@ -107,7 +107,11 @@ async def test_closed_stream_frees_blocks_while_a_neighbour_runs_on(engine: Nati
     neighbour = asyncio.create_task(collect(engine, request("long", max_tokens=450, ignore_eos=True)))
     leaver = engine.generate(request("leaver", max_tokens=450, ignore_eos=True))
     await anext(leaver)
-    assert (await engine.stats()).num_running == 2
+
+    async def both_run() -> bool:
+        return (await engine.stats()).num_running == 2
+
+    await until(both_run)
     before = await engine.stats()
     await leaver.aclose()  # type: ignore[attr-defined]
     after = await engine.stats()  # commands are obeyed in order, between steps
