@@ -1,9 +1,6 @@
 """Wire parameters -> GenerateRequest: messages become tokens under the model's chat template."""
 
-import asyncio
 import re
-from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 
@@ -18,16 +15,10 @@ from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
-T = TypeVar("T")
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 
-# The tokenizer takes some 4 ms for this many characters on one core, and lets go of the interpreter meanwhile: in a
-# thread, a prompt of megabytes (seconds) holds up nobody's stream.
-LONG_CHARACTERS = 10_000
-
-
-async def chat_requests(
+def chat_requests(
     body: ChatRequest, completion_id: str, route: Route, caller: Caller, engine: Engine
 ) -> list[GenerateRequest]:
     """One request for each of the `n` choices; a seed is counted up from choice to choice.
@@ -42,15 +33,14 @@ async def chat_requests(
         )
         for message in body.messages
     ]
-    length = sum(len(message.content) for message in messages)
-    prompt = await _beside_the_loop(length, lambda: engine.tokenizer.encode_chat(messages))
+    prompt = engine.tokenizer.encode_chat(messages)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
     return _choices(body, [(prompt, limit)], completion_id, route, caller, engine)
 
 
-async def completion_requests(
+def completion_requests(
     body: GenerationFields,
     prompt: str | list[str | int | list[int]],
     completion_id: str,
@@ -64,17 +54,12 @@ async def completion_requests(
     """
     require_ready(engine)
     info = engine.info()
-    length = sum(len(part) for part in prompt if isinstance(part, str))
-    prompts = await _beside_the_loop(length, lambda: _prompt_tokens(prompt, engine, info.vocab_size))
+    prompts = _prompt_tokens(prompt, engine, info.vocab_size)
     if len(prompts) * (body.n or 1) > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
     return _choices(body, limited, completion_id, route, caller, engine)
-
-
-async def _beside_the_loop(num_characters: int, encode: Callable[[], T]) -> T:
-    return encode() if num_characters <= LONG_CHARACTERS else await asyncio.to_thread(encode)
 
 
 def _prompt_tokens(prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int) -> list[list[int]]:
