@@ -34,9 +34,5 @@ class Batch:
     segments: tuple[Segment, ...]
 
     @property
-    def num_tokens(self) -> int:
-        return sum(segment.num_tokens for segment in self.segments)
-
-    @property
     def sampling_segments(self) -> tuple[Segment, ...]:
         return tuple(segment for segment in self.segments if segment.samples)
