@@ -6,7 +6,11 @@ from typing import Literal
 
 import msgspec
 
-Role = Literal["admin", "inference"]
+from loraplex.auth.limits.policy import NO_POLICY, Policy
+
+# An admin runs the server; a tenant-admin manages the keys of one tenant, and may infer; an inference key infers.
+Role = Literal["admin", "tenant-admin", "inference"]
+KeyRole = Literal["tenant-admin", "inference"]
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,3 +20,4 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     tenant_name: str
     key_id: str
     role: Role
+    policy: Policy = NO_POLICY

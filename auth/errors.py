@@ -15,6 +15,10 @@ class NotAllowed(AuthError):
     """The key is good, but its role does not reach this far."""
 
 
+class AddressNotAllowed(AuthError):
+    """The key is good, but not from this client's address."""
+
+
 class TenantNotFound(AuthError):
     """There is no such tenant."""
 
@@ -25,3 +29,32 @@ class KeyNotFound(AuthError):
 
 class NameTaken(AuthError):
     """Something else has this name already."""
+
+
+class SecretUnreadable(AuthError):
+    """A secret in the database cannot be decrypted under any known pepper."""
+
+
+class LimitReached(AuthError):
+    """A limit leaves no room for the request. `retry_after` in seconds; another try is useless where `is_final`."""
+
+    def __init__(self, message: str, retry_after: float | None, *, is_final: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.is_final = is_final
+
+
+class RequestsLimited(LimitReached):
+    """Too many requests per minute or at the same time."""
+
+
+class TokensLimited(LimitReached):
+    """Too many tokens per minute."""
+
+
+class QuotaSpent(LimitReached):
+    """The token budget of the day or the month is spent."""
+
+
+class LimitsUnavailable(AuthError):
+    """The store that gateways share limits through does not answer."""

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from loraplex.auth.caller import Caller
+from loraplex.auth.authentication import Authenticator
+from loraplex.auth.caller import Caller, KeyRole
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
-from loraplex.auth.keys import digest, has_key_form, last_four, new_key
+from loraplex.auth.keys import last_four, new_key
+from loraplex.auth.limits.policy import NO_LIMITS, Limits
+from loraplex.auth.peppers import Peppers
 from loraplex.auth.store.tables import adapters, admin_keys, api_keys, tenants
 
-# How long, in seconds, a key's look-up may be remembered; a revocation in another process shows after this at most.
-REMEMBERED_SECONDS = 1.0
-_MAX_REMEMBERED = 10_000
 _ID = re.compile(r"(tenant|key)_[0-9a-f]{16}")  # other text is not asked for: PostgreSQL refuses some of it
 
 
@@ -29,42 +29,55 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     created_at: float
+    limits: Limits = NO_LIMITS
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
-    """A key as it may be shown at any time. `key` itself is set only in the answer to its creation."""
+    """A key as it may be shown at any time. `key` itself is set only in the answer to its creation or rotation.
+
+    After a rotation the secret before it is good until `previous_until`.
+    """
 
     id: str
     tenant_id: str
     name: str
+    role: KeyRole
     last_four: str
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    limits: Limits = NO_LIMITS
+    previous_until: float | None = None
     key: str | None = None
 
 
 class Tenants:
     """The tenants of one database. Admin keys open the admin API and belong to no tenant."""
 
-    def __init__(self, database: AsyncEngine, pepper: bytes, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: AsyncEngine,
+        pepper: bytes,
+        clock: Callable[[], float] = time.time,
+        defaults: Limits = NO_LIMITS,
+    ) -> None:
         self._database = database
-        self._pepper = pepper
+        self._peppers = Peppers(pepper)
         self._clock = clock
+        self._defaults = defaults
         self._admin_digests: frozenset[str] = frozenset()
-        self._remembered: dict[str, tuple[float, Caller | None]] = {}
-        self._num_revocations = 0
+        self._authenticator = Authenticator(database, self._peppers, defaults, clock)
 
     async def bootstrap_admin(self, given: str | None) -> str | None:
         """Let in the `given` admin key, or the one of an earlier start; where there is none, make and return one."""
         if given is not None:
-            self._admin_digests = frozenset({digest(self._pepper, given)})
+            self._admin_digests = frozenset({self._peppers.digest(given)})
             return None
         async with self._database.begin() as connection:
             known = [row.digest for row in await connection.execute(select(admin_keys.c.digest))]
             made = None if known else new_key("admin")
             if made is not None:
-                known = [digest(self._pepper, made)]
+                known = [self._peppers.digest(made)]
                 values = {"digest": known[0], "last_four": last_four(made), "created_at": self._clock()}
                 await connection.execute(insert(admin_keys).values(**values))
         self._admin_digests = frozenset(known)
@@ -74,20 +87,26 @@ class Tenants:
         """Who holds this key. Raises InvalidApiKey, the same for every kind of bad key."""
         if not key:
             raise InvalidApiKey("No API key was given: send it as `Authorization: Bearer KEY`.")
-        hashed = digest(self._pepper, key)
-        if any(hmac.compare_digest(hashed, known) for known in self._admin_digests):
+        hashes = self._peppers.digests(key)
+        if any(hmac.compare_digest(hashed, known) for hashed in hashes for known in self._admin_digests):
             return Caller(tenant_id="", tenant_name="", key_id="admin", role="admin")
-        caller = await self._look_up(hashed) if has_key_form(key) else None
+        caller = await self._authenticator.look_up(key)
         if caller is None:
             raise InvalidApiKey("The API key is not valid.")
         return caller
 
-    async def create_tenant(self, name: str) -> Tenant:
+    def effective(self, tenant: Tenant) -> Limits:
+        """The tenant's limits, and the server's defaults where it has none."""
+        return tenant.limits.over(self._defaults)
+
+    async def create_tenant(self, name: str, limits: Limits = NO_LIMITS) -> Tenant:
         """Raises NameTaken."""
-        tenant = Tenant(id=f"tenant_{secrets.token_hex(8)}", name=name, created_at=self._clock())
+        tenant = Tenant(id=f"tenant_{secrets.token_hex(8)}", name=name, created_at=self._clock(), limits=limits)
         try:
             async with self._database.begin() as connection:
-                await connection.execute(insert(tenants).values(**msgspec.structs.asdict(tenant)))
+                await connection.execute(
+                    insert(tenants).values(**{**msgspec.to_builtins(tenant), "limits": _stored(limits)})
+                )
         except IntegrityError as error:
             raise NameTaken(f"There is a tenant named {name!r} already.") from error
         return tenant
@@ -96,7 +115,7 @@ class Tenants:
         """In order of creation."""
         async with self._database.connect() as connection:
             rows = await connection.execute(select(tenants).order_by(tenants.c.created_at, tenants.c.id))
-            return [Tenant(**row._mapping) for row in rows]
+            return [_tenant(row._mapping) for row in rows]
 
     async def get_tenant(self, tenant_id: str) -> Tenant:
         """Raises TenantNotFound."""
@@ -105,7 +124,7 @@ class Tenants:
             row = (await connection.execute(select(tenants).where(tenants.c.id == tenant_id))).first()
         if row is None:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
-        return Tenant(**row._mapping)
+        return _tenant(row._mapping)
 
     async def delete_tenant(self, tenant_id: str) -> None:
         """Its keys stop working at once, and its adapters leave the catalogue. Raises TenantNotFound."""
@@ -116,23 +135,46 @@ class Tenants:
             await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         if not result.rowcount:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
-        self._forget()
+        self._authenticator.forget()
 
-    async def create_key(self, tenant_id: str, name: str, expires_at: float | None = None) -> ApiKey:
-        """A new inference key, shown in this answer alone. Raises TenantNotFound."""
+    async def set_tenant_limits(self, tenant_id: str, limits: Limits) -> Tenant:
+        """In force at once here, and in other processes within a second. Raises TenantNotFound."""
+        _require_tenant_id(tenant_id)
+        mine = tenants.c.id == tenant_id
+        async with self._database.begin() as connection:
+            await connection.execute(update(tenants).where(mine).values(limits=_stored(limits)))
+        self._authenticator.forget()
+        return await self.get_tenant(tenant_id)
+
+    async def create_key(
+        self,
+        tenant_id: str,
+        name: str,
+        expires_at: float | None = None,
+        role: KeyRole = "inference",
+        limits: Limits = NO_LIMITS,
+    ) -> ApiKey:
+        """A new key, shown in this answer alone. Raises TenantNotFound."""
         await self.get_tenant(tenant_id)
-        secret = new_key("inference")
+        secret = new_key(role)
         key = ApiKey(
             id=f"key_{secrets.token_hex(8)}",
             tenant_id=tenant_id,
             name=name,
+            role=role,
             last_four=last_four(secret),
             created_at=self._clock(),
             expires_at=expires_at,
             revoked_at=None,
+            limits=limits,
             key=secret,
         )
-        values = {**msgspec.structs.asdict(key), "digest": digest(self._pepper, secret)}
+        values = {
+            **msgspec.to_builtins(key),
+            "limits": _stored(limits),
+            "digest": self._peppers.digest(secret),
+            "pepper": self._peppers.fingerprint,
+        }
         del values["key"]
         try:
             async with self._database.begin() as connection:
@@ -148,45 +190,51 @@ class Tenants:
         async with self._database.connect() as connection:
             return [_api_key(row._mapping) for row in await connection.execute(query)]
 
-    async def revoke_key(self, tenant_id: str, key_id: str) -> None:
-        """From now on the key is refused. Raises KeyNotFound; revoking twice is no error."""
-        if not (_ID.fullmatch(tenant_id) and _ID.fullmatch(key_id)):
-            raise KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
-        mine = (api_keys.c.id == key_id) & (api_keys.c.tenant_id == tenant_id)
-        async with self._database.begin() as connection:
-            known = (await connection.execute(select(api_keys.c.revoked_at).where(mine))).first()
-            if known is None:
-                raise KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
-            if known.revoked_at is None:
-                await connection.execute(update(api_keys).where(mine).values(revoked_at=self._clock()))
-        self._forget()
-
-    def _forget(self) -> None:
-        self._remembered.clear()
-        self._num_revocations += 1
-
-    async def _look_up(self, hashed: str) -> Caller | None:
-        """By digest: an index on it gives an attacker no timing to climb, for digests cannot be steered."""
-        now = self._clock()
-        known = self._remembered.get(hashed)
-        if known is not None and now - known[0] < REMEMBERED_SECONDS:
-            return known[1]
-        revocations = self._num_revocations
-        query = (
-            select(api_keys, tenants.c.name.label("tenant_name"))
-            .join(tenants, tenants.c.id == api_keys.c.tenant_id)
-            .where(api_keys.c.digest == hashed)
-        )
+    async def get_key(self, tenant_id: str, key_id: str) -> ApiKey:
+        """Raises KeyNotFound, also for another tenant's key."""
+        query = select(api_keys).where(_one_key(tenant_id, key_id))
         async with self._database.connect() as connection:
             row = (await connection.execute(query)).first()
-        caller = None
-        if row is not None and row.revoked_at is None and (row.expires_at is None or row.expires_at > now):
-            caller = Caller(tenant_id=row.tenant_id, tenant_name=row.tenant_name, key_id=row.id, role="inference")
-        if len(self._remembered) >= _MAX_REMEMBERED:
-            self._remembered.clear()
-        if revocations == self._num_revocations:  # else the row may have been read before a key was revoked
-            self._remembered[hashed] = (now, caller)
-        return caller
+        if row is None:
+            raise _no_such_key(tenant_id, key_id)
+        return _api_key(row._mapping)
+
+    async def set_key_limits(self, tenant_id: str, key_id: str, limits: Limits) -> ApiKey:
+        """In force at once here, and in other processes within a second. Raises KeyNotFound."""
+        await self._change_key(tenant_id, key_id, limits=_stored(limits))
+        return await self.get_key(tenant_id, key_id)
+
+    async def rotate_key(self, tenant_id: str, key_id: str, overlap_seconds: float) -> ApiKey:
+        """A new secret for the key, shown in this answer alone; the one before it is good for a while longer.
+
+        A secret still earlier ends now. Raises KeyNotFound, also for a key that was revoked.
+        """
+        key = await self.get_key(tenant_id, key_id)
+        secret = new_key(key.role)
+        values = {
+            "digest": self._peppers.digest(secret),
+            "pepper": self._peppers.fingerprint,
+            "last_four": last_four(secret),
+            "previous_digest": api_keys.c.digest,
+            "previous_until": self._clock() + overlap_seconds,
+        }
+        await self._change_key(tenant_id, key_id, must_live=True, **values)
+        return msgspec.structs.replace(await self.get_key(tenant_id, key_id), key=secret)
+
+    async def revoke_key(self, tenant_id: str, key_id: str) -> None:
+        """From now on the key is refused, under both secrets. Raises KeyNotFound; revoking twice is no error."""
+        when = func.coalesce(api_keys.c.revoked_at, self._clock())
+        await self._change_key(tenant_id, key_id, revoked_at=when)
+
+    async def _change_key(self, tenant_id: str, key_id: str, must_live: bool = False, **values: Any) -> None:
+        mine = _one_key(tenant_id, key_id)
+        if must_live:
+            mine &= api_keys.c.revoked_at.is_(None)
+        async with self._database.begin() as connection:
+            result = await connection.execute(update(api_keys).where(mine).values(**values))
+        if not result.rowcount:
+            raise _no_such_key(tenant_id, key_id)
+        self._authenticator.forget()
 
 
 async def require_tenant(connection: AsyncConnection, tenant_id: str) -> None:
@@ -201,5 +249,25 @@ def _require_tenant_id(text: str) -> None:
         raise TenantNotFound(f"There is no tenant {text!r}.")
 
 
+def _one_key(tenant_id: str, key_id: str) -> ColumnElement[bool]:
+    """The condition on `api_keys`. Raises KeyNotFound for what cannot be ids."""
+    if not (_ID.fullmatch(tenant_id) and _ID.fullmatch(key_id)):
+        raise _no_such_key(tenant_id, key_id)
+    return (api_keys.c.id == key_id) & (api_keys.c.tenant_id == tenant_id)
+
+
+def _no_such_key(tenant_id: str, key_id: str) -> KeyNotFound:
+    return KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
+
+
+def _stored(limits: Limits) -> dict[str, Any]:
+    """Only what is set, so that a later version may know other limits."""
+    return {name: value for name, value in msgspec.to_builtins(limits).items() if value is not None}
+
+
+def _tenant(row: Any) -> Tenant:
+    return msgspec.convert({field: row[field] for field in Tenant.__struct_fields__}, Tenant)
+
+
 def _api_key(row: Any) -> ApiKey:
-    return ApiKey(**{field: row[field] for field in ApiKey.__struct_fields__ if field != "key"})
+    return msgspec.convert({field: row[field] for field in ApiKey.__struct_fields__ if field != "key"}, ApiKey)

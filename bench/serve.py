@@ -5,7 +5,9 @@
 
 Each of `--concurrency` clients sends its next request when its last answer is complete. The mix says which model each
 request names: `distinct` takes them in turn, `uniform` at random, `zipf` by weights 1/k, `skewed` by 1/k^1.5,
-`identical` the first one only. Figures are medians over `--repeat` runs; latencies are in milliseconds.
+`identical` the first one only. With `--prompt-tokens N`, each prompt is N random token ids (so that no request finds
+its beginning in a prefix cache) and goes to /completions; else `--prompt` goes to /chat/completions. Figures are
+medians over `--repeat` runs; latencies are in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import aiohttp
 
@@ -61,11 +64,10 @@ def models_of(mix: str, models: list[str], count: int, seed: int) -> Iterator[st
     return iter(rng.choices(models, weights, k=count))
 
 
-async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model: str) -> Answer:
-    """Stream one chat completion. Raises RuntimeError on any error the server reports."""
-    body = {
+async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model: str, rng: random.Random) -> Answer:
+    """Stream one completion. Raises RuntimeError on any error the server reports."""
+    body: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": options.prompt}],
         "max_tokens": options.max_tokens,
         "temperature": 0,
         "stream": True,
@@ -73,10 +75,16 @@ async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model
     }
     if options.ignore_eos:
         body["ignore_eos"] = True
+    if options.prompt_tokens:
+        path = "completions"
+        body["prompt"] = [rng.randrange(10, options.vocabulary) for _ in range(options.prompt_tokens)]
+    else:
+        path = "chat/completions"
+        body["messages"] = [{"role": "user", "content": options.prompt}]
     began = time.perf_counter()
     times: list[float] = []
     num_tokens = 0
-    async with session.post(f"{options.base_url}/chat/completions", json=body) as response:
+    async with session.post(f"{options.base_url}/{path}", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
         async for line in response.content:
@@ -85,15 +93,22 @@ async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise RuntimeError(str(chunk["error"]))
-            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            if chunk["choices"] and _text(chunk["choices"][0]):
                 times.append(time.perf_counter() - began)
             if chunk.get("usage"):
                 num_tokens = chunk["usage"]["completion_tokens"]
     return Answer(tuple(times), num_tokens)
 
 
+def _text(choice: dict[str, Any]) -> str | None:
+    """What a chunk of either route adds."""
+    text: str | None = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+    return text
+
+
 async def run(options: argparse.Namespace, seed: int) -> Figures:
     """One run of all requests."""
+    rng = random.Random(seed)
     queue = models_of(options.mix, options.models.split(","), options.requests, seed)
     answers: list[Answer] = []
     failures: list[str] = []
@@ -101,7 +116,7 @@ async def run(options: argparse.Namespace, seed: int) -> Figures:
     async def client(session: aiohttp.ClientSession) -> None:
         for model in queue:
             try:
-                answers.append(await ask(session, options, model))
+                answers.append(await ask(session, options, model, rng))
             except (RuntimeError, aiohttp.ClientError) as error:
                 failures.append(str(error))
 
@@ -151,6 +166,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--prompt-tokens", type=int, help="random token ids instead of --prompt")
+    parser.add_argument("--vocabulary", type=int, default=2000, help="token ids are below this")
     parser.add_argument("--ignore-eos", action="store_true", help="always generate --max-tokens (a vLLM extension)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line of JSON with machine and commit")

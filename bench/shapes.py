@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplex.engines.protocol import Adapter
 
@@ -51,11 +54,23 @@ SHAPES = {
 def make_base(name: str, directory: Path) -> Path:
     """Write the model's config and weights; returns its directory. An existing one is kept."""
     path = directory / name / "base"
-    if not (path / "model.safetensors").is_file():
+    if not (path / "tokenizer.json").is_file():
         torch.manual_seed(0)
         model = LlamaForCausalLM(SHAPES[name].config()).to(SHAPES[name].dtype)  # type: ignore[arg-type]
         model.save_pretrained(path, max_shard_size="100GB")
+        _make_tokenizer(SHAPES[name].vocab).save_pretrained(path)
     return path
+
+
+def _make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """Words w0, w1, …, one a token: every id has a text, so that every token shows in a stream."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, eos_token="w1", chat_template=template
+    )
+    return made
 
 
 def make_adapter(name: str, rank: int, number: int, directory: Path) -> Adapter:
@@ -85,5 +100,6 @@ def make_adapter(name: str, rank: int, number: int, directory: Path) -> Adapter:
                 tensors[f"{key}.lora_B.weight"] = b.to(shape.dtype)
         save_file(tensors, path / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(TARGETS)}
+        config |= {"task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "base_model_name_or_path": name}
         (path / "adapter_config.json").write_text(json.dumps(config))
     return Adapter(id=f"{name}-r{rank}-{number}", name=path.name, path=str(path))

@@ -26,6 +26,9 @@ class Server(_Section, frozen=True):
     drain_seconds: Annotated[float, Help(ge=0, description="How long open streams may finish after SIGTERM.")] = 30.0
     keep_alive_seconds: Annotated[float, Help(gt=0, description="Silence in a stream before a comment is sent.")] = 15.0
     send_timeout_seconds: Annotated[float, Help(gt=0, description="How long a client may stop reading.")] = 60.0
+    trusted_proxies: Annotated[
+        tuple[str, ...], Help(description="Addresses of proxies whose X-Forwarded-For names the client.")
+    ] = ()
     open_metrics: Annotated[bool, Help(description="Serve /metrics without an admin key.")] = False
     max_body_bytes: Annotated[int, Help(ge=1024, description="Largest request body accepted.")] = 16 * 2**20
 
@@ -56,6 +59,13 @@ class EngineSettings(_Section, frozen=True):
     max_batch_tokens: Annotated[int, Help(ge=1, description="Token budget of one step; bounds prefill chunks.")] = 512
     max_running: Annotated[int, Help(ge=1, description="Most sequences in one step.")] = 64
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
+    max_wait_seconds: Annotated[
+        float, Help(gt=0, description="How long a request may wait for its first step before it is refused.")
+    ] = 300.0
+    unresponsive_seconds: Annotated[
+        float,
+        Help(gt=0, description="Silence of the engine process, longer than any step, after which it is replaced."),
+    ] = 300.0
     num_threads: Annotated[
         PositiveInt | None, Help(description="CPU threads of the forward pass; measured at start if unset.")
     ] = None
@@ -110,6 +120,30 @@ class Auth(_Section, frozen=True):
     ] = "loraplex.pepper"
 
 
+class LimitSettings(_Section, frozen=True):
+    """Defaults for every tenant; the admin API sets a tenant's or a key's own."""
+
+    requests_per_minute: Annotated[PositiveInt | None, Help(description="Requests a tenant may make per minute.")] = (
+        None
+    )
+    input_tokens_per_minute: Annotated[PositiveInt | None, Help(description="Prompt tokens per minute.")] = None
+    output_tokens_per_minute: Annotated[PositiveInt | None, Help(description="Generated tokens per minute.")] = None
+    concurrent_requests: Annotated[PositiveInt | None, Help(description="Requests at the same time.")] = None
+    tokens_per_day: Annotated[PositiveInt | None, Help(description="Tokens per UTC day, prompt and answer.")] = None
+    tokens_per_month: Annotated[PositiveInt | None, Help(description="Tokens per UTC month, prompt and answer.")] = None
+    max_tokens: Annotated[PositiveInt | None, Help(description="Longest answer of one request.")] = None
+    redis_url: Annotated[
+        str | None,
+        Help(
+            description="Redis that gateways share limits through, as redis://host:port/db; unset: this process alone."
+        ),
+    ] = None
+    on_redis_loss: Annotated[
+        Literal["open", "closed"],
+        Help(description="While Redis is away: open holds each process to the limits by itself, closed answers 503."),
+    ] = "open"
+
+
 class Settings(_Section, frozen=True):
     """The whole file: one attribute a table."""
 
@@ -119,6 +153,7 @@ class Settings(_Section, frozen=True):
     adapters: Adapters = Adapters()
     database: Database = Database()
     auth: Auth = Auth()
+    limits: LimitSettings = LimitSettings()
 
 
 def load_settings(path: Path) -> Settings:

@@ -210,6 +210,9 @@ class EchoEngine:
             num_restarts=self._deaths,
         )
 
+    async def reload(self) -> EngineInfo:
+        return self.info()
+
     def health(self) -> Health:
         return Health(state=self._state)
 

@@ -64,7 +64,11 @@ class EngineUnavailable(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """The queue is full; worth another try."""
+    """The queue is full, or the request waited too long in it; worth another try."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not finished in the time it was given."""
 
 
 class EngineDied(EngineError):

@@ -28,6 +28,13 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     path: str
 
 
+class WeightedAdapter(msgspec.Struct, frozen=True):
+    """One part of a composition: what the adapter adds to each layer, times `weight`."""
+
+    adapter: Adapter
+    weight: float
+
+
 class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine read off a valid adapter. `num_bytes` is what it occupies on the device."""
 
@@ -51,6 +58,16 @@ class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer must look like: the text of a JSON schema, a regular expression, a Lark or GBNF grammar.
+
+    A `choice` is one of several strings; its source is a JSON array of them.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "lark", "gbnf"]
+    source: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch the filter off.
 
@@ -59,6 +76,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     OpenAI defines them, the answer; `logit_bias` maps token ids to what is added to their logits.
     `num_logprobs` asks for each token's log-probability under the model's own distribution, before any control, and
     for those of that many likeliest tokens beside it; None asks for nothing.
+    `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
+    of that form; `bad_words_ids` are token sequences that never appear in the answer.
     With `seed`, the same request draws the same tokens whatever shares its batch.
     `stop` strings end generation and are not part of the text; `stop_token_ids` likewise.
     """
@@ -74,6 +93,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -84,17 +106,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One generation. `request_id` is unique among the requests in flight.
 
-    `tenant` has a fair share of the engine in proportion to `weight`, and a prefix cache of its own; among its own
-    requests those of higher `priority` go first.
+    `tenant` has a fair share of the engine in proportion to `weight`; among its own requests those of higher
+    `priority` go first. The prefix cache is the tenant's own, or that of all who say `shares_prefixes`; `cache_salt`
+    sets a part of it aside. After `timeout_seconds` the request ends with DeadlineExceeded, wherever it is.
+    It is computed with `adapter`, or with a `composition` of several: every layer adds the weighted sum of what theirs
+    add.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: Adapter | None = None
+    composition: tuple[WeightedAdapter, ...] = ()
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    shares_prefixes: bool = False
+    cache_salt: str = ""
+    timeout_seconds: float | None = None
+
+    @property
+    def parts(self) -> tuple[WeightedAdapter, ...]:
+        """Its adapters, however it names them."""
+        return (WeightedAdapter(self.adapter, 1.0),) if self.adapter is not None else self.composition
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -110,7 +144,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
     end-of-sequence token included. `step` is the number of the engine step that made the last of them.
-    `num_cached_tokens` of the prompt came from the prefix cache. `logprobs`, if asked for, has one entry a token.
+    `num_cached_tokens` of the prompt came from the prefix cache. `logprobs`, if asked for, has one entry a token;
+    `prompt_logprobs`, on a request's first event, one a token of the prompt, None for its first.
     """
 
     request_id: str
@@ -120,6 +155,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,8 +174,25 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_lora_rank: int
 
 
+SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Durations(msgspec.Struct, frozen=True, kw_only=True):
+    """A histogram: how many durations were at most each of SECONDS_BUCKETS and more than the one before.
+
+    The last count is of longer ones; `seconds` is the sum of all.
+    """
+
+    counts: tuple[int, ...] = (0,) * (len(SECONDS_BUCKETS) + 1)
+    seconds: float = 0.0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters and gauges of an engine. Counters (`total_*`, `num_steps`) restart with the engine process."""
+    """Counters and gauges of an engine. Counters (`total_*`, `num_steps`) restart with the engine process.
+
+    `phase_seconds` says where its steps' time went; `step_durations` are whole steps, `wait_durations` the waits of
+    requests from their arrival to their first step.
+    """
 
     num_steps: int
     num_running: int
@@ -155,6 +208,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     total_failed: int
     total_preemptions: int
     num_restarts: int
+    phase_seconds: dict[str, float] = {}
+    step_durations: Durations = Durations()
+    wait_durations: Durations = Durations()
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,7 +274,7 @@ class Engine(Protocol):
         """The tokens of one request. Closing or cancelling the iterator aborts the request.
 
         Raises InvalidRequest, EngineUnavailable or EngineOverloaded before the first event; EngineDied,
-        AdapterError or GenerationFailed at any time.
+        AdapterError, DeadlineExceeded or GenerationFailed at any time.
         """
         ...
 
@@ -245,6 +301,13 @@ class Engine(Protocol):
     async def stats(self) -> EngineStats: ...
 
     def health(self) -> Health: ...
+
+    async def reload(self) -> EngineInfo:
+        """Load the base model anew beside the one in use, then change over; streams in flight finish where they are.
+
+        Raises ModelNotServable, and then nothing has changed.
+        """
+        ...
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let those in flight finish for up to `drain_seconds`, then stop."""

@@ -8,8 +8,11 @@ from litestar.types import ASGIApp
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine
+from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.admin.adapters import adapter_routes
 from loraplex.gateway.admin.engine import engine_routes
+from loraplex.gateway.admin.keys import key_routes
+from loraplex.gateway.admin.limits import limit_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.health import health_routes
@@ -23,11 +26,13 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.sse import let_streams_drain
 
 
-def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue) -> ASGIApp:
+def create_app(
+    settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue, accounts: Accounts
+) -> ASGIApp:
     """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
     let_streams_drain()
     metrics = Metrics()
-    answers = Answers(engine, metrics, settings.server)
+    answers = Answers(engine, metrics, accounts, settings.server)
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
@@ -36,6 +41,8 @@ def create_app(settings: Settings, engine: Engine, tenants: Tenants, catalogue: 
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
             *tenant_routes(tenants, catalogue),
+            *key_routes(tenants),
+            *limit_routes(tenants),
             *adapter_routes(catalogue, tenants, engine),
             *engine_routes(engine),
         ],

@@ -22,7 +22,13 @@ from loraplex.auth.store.tables import adapters as table
 from loraplex.auth.tenants import require_tenant
 from loraplex.engines.errors import EngineError
 from loraplex.engines.protocol import Adapter, AdapterCard, Engine
-from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, MalformedRequest, ModelNotFound
+from loraplex.gateway.errors import (
+    AdapterNameTaken,
+    AdapterNotRegistered,
+    MalformedRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+)
 
 SHARED = ""  # the tenant of adapters that everyone may use
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
@@ -91,19 +97,23 @@ class Catalogue:
             self._snapshot = {(entry.tenant_id, entry.name): entry for entry in found}
 
     async def route(self, model: str, caller: Caller) -> Route:
-        """Raises ModelNotFound, also for another tenant's adapter; AdapterError if its files are gone for good."""
-        if model == self.base:
-            return Route(base=self.base, adapter=None)
+        """Raises ModelNotFound, also for another tenant's adapter, ModelNotAllowed where the caller's limits leave it
+        out, or AdapterError if its files are gone for good."""
         entry = self._find(model, caller)
-        if entry is None:
+        if entry is None and model != self.base:
             raise ModelNotFound(f"The model {model!r} does not exist or you do not have access to it.", "model")
+        if not caller.policy.may_use(model):
+            raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
+        if entry is None:
+            return Route(base=self.base, adapter=None)
         if not Path(entry.path).is_dir():  # noqa: ASYNC240  a stat of a local disk
             entry = await self._restore(entry)
         return Route(base=self.base, adapter=entry.adapter())
 
     def visible(self, caller: Caller) -> list[Registered]:
         """The adapters this caller may use, oldest first."""
-        return [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
+        mine = [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
+        return [entry for entry in mine if caller.policy.may_use(entry.name)]
 
     def everything(self) -> list[Registered]:
         """The adapters of all tenants and those shared, oldest first."""

@@ -25,6 +25,10 @@ class ModelNotFound(GatewayError):
     """No model of this name is there for this caller."""
 
 
+class ModelNotAllowed(GatewayError):
+    """The model is there, but the limits of the key or its tenant leave it out."""
+
+
 class ClientLeft(GatewayError):
     """The client closed the connection before its answer was complete; nobody reads this."""
 

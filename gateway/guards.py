@@ -7,20 +7,33 @@ from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import InvalidApiKey, NotAllowed
+from loraplex.auth.errors import AddressNotAllowed, InvalidApiKey, NotAllowed, TenantNotFound
 from loraplex.auth.tenants import Tenants
 
 
 async def require_inference(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Any good key. Raises InvalidApiKey."""
+    """Any good key. Raises InvalidApiKey, or AddressNotAllowed."""
     await _identify(connection)
 
 
 async def require_admin(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """An admin key. Raises InvalidApiKey or NotAllowed."""
+    """An admin key. Raises InvalidApiKey, AddressNotAllowed or NotAllowed."""
     caller = await _identify(connection)
     if caller.role != "admin":
         raise NotAllowed("This needs an admin key.")
+
+
+async def require_tenant_admin(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """An admin key, or one that manages the tenant in the path; another tenant looks nonexistent.
+
+    Raises InvalidApiKey, AddressNotAllowed, NotAllowed or TenantNotFound.
+    """
+    caller = await _identify(connection)
+    if caller.role == "inference":
+        raise NotAllowed("This needs a key that manages the tenant, or an admin key.")
+    tenant_id = connection.path_params.get("tenant_id")
+    if caller.role != "admin" and tenant_id is not None and tenant_id != caller.tenant_id:
+        raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
 
 
 def caller_of(request: Request[Any, Any, Any]) -> Caller:
@@ -32,6 +45,8 @@ def caller_of(request: Request[Any, Any, Any]) -> Caller:
 async def _identify(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
     tenants: Tenants = connection.app.state.tenants
     caller = await tenants.authenticate(_bearer(connection.headers.get("authorization")))
+    if not caller.policy.admits(connection.client.host if connection.client else None):
+        raise AddressNotAllowed("This key may not be used from this address.")
     connection.scope["state"]["caller"] = caller
     return caller
 

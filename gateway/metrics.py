@@ -6,15 +6,16 @@ The names beginning with `vllm:` are those that llm-d and the Gateway API infere
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
+from itertools import accumulate
 
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import Guard
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraplex.engines.protocol import AdapterResidency, Engine, EngineStats, TokenEvent
+from loraplex.engines.protocol import SECONDS_BUCKETS, AdapterResidency, Engine, EngineStats, TokenEvent
 from loraplex.gateway.guards import require_admin
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -77,8 +78,11 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences waiting.", stats.num_waiting)
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks held, from 0 to 1.", used)
         yield self._lora_info()
+        yield from self._times()
         for name in EngineStats.__struct_fields__:
             value = getattr(stats, name)
+            if not isinstance(value, int):
+                continue
             if name.startswith("total_") or name in ("num_steps", "num_restarts"):
                 plain = name.removeprefix("total_").removeprefix("num_")
                 yield CounterMetricFamily(f"loraplex_engine_{plain}", "Since the engine process started.", value)
@@ -89,6 +93,19 @@ class _EngineCollector(Collector):
         for found in self._residency:
             tiers.add_metric([found.name, found.tier], found.num_bytes)
         yield tiers
+
+    def _times(self) -> Iterable[Metric]:
+        phases = CounterMetricFamily("loraplex_engine_phase_seconds", "Time of steps by phase.", labels=["phase"])
+        for phase, seconds in self._stats.phase_seconds.items():
+            phases.add_metric([phase], seconds)
+        yield phases
+        for name, found, help in (
+            ("step", self._stats.step_durations, "Whole steps of the engine."),
+            ("queue", self._stats.wait_durations, "From a request's arrival to its first step."),
+        ):
+            bounds = [*(str(bound) for bound in SECONDS_BUCKETS), "+Inf"]
+            buckets = list(zip(bounds, accumulate(found.counts), strict=True))
+            yield HistogramMetricFamily(f"loraplex_engine_{name}_seconds", help, buckets, found.seconds)
 
     def _lora_info(self) -> Metric:
         wanted = [found for found in self._residency if found.num_requests]

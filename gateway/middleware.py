@@ -17,8 +17,13 @@ def request_id_of(request: Request[Any, Any, Any]) -> str:
     return str(request.scope.get("request_id", "-"))
 
 
+def tell_limits(request: Request[Any, Any, Any], headers: list[tuple[bytes, bytes]]) -> None:
+    """These headers join the response, whatever becomes of the request."""
+    request.scope["limit_headers"] = headers  # type: ignore[typeddict-unknown-key]
+
+
 def identify_requests(app: ASGIApp) -> ASGIApp:
-    """Adds `x-request-id` (the client's own, if it sent a sane one) and `openai-processing-ms`."""
+    """Adds `x-request-id` (the client's own, if it sent a sane one), `openai-processing-ms`, and `x-ratelimit-*`."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -33,7 +38,8 @@ def identify_requests(app: ASGIApp) -> ASGIApp:
             if message["type"] == "http.response.start":
                 took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
                 own = [(b"x-request-id", request_id), (b"openai-processing-ms", took)]
-                message["headers"] = [*message["headers"], *own]
+                limits: list[tuple[bytes, bytes]] = scope.get("limit_headers", [])  # type: ignore[assignment]
+                message["headers"] = [*message["headers"], *own, *limits]
             await send(message)
 
         await app(scope, receive, send_with_headers)

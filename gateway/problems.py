@@ -1,6 +1,7 @@
 """Every exception class -> status, type and code: the one table of OpenAI-shaped errors."""
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,14 +34,22 @@ TABLE: dict[type[Exception], Row] = {
     gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
+    gateway.ModelNotAllowed: Row(403, _INVALID, "model_not_allowed"),
     gateway.ClientLeft: Row(499, _INVALID, "client_closed_request"),
     gateway.AdapterNotRegistered: Row(404, _INVALID, "adapter_not_found"),
     gateway.AdapterNameTaken: Row(409, _INVALID, "name_taken"),
     auth.AuthError: Row(401, _INVALID, "unauthorized"),
     auth.InvalidApiKey: Row(401, _INVALID, "invalid_api_key"),
     auth.NotAllowed: Row(403, _INVALID, "not_allowed"),
+    auth.AddressNotAllowed: Row(403, _INVALID, "address_not_allowed"),
     auth.TenantNotFound: Row(404, _INVALID, "tenant_not_found"),
     auth.KeyNotFound: Row(404, _INVALID, "key_not_found"),
+    auth.LimitReached: Row(429, "requests", "rate_limit_exceeded"),
+    auth.RequestsLimited: Row(429, "requests", "rate_limit_exceeded"),
+    auth.TokensLimited: Row(429, "tokens", "rate_limit_exceeded"),
+    auth.QuotaSpent: Row(429, "insufficient_quota", "insufficient_quota"),
+    auth.LimitsUnavailable: Row(503, _SERVER, "limits_unavailable", 1.0),
+    auth.SecretUnreadable: Row(500, _SERVER, "secret_unreadable"),
     auth.NameTaken: Row(409, _INVALID, "name_taken"),
     engines.EngineError: Row(500, _SERVER, "engine_error"),
     engines.InvalidRequest: Row(400, _INVALID, "invalid_request"),
@@ -56,6 +65,7 @@ TABLE: dict[type[Exception], Row] = {
     engines.AdapterInUse: Row(409, _INVALID, "adapter_in_use"),
     engines.EngineUnavailable: Row(503, _SERVER, "engine_unavailable", 1.0),
     engines.EngineOverloaded: Row(503, _SERVER, "engine_overloaded", 1.0),
+    engines.DeadlineExceeded: Row(504, _SERVER, "deadline_exceeded"),
     engines.EngineDied: Row(500, _SERVER, "engine_died", 1.0),
     engines.GenerationFailed: Row(500, _SERVER, "generation_failed"),
     engines.ModelNotServable: Row(500, _SERVER, "model_not_servable"),
@@ -99,8 +109,12 @@ def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     problem = problem_of(error)
     report(request_id_of(request), error)
     headers = {}
-    if problem.row.retry_after is not None:
-        headers["retry-after"] = f"{problem.row.retry_after:.0f}"
+    retry_after = getattr(error, "retry_after", problem.row.retry_after)
+    if retry_after is not None:
+        headers["retry-after"] = f"{math.ceil(retry_after)}"
+        headers["retry-after-ms"] = f"{math.ceil(retry_after * 1000)}"
+    if getattr(error, "is_final", False):  # or SDKs try again, in vain
+        headers["x-should-retry"] = "false"
     if problem.row.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(problem.body(), status_code=problem.row.status, media_type="application/json", headers=headers)

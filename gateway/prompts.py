@@ -1,6 +1,9 @@
 """Wire parameters -> GenerateRequest: messages become tokens under the model's chat template."""
 
+import asyncio
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -15,10 +18,13 @@ from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
+LONG_TEXT = 16_384  # characters; a shorter text is tokens in a few milliseconds, a longer one is made so in a thread
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
+T = TypeVar("T")
 
-def chat_requests(
+
+async def chat_requests(
     body: ChatRequest, completion_id: str, route: Route, caller: Caller, engine: Engine
 ) -> list[GenerateRequest]:
     """One request for each of the `n` choices; a seed is counted up from choice to choice.
@@ -33,14 +39,15 @@ def chat_requests(
         )
         for message in body.messages
     ]
-    prompt = engine.tokenizer.encode_chat(messages)
+    length = sum(len(message.content) for message in messages)
+    prompt = await _tokenised(length, lambda: engine.tokenizer.encode_chat(messages))
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
     return _choices(body, [(prompt, limit)], completion_id, route, caller, engine)
 
 
-def completion_requests(
+async def completion_requests(
     body: GenerationFields,
     prompt: str | list[str | int | list[int]],
     completion_id: str,
@@ -54,12 +61,18 @@ def completion_requests(
     """
     require_ready(engine)
     info = engine.info()
-    prompts = _prompt_tokens(prompt, engine, info.vocab_size)
+    length = len(prompt) if isinstance(prompt, str) else sum(len(part) for part in prompt if isinstance(part, str))
+    prompts = await _tokenised(length, lambda: _prompt_tokens(prompt, engine, info.vocab_size))
     if len(prompts) * (body.n or 1) > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
     return _choices(body, limited, completion_id, route, caller, engine)
+
+
+async def _tokenised(num_characters: int, tokenise: Callable[[], T]) -> T:
+    """What `tokenise` gives; a long text holds up no stream meanwhile."""
+    return await asyncio.to_thread(tokenise) if num_characters > LONG_TEXT else tokenise()
 
 
 def _prompt_tokens(prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int) -> list[list[int]]:

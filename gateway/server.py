@@ -74,13 +74,15 @@ async def serve(
 
     Raises ModelNotServable if the engine cannot start, and whatever `on_ready` raises.
     """
-    app = create_app(settings, services.engine, services.tenants, services.catalogue)
+    app = create_app(settings, services.engine, services.tenants, services.catalogue, services.accounts)
     server = _Server(
         uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             lifespan="off",
+            proxy_headers=bool(settings.server.trusted_proxies),
+            forwarded_allow_ips=list(settings.server.trusted_proxies),
             timeout_graceful_shutdown=math.ceil(settings.server.drain_seconds) + 2,  # for what the engine cannot end
         ),
         services.engine,

@@ -5,15 +5,22 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
 
 from loraplex.auth.keys import load_pepper
+from loraplex.auth.limits.admission import Admission
+from loraplex.auth.limits.memory import MemoryStore
+from loraplex.auth.limits.policy import Limits
+from loraplex.auth.limits.shared import RedisStore
+from loraplex.auth.metering import Books, NoBooks
 from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
-from loraplex.config.settings import Settings, environment
+from loraplex.config.settings import LimitSettings, Settings, environment
 from loraplex.engines.adapters.store import AdapterStore
 from loraplex.engines.build import build_engine
 from loraplex.engines.protocol import Engine
+from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.catalogue import Catalogue
 
 
@@ -27,6 +34,7 @@ class Services(msgspec.Struct, frozen=True):
     engine: Engine
     tenants: Tenants
     catalogue: Catalogue
+    accounts: Accounts
     new_admin_key: str | None
 
 
@@ -44,11 +52,33 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         raise CannotOpen(f"database.url: {getattr(error, 'orig', None) or error}") from error
     store = AdapterStore(settings.adapters)
     try:
-        tenants = Tenants(database, pepper)
+        tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
+        books = NoBooks()
+        admission = _admission(settings.limits, books)
         catalogue = Catalogue(database, store, engine, settings.model.name)
         await catalogue.reload()
-        yield Services(engine, tenants, catalogue, made)
+        try:
+            yield Services(engine, tenants, catalogue, Accounts(admission, books), made)
+        finally:
+            await admission.close()
     finally:
         await store.close()
         await database.dispose()
+
+
+def _admission(settings: LimitSettings, books: Books) -> Admission:
+    """In this process, or shared through Redis. Raises CannotOpen."""
+    if settings.redis_url is None:
+        return Admission(MemoryStore(books))
+    try:
+        redis = Redis.from_url(settings.redis_url, socket_timeout=1.0, socket_connect_timeout=1.0)
+    except ValueError as error:
+        raise CannotOpen(f"limits.redis_url: {error}") from error
+    fallback = (lambda: MemoryStore(books)) if settings.on_redis_loss == "open" else None
+    return Admission(RedisStore(redis, books), fallback)
+
+
+def _default_limits(settings: LimitSettings) -> Limits:
+    """What holds for a tenant without limits of its own."""
+    return Limits(**{name: getattr(settings, name) for name in Limits.__struct_fields__ if hasattr(settings, name)})

@@ -26,6 +26,11 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
+def error_frame(error: Exception) -> bytes:
+    """What ends a stream instead of [DONE]; clients raise it."""
+    return b"data: " + problem_of(error).body() + b"\n\n"
+
+
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The work's result; cancels it when the client disconnects, which no framework does. Raises ClientLeft."""
     task = asyncio.ensure_future(work)
@@ -61,6 +66,7 @@ class Relay:
     """One answer's frames, of one choice or several.
 
     `encode(choice, event)` gives the frames of an event, `end()` those after the last; `request_id` is for the log.
+    `on_end` is called when nothing more is generated, with the error that ended it, if any; perhaps twice.
     """
 
     def __init__(
@@ -69,16 +75,19 @@ class Relay:
         encode: Callable[[int, TokenEvent], bytes],
         end: Callable[[], bytes],
         request_id: str = "-",
+        on_end: Callable[[BaseException | None], None] = lambda error: None,
     ) -> None:
         self._choices = choices
         self._encode = encode
         self._end = end
         self._request_id = request_id
+        self._on_end = on_end
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
         self._is_over = False
         self._error: Exception | None = None
         self._task = asyncio.create_task(self._pump())
+        self._task.add_done_callback(self._ended)  # a task that is cancelled before its first step runs no `finally`
 
     async def begin(self, seconds: float) -> None:
         """Wait for the first frame, at most `seconds`. An error that comes before it is raised: no 200 was sent yet."""
@@ -102,7 +111,7 @@ class Relay:
                 break
         if self._error is not None:
             report(self._request_id, self._error)
-            yield b"data: " + problem_of(self._error).body() + b"\n\n"
+            yield error_frame(self._error)
 
     async def close(self) -> None:
         """Abort the answer, if it is not complete."""
@@ -112,12 +121,17 @@ class Relay:
     async def _pump(self) -> None:
         try:
             await together([self._follow(number, events) for number, events in enumerate(self._choices)])
+            self._on_end(None)  # before the client learns of it
             self._frames.append(self._end())
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
+            self._on_end(error)
         finally:
             self._is_over = True
             self._news.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._on_end(asyncio.CancelledError() if task.cancelled() else None)
 
     async def _follow(self, number: int, events: AsyncIterator[TokenEvent]) -> None:
         async with contextlib.aclosing(events) as closing:  # type: ignore[type-var]

@@ -12,8 +12,11 @@ tenants = Table(
     Column("id", String(32), primary_key=True),
     Column("name", String(128), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
+    Column("limits", JSON, nullable=False, server_default="{}"),
 )
 
+# A key that was rotated has two digests until `previous_until`. `pepper` is the fingerprint of the version that the
+# digest is under; "" for one that was made before there were versions.
 api_keys = Table(
     "api_keys",
     metadata,
@@ -25,6 +28,11 @@ api_keys = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=True),
     Column("revoked_at", Float, nullable=True),
+    Column("limits", JSON, nullable=False, server_default="{}"),
+    Column("role", String(16), nullable=False, server_default="inference"),
+    Column("pepper", String(8), nullable=False, server_default=""),
+    Column("previous_digest", String(64), nullable=True, unique=True, index=True),
+    Column("previous_until", Float, nullable=True),
 )
 
 # Keys of operators. The first one is made at the first start, unless the environment brings one.

@@ -16,6 +16,14 @@ class Arena:
         self._plans: dict[str, AdapterPlan] = {}
         self._offsets: dict[str, int] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
+
     def write(self, offset: int, loaded: LoadedAdapter) -> None:
         """Copy an adapter to `offset`; the extent must belong to nobody who is being computed with."""
         adapter_id = loaded.plan.adapter.id

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,20 @@ from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 # Fields that do not change what a trained adapter computes.
 _WITHOUT_MEANING = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "task_type"}
-    | {"peft_version", "eva_config", "fan_in_fan_out", "megatron_core", "ensure_weight_tying", "runtime_config"}
+    | {"peft_version", "eva_config", "fan_in_fan_out", "megatron_core", "runtime_config"}
     | {"qalora_group_size"}
 )
 _UNDERSTOOD = frozenset(
     {"peft_type", "bias", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
     | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"}
+    | {
+        "alora_invocation_tokens",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "lora_bias",
+        "ensure_weight_tying",
+    }
 )
 _MATCH_SECONDS = 0.1
 # Initialisations that leave the base model as it was; the others subtract something from it before training.
@@ -40,6 +50,13 @@ class LoraConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    saves_biases: bool
+    modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    token_ids: dict[str, tuple[int, ...]]
+    lora_bias: bool
+    invocation: tuple[int, ...]
+    ties_weights: bool
 
     def targets(self, module: str) -> bool:
         """Whether the config's patterns name this module, as PEFT's `check_target_module_exists` decides it."""
@@ -51,6 +68,33 @@ class LoraConfig:
             return True
         layer = self._layer_of(module)
         return layer is not None and layer in self.layers_to_transform
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether `target_parameters` names this parameter by the end of its name."""
+        return any(parameter == name or parameter.endswith(f".{name}") for name in self.target_parameters)
+
+    def active_from(self, prompt: Sequence[int]) -> int:
+        """The position from which on the adapter is active: where the last invocation begins; never without one."""
+        if not self.invocation:
+            return 0
+        length = len(self.invocation)
+        starts = range(len(prompt) - length, -1, -1)
+        return next(
+            (start for start in starts if tuple(prompt[start : start + length]) == self.invocation), sys.maxsize
+        )
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names this module, or one that it is a part of."""
+        parents = module.split(".")
+        names = (".".join(parents[: length + 1]) for length in range(len(parents)))
+        return any(name.endswith(saved) for name in names for saved in self.modules_to_save)
+
+    def token_ids_of(self, embedding: str, *, is_input: bool) -> tuple[int, ...]:
+        """The tokens of an embedding whose rows were trained; a plain list means the input embedding's."""
+        if is_input and "" in self.token_ids:
+            return self.token_ids[""]
+        found = (ids for name, ids in self.token_ids.items() if name and _names((name,), embedding))
+        return next(found, ())
 
     def rank_of(self, module: str) -> int:
         return int(_pattern_value(self.rank_pattern, module, self.rank))
@@ -89,6 +133,13 @@ def read_config(directory: Path) -> LoraConfig:
         exclude_modules=_module_names(raw, "exclude_modules"),
         layers_to_transform=_layers(raw),
         layers_pattern=tuple(_listed(raw.get("layers_pattern"))),
+        saves_biases=raw.get("bias", "none") != "none",
+        modules_to_save=tuple(_listed(raw.get("modules_to_save"))),
+        target_parameters=tuple(_listed(raw.get("target_parameters"))),
+        token_ids=_token_ids(raw),
+        invocation=_invocation(raw),
+        lora_bias=_typed(raw, "lora_bias", bool, False),
+        ties_weights=_typed(raw, "ensure_weight_tying", bool, False),
     )
 
 
@@ -96,8 +147,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise AdapterUnsupported(f"peft_type is {kind!r}; only LORA adapters can be served")
-    if raw.get("bias", "none") != "none":
-        raise AdapterUnsupported(f"bias = {raw['bias']!r} is not supported; train with bias='none'")
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterInvalid(f"bias = {raw['bias']!r} is not one of none, all, lora_only")
     init = raw.get("init_lora_weights", True)
     if str(init).lower() not in _HARMLESS_INITS:
         raise AdapterUnsupported(
@@ -135,6 +186,30 @@ def _module_names(raw: dict[str, Any], field: str) -> str | tuple[str, ...]:
         _check_regex(field, value)
         return value
     return tuple(_listed(value))
+
+
+def _invocation(raw: dict[str, Any]) -> tuple[int, ...]:
+    """`alora_invocation_tokens` (arXiv 2504.12397)."""
+    value = raw.get("alora_invocation_tokens")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
+        raise AdapterInvalid(f"alora_invocation_tokens = {value!r} is not a list of token ids")
+    if raw.get("use_dora"):
+        raise AdapterUnsupported("use_dora = True is not supported with alora_invocation_tokens")
+    return tuple(value)
+
+
+def _token_ids(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`trainable_token_indices`, by the embedding's name; `""` is the input embedding."""
+    value = raw.get("trainable_token_indices") or {}
+    by_name = value if isinstance(value, dict) else {"": value}
+    for ids in by_name.values():
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise AdapterInvalid("trainable_token_indices holds something else than lists of token ids")
+        if len(set(ids)) < len(ids):
+            raise AdapterInvalid("trainable_token_indices names a token twice")
+    return {name: tuple(ids) for name, ids in by_name.items()}
 
 
 def _layers(raw: dict[str, Any]) -> tuple[int, ...] | None:

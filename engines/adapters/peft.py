@@ -7,8 +7,8 @@ after this no code knows PEFT. Every tensor of the file is used or the adapter i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex.engines.adapters.config import LoraConfig, read_config
+from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, load_extras
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 
 ALIGNMENT_BYTES = 64  # each matrix starts on a cache line
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
+_PREFIX = "base_model.model."
+UNUSED = "is not used"
 _DTYPES = {"F32", "F16", "BF16"}
 
 
@@ -61,23 +64,41 @@ class ModuleEntry:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """A valid adapter's layout: entries by module index, and the extent's `size` in elements."""
+    """A valid adapter's layout: entries by module index, what else it brings, and the extent's `size` in elements."""
 
     adapter: Adapter
     config: LoraConfig
     entries: dict[int, ModuleEntry]
+    extra: ExtraPlan
     size: int
+
+    @property
+    def rank(self) -> int:
+        """The largest one; 0 without A and B of linear layers."""
+        return max((entry.rank for entry in self.entries.values()), default=0)
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why the adapter cannot be one of several: only what A and B of linear layers add can be summed."""
+        if self.config.use_dora:
+            return "is a DoRA, whose change is not a sum of B·A, so it cannot be part of a composition"
+        if self.extra.extras:
+            module = self.extra.extras[0].module
+            return f"changes {module} otherwise than by adding B·A, so it cannot be part of a composition"
+        return None
 
     def card(self, element_bytes: int) -> AdapterCard:
         entries = self.entries.values()
+        modules = {entry.module.name for entry in entries} | {extra.module for extra in self.extra.extras}
         variant: Variant = "dora" if self.config.use_dora else "rslora" if self.config.use_rslora else "lora"
         return AdapterCard(
             adapter_id=self.adapter.id,
-            rank=max(entry.rank for entry in entries),
+            rank=self.rank or self.config.rank,
             variant=variant,
-            target_modules=tuple(sorted({entry.module.name.rpartition(".")[2] for entry in entries})),
-            num_modules=len(entries),
-            num_parameters=sum(_num_parameters(entry) for entry in entries),
+            target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
+            num_modules=len(modules),
+            num_parameters=sum(_num_parameters(entry) for entry in entries)
+            + sum(extra.num_parameters for extra in self.extra.extras),
             num_bytes=self.size * element_bytes,
         )
 
@@ -92,12 +113,25 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What an adapter is checked against and computed with. `weight(index)` is the dequantised Shape [out, in]."""
+    """What an adapter is checked against and computed with.
+
+    `modules` are the linear layers that A and B may stand beside, `unfit` says why another one is none of them.
+    `weight(index)` is a linear layer's, dequantised, Shape [out, in]. `parameters` are those of all modules that each
+    token passes once, `parameter(name)` gives one. `tied_head` is the head where it shares the input embedding's
+    weight. `transposed` are the expert weights that lie as [experts, in, out].
+    """
 
     modules: dict[str, BaseModule]
     weight: Callable[[int], Tensor]
     dtype: torch.dtype
     max_rank: int
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, Shape] = field(default_factory=dict)
+    parameter: Callable[[str], Tensor] = lambda name: torch.empty(0)
+    embeddings: Mapping[str, Shape] = field(default_factory=dict)
+    input_embedding: str = ""
+    tied_head: str | None = None
+    transposed: frozenset[str] = frozenset()
 
 
 def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
@@ -105,7 +139,7 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     directory = Path(adapter.path)
     config = read_config(directory)
     shapes = _tensor_shapes(directory / "adapter_model.safetensors")
-    parts = _group_by_module(shapes)
+    parts, others = _group_by_module(shapes, config, base)
     _check_names(config, parts, base)
     entries, size = {}, 0
     for name, module in base.modules.items():
@@ -114,7 +148,13 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
             entries[module.index] = entry
         elif config.targets(name):
             raise AdapterInvalid(f"target_modules names {name}, for which the file has no weights")
-    return AdapterPlan(adapter=adapter, config=config, entries=entries, size=size)
+    unit = ALIGNMENT_BYTES // base.dtype.itemsize
+    extra = ExtraPlanner(config, others, base, size, lambda numel: _aligned(numel, unit)).plan(frozenset(parts))
+    if config.invocation and extra.extras:
+        raise AdapterUnsupported(f"alora_invocation_tokens is not supported with changes to {extra.extras[0].module}")
+    if not entries and not extra.extras:
+        raise AdapterInvalid("adapter_model.safetensors holds no LoRA weights")
+    return AdapterPlan(adapter=adapter, config=config, entries=entries, extra=extra, size=extra.size)
 
 
 def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
@@ -122,7 +162,7 @@ def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
     plan = plan_adapter(adapter, base)
     flat = torch.zeros(plan.size, dtype=base.dtype)
     with safe_open(Path(adapter.path) / "adapter_model.safetensors", framework="pt") as file:
-        keys = {_parse_key(key): key for key in file.keys()}  # noqa: SIM118  not a dict
+        keys = {match: key for key in file.keys() if (match := _parse_key(key))}  # noqa: SIM118  not a dict
         for entry in plan.entries.values():
             a = file.get_tensor(keys[entry.module.name, "lora_A"])
             b = file.get_tensor(keys[entry.module.name, "lora_B"])
@@ -131,6 +171,7 @@ def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
             if (gain := entry.gain_of(flat)) is not None:
                 magnitude = file.get_tensor(keys[entry.module.name, "lora_magnitude_vector"])
                 gain.copy_(_dora_gain(base.weight(entry.module.index), a, b, entry.scale, magnitude))
+        load_extras(plan.extra, flat, lambda name: file.get_tensor(_PREFIX + name), base.parameter)
     if not bool(torch.isfinite(flat).all()):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
@@ -155,27 +196,43 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
 
 
-def _parse_key(key: str) -> tuple[str, str]:
-    """(module, part) of a tensor's name. Raises AdapterUnsupported for any name PEFT gives something else."""
+def _parse_key(key: str) -> tuple[str, str] | None:
+    """(module, part) of a tensor's name; None for what is no A, B or magnitude."""
     match = _KEY.fullmatch(key)
-    if match is None:
-        raise AdapterUnsupported(f"tensor {key} is not part of a LoRA on a linear layer")
-    return match["module"], match["part"]
+    return (match["module"], match["part"]) if match else None
 
 
-def _group_by_module(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+def _group_by_module(
+    shapes: dict[str, Shape], config: LoraConfig, base: Base
+) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape]]:
+    """The parts of LoRAs on linear layers by module, and all other tensors, their names without PEFT's prefix."""
+    wrapped = {name.rpartition(".")[0] for name in base.parameters if config.targets_parameter(name)}
+    parts: dict[str, dict[str, Shape]] = {}
+    others: dict[str, Shape] = {}
     for key, shape in shapes.items():
-        module, part = _parse_key(key)
-        parts.setdefault(module, {})[part] = shape
-    if not parts:
-        raise AdapterInvalid("adapter_model.safetensors holds no LoRA weights")
-    return parts
+        match = _parse_key(key)
+        if any(base.unfit.get(module) == UNUSED for module in _modules_of(key)):
+            continue  # a layer that no token passes: whatever stands beside it or in it, it changes nothing
+        if match is not None and match[0].replace(".base_layer", "") not in wrapped:
+            parts.setdefault(match[0], {})[match[1]] = shape
+        elif key.startswith(_PREFIX):
+            others[key.removeprefix(_PREFIX)] = shape
+        else:
+            raise AdapterUnsupported(f"tensor {key} is not part of a LoRA")
+    return parts, others
+
+
+def _modules_of(key: str) -> list[str]:
+    """Every module's name that the tensor's name begins with."""
+    parts = key.removeprefix(_PREFIX).replace(".base_layer", "").split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
     """Every module the file has weights for exists and is a target."""
     for name in parts:
+        if name in base.unfit:
+            raise AdapterUnsupported(f"{name} cannot carry a LoRA: in this model it {base.unfit[name]}")
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
         if not config.targets(name):

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.adapters.peft import Base, LoadedAdapter, load_adapter, plan_adapter
+from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, load_adapter, plan_adapter
 from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterInvalid, AdapterTooLarge
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency
@@ -63,6 +63,12 @@ class AdapterTiers:
     def inspect(self, adapter: Adapter, done: Callable[[Future[AdapterCard]], None]) -> None:
         """Check an adapter in a thread; `done` is called there."""
         self._threads.submit(self._inspect, adapter).add_done_callback(done)
+
+    def plans(self, adapter_ids: Iterable[str]) -> list[AdapterPlan]:
+        """The plans of those adapters that are on the host or the device."""
+        found = (self._host[id].plan if id in self._host else self._arena.plan(id) for id in adapter_ids
+                 if id in self._host or id in self._residency)  # fmt: skip
+        return list(found)
 
     def enter(self, adapter: Adapter) -> None:
         """A request that names the adapter arrived: start reading it before the request is scheduled."""

@@ -1,7 +1,8 @@
 """The attention function that transformers calls in every layer, over our paged KV cache.
 
-Registered with `transformers.AttentionInterface`, it needs nothing of the model but the layer's number: the step it
-works on is set on the object beforehand, so models that drop keyword arguments on the way are carried as well.
+Registered with `transformers.AttentionInterface`, it needs nothing of the model but that it calls in the same order
+in every step: the n-th call has the n-th cache, whatever the layer calls itself and however often it calls. The step is
+set on the object beforehand, so models that drop keyword arguments on the way are carried as well.
 Tokens of all sequences come packed in one row. New keys and values are written to the cache, then the sequences that
 decode (one token) are attended together and each longer segment on its own.
 """
@@ -59,23 +60,35 @@ class KvShape:
 
 
 class PagedAttention:
-    """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes the layers' shapes (a dry run)."""
+    """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes what each call asks for.
+
+    `shapes[n]` and `windows[n]` are those of the n-th call of a step, `layers[n]` the number of the layer that made it.
+    """
 
     def __init__(self) -> None:
-        self.step: AttentionStep | None = None
-        self.shapes: dict[int, KvShape] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self.shapes: list[KvShape] = []
+        self.windows: list[int | None] = []
+        self.layers: list[int | None] = []
+        self.own_masks = False  # whether some layer brought a mask of its own making
+        self._step: AttentionStep | None = None
+        self._call = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def begin(self, step: AttentionStep) -> None:
+        """Set the step that the calls from now on belong to."""
+        self._step = step
+        self._call = 0
 
     def allocate(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the cache: for each layer seen in the dry run `num_slots` rows of keys and of values.
+        """Make the cache: for each call seen in the dry run `num_slots` rows of keys and of values.
 
         One more row, number `num_slots`, is never written: what is padded reads its zeros, not another sequence's
         leavings, for a weight of zero does not take the harm out of a NaN.
         """
-        for layer, shape in self.shapes.items():
-            self._keys[layer] = _zeros((num_slots + 1, shape.num_heads, shape.key_width), dtype, device)
-            self._values[layer] = _zeros((num_slots + 1, shape.num_heads, shape.value_width), dtype, device)
+        for shape in self.shapes:
+            self._keys.append(_zeros((num_slots + 1, shape.num_heads, shape.key_width), dtype, device))
+            self._values.append(_zeros((num_slots + 1, shape.num_heads, shape.value_width), dtype, device))
 
     def __call__(
         self,
@@ -92,12 +105,14 @@ class PagedAttention:
         **_: object,
     ) -> tuple[Tensor, None]:
         """query: Shape [1, H, T, D]. key: Shape [1, Hk, T, D]. value: Shape [1, Hk, T, Dv]. Result: [1, T, H, Dv]."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
         form = Form(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
-        if self.step is None:
-            return self._dry_run(layer, query, key, value, form), None
-        step = self.step
-        keys, values = self._keys[layer], self._values[layer]
+        if self._step is None:
+            self.own_masks |= attention_mask is not None
+            self.layers.append(getattr(module, "layer_idx", None))
+            return self._dry_run(query, key, value, form), None
+        step, call = self._step, self._call
+        self._call += 1
+        keys, values = self._keys[call], self._values[call]
         keys.index_copy_(0, step.slots, key[0].transpose(0, 1))
         values.index_copy_(0, step.slots, value[0].transpose(0, 1))
         if step.decodes is not None and not step.prefills:
@@ -119,8 +134,9 @@ class PagedAttention:
             out[own] = part[0].transpose(0, 1)
         return out[None], None
 
-    def _dry_run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        self.shapes[layer] = KvShape(key.shape[1], key.shape[3], value.shape[3])
+    def _dry_run(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        self.shapes.append(KvShape(key.shape[1], key.shape[3], value.shape[3]))
+        self.windows.append(form.window)
         mask = causal_mask(0, query.shape[2], form.window, query.device)
         return attend(query, key, value, mask, form).transpose(1, 2)
 

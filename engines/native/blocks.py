@@ -14,9 +14,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def root_key(adapter_id: str | None, salt: str) -> bytes:
-    """The key of nothing yet, for one adapter and one tenant: no hit ever crosses either."""
-    return hashlib.blake2b(f"{len(salt)}:{salt}:{adapter_id or ''}".encode(), digest_size=16).digest()
+def root_key(adapter_id: str | None, *scope: str) -> bytes:
+    """The key of nothing yet, for one adapter and one scope (a tenant, a salt): no hit ever crosses either."""
+    return hashlib.blake2b(repr((adapter_id, scope)).encode(), digest_size=16).digest()
+
+
+def switched_key(key: bytes, adapters: str) -> bytes:
+    """The key in the place of `key` where from some position in the next block on other adapters are active."""
+    return hashlib.blake2b(key + adapters.encode(), digest_size=16).digest()
 
 
 def next_key(key: bytes, token_ids: Sequence[int]) -> bytes:

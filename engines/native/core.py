@@ -7,17 +7,29 @@ One request's error ends that request alone; only a broken machine ends the proc
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
 
-from loraplex.engines.errors import AdapterError, EngineOverloaded, InvalidRequest, PromptTooLong
+from loraplex.engines.errors import (
+    AdapterError,
+    AdapterTooLarge,
+    AdapterUnsupported,
+    DeadlineExceeded,
+    EngineError,
+    EngineOverloaded,
+    InvalidRequest,
+    PromptTooLong,
+)
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.blocks import BlockPool
+from loraplex.engines.native.deadlines import Deadlines
 from loraplex.engines.native.loading import Machine
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
+from loraplex.engines.native.stopwatch import DurationCounts
 from loraplex.engines.protocol import EngineStats, GenerateRequest
 
 
@@ -28,7 +40,10 @@ class EngineCore:
         settings = machine.settings
         self._machine = machine
         self._clock = clock
+        self._stopwatch = machine.runner.stopwatch
+        self._step_durations = DurationCounts()
         self._max_waiting = settings.engine.max_waiting
+        self._max_wait = settings.engine.max_wait_seconds
         self.blocks = BlockPool(machine.num_kv_blocks, settings.engine.kv_block_size)
         residency = Residency(machine.arena_capacity)
         self.adapters = AdapterTiers(
@@ -36,19 +51,23 @@ class EngineCore:
         )
         limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running)
         self.scheduler = Scheduler(limits, self.blocks, residency, clock)
+        self._deadlines = Deadlines(settings.engine.max_wait_seconds)
         self._sequences: dict[str, Sequence] = {}
+        self._unsettled: dict[str, Sequence] = {}  # whose adapters were not known together so far
         self._failed: list[Emission] = []
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue a request. Raises InvalidRequest or EngineOverloaded, and then nothing is kept of it."""
+        """Queue a request. Raises InvalidRequest, and then nothing is kept of it.
+
+        Where the queue is full, the tenant with most requests in it loses its last one to EngineOverloaded.
+        """
         info = self._machine.info
         if len(request.prompt_token_ids) >= info.max_model_len:
             length = len(request.prompt_token_ids)
             raise PromptTooLong(f"the prompt has {length} tokens; at most {info.max_model_len - 1} fit", "messages")
         _check_token_ids(request, info.vocab_size)
-        if len(self.scheduler.waiting) >= self._max_waiting:
-            raise EngineOverloaded(f"{self._max_waiting} requests are waiting already")
+        _check_composition(request)
         seed = request.sampling.seed
         sequence = Sequence(
             request=request,
@@ -59,9 +78,13 @@ class EngineCore:
         )
         self._sequences[request.request_id] = sequence
         self._prompt_tokens += sequence.num_prompt_tokens
-        if request.adapter is not None:
-            self.adapters.enter(request.adapter)
+        for part in request.parts:
+            self.adapters.enter(part.adapter)
+        if request.parts:
+            self._unsettled[request.request_id] = sequence
         self.scheduler.add(sequence)
+        self._deadlines.add(sequence)
+        self._shed()
 
     def end(self, request_id: str, *, aborted: bool) -> None:
         """Stop a request between steps; its place and blocks are free when this returns. Unknown ids are ignored."""
@@ -75,11 +98,18 @@ class EngineCore:
 
     def step(self) -> list[Emission]:
         """One step, or nothing where none can be made; what it gave each sequence, errors since the last one first."""
-        self.adapters.poll(sequence.adapter_id for sequence in self.scheduler.waiting if sequence.adapter_id)
+        self._expire()
+        self.adapters.poll(id for sequence in self.scheduler.waiting for id in sequence.adapter_ids)
+        self._settle()
         emissions, self._failed = self._failed, []
-        if (batch := self.scheduler.next()) is not None:
+        began = time.perf_counter()
+        with self._stopwatch.phase("schedule"):
+            batch = self.scheduler.next()
+        if batch is not None:
             outcomes = self._machine.runner.run(batch)
-            emissions += self._record(self.scheduler.commit(batch, outcomes))
+            with self._stopwatch.phase("commit"):
+                emissions += self._record(self.scheduler.commit(batch, outcomes))
+            self._step_durations.add(time.perf_counter() - began)
         return emissions
 
     @property
@@ -103,6 +133,9 @@ class EngineCore:
             total_failed=self._num_failed,
             total_preemptions=self.scheduler.num_preemptions,
             num_restarts=0,
+            phase_seconds=dict(self._stopwatch.seconds),
+            step_durations=self._step_durations.snapshot(),
+            wait_durations=self.scheduler.wait_durations.snapshot(),
         )
 
     def _record(self, emissions: list[Emission]) -> list[Emission]:
@@ -116,16 +149,65 @@ class EngineCore:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
-        if sequence.adapter_id is not None:
-            self.adapters.leave(sequence.adapter_id)
+        self._unsettled.pop(sequence.request_id, None)
+        for adapter_id in sequence.adapter_ids:
+            self.adapters.leave(adapter_id)
+
+    def _shed(self) -> None:
+        if len(self.scheduler.waiting) > self._max_waiting:
+            victim = self.scheduler.waiting.last_of_the_longest()
+            if victim is not None:
+                self._fail(victim, EngineOverloaded(f"{self._max_waiting} requests are waiting already"))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for request_id in self._deadlines.passed(now):
+            if (sequence := self._sequences.get(request_id)) is None:
+                continue
+            limit, age = sequence.request.timeout_seconds, now - sequence.arrival
+            if limit is not None and age >= limit:
+                self._fail(sequence, DeadlineExceeded(f"the request was not finished within {limit:g} s"))
+            elif age >= self._max_wait and not sequence.was_admitted:
+                self._fail(sequence, EngineOverloaded(f"the request waited {self._max_wait:g} s for its first step"))
+
+    def _settle(self) -> None:
+        """Once its adapters are known: from where on each is active in a sequence, and whether they can be composed."""
+        for sequence in list(self._unsettled.values()):
+            plans = self.adapters.plans(sequence.adapter_ids)
+            if len(plans) < len(sequence.adapter_ids):
+                continue
+            if len(plans) > 1 and sum(plan.size for plan in plans) > self._machine.arena_capacity:
+                self._fail(
+                    sequence, AdapterTooLarge("together the composition's adapters exceed adapters.device_bytes")
+                )
+            elif sequence.request.composition and (plan := next((plan for plan in plans if plan.why_alone), None)):
+                self._fail(sequence, AdapterUnsupported(f"{plan.adapter.name} {plan.why_alone}"))
+            else:
+                sequence.starts = tuple(plan.config.active_from(sequence.request.prompt_token_ids) for plan in plans)
+                del self._unsettled[sequence.request_id]
 
     def _fail_adapter(self, adapter_id: str, error: AdapterError) -> None:
         """An adapter cannot be had: every request that waits for it ends with the reason."""
-        for sequence in [s for s in self._sequences.values() if s.adapter_id == adapter_id]:
-            self.scheduler.remove(sequence)
-            self._forget(sequence)
-            self._num_failed += 1
-            self._failed.append(Emission(sequence=sequence, error=error))
+        for sequence in [s for s in self._sequences.values() if adapter_id in s.adapter_ids]:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> None:
+        """End a request between steps; the next step tells."""
+        self.scheduler.remove(sequence)
+        self._forget(sequence)
+        self._num_failed += 1
+        self._failed.append(Emission(sequence=sequence, error=error))
+
+
+def _check_composition(request: GenerateRequest) -> None:
+    """Raises InvalidRequest where it names an adapter twice, or beside another field, or with a weight that is none."""
+    ids = [part.adapter.id for part in request.composition]
+    if request.adapter is not None and ids:
+        raise InvalidRequest("a request has either an adapter or a composition", "composition")
+    if len(set(ids)) < len(ids):
+        raise InvalidRequest("a composition names one adapter twice", "composition")
+    if not all(math.isfinite(part.weight) for part in request.composition):
+        raise InvalidRequest("a composition's weights must be finite", "composition")
 
 
 def _check_token_ids(request: GenerateRequest, vocab_size: int) -> None:

@@ -7,42 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from typing import cast
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
-import zmq
 import zmq.asyncio
 
 from loraplex.config.settings import Settings
-from loraplex.engines.errors import EngineDied, EngineError, EngineUnavailable, ModelNotServable, from_wire
+from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, InvalidRequest, ModelNotServable
 from loraplex.engines.native.detokenizer import Detokenizer
 from loraplex.engines.native.messages import (
     Command,
-    Configure,
     End,
-    Failure,
     GetResidency,
     GetStats,
-    Hello,
     Inspect,
     Load,
-    Loading,
     Pin,
-    Ready,
     Reply,
-    StartFailed,
-    Stepped,
     Submit,
-    Token,
     Unload,
-    decode_report,
-    encode,
 )
+from loraplex.engines.native.process import Arrived, WorkerProcess
 from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
@@ -57,21 +44,15 @@ from loraplex.engines.protocol import (
 )
 from loraplex.engines.tokenizer import HubTokenizer
 
-_BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
-_MAX_FAST_DEATHS = len(_BACKOFF_SECONDS)
+_BACKOFF_SECONDS = (0.0, 0.0, 0.25, 0.5, 1.0, 2.0)  # by how many workers in a row died young
+_YOUNG_SECONDS = 60.0
+_MAX_STILLBORN = 6  # workers in a row that were never ready; then the engine has failed
 
 _log = logging.getLogger("loraplex.engine")
 
 
-class _Arrived(msgspec.Struct, frozen=True):
-    """A token of a request and the step that made it."""
-
-    step: int
-    token: Token
-
-
 class NativeEngine:
-    """Implements the engine protocol over one worker process."""
+    """Implements the engine protocol over a worker process; an older one may be finishing its streams beside it."""
 
     tokenizer: HubTokenizer
 
@@ -79,12 +60,15 @@ class NativeEngine:
         self._settings = settings
         self._state: HealthState = "starting"
         self._detail = ""
-        self._answers: dict[str, asyncio.Queue[_Arrived | EngineError]] = {}
-        self._calls: dict[int, asyncio.Future[Reply]] = {}
-        self._call_numbers = itertools.count()
-        self._num_starts = 0
+        self._num_started = 0
+        self._num_restarts = 0
+        self._num_stillborn = 0
+        self._num_fast_deaths = 0
+        self._known: dict[str, Adapter] = {}
+        self._pinned: set[str] = set()
         self._on_progress: Callable[[Progress], None] = lambda progress: None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._workers: dict[WorkerProcess, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
         self.tokenizer = HubTokenizer(self._settings.model.directory)
@@ -92,9 +76,13 @@ class NativeEngine:
         self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._on_progress = on_progress
         on_progress(Progress(stage="starting the engine process", fraction=0.0))
-        ready = asyncio.get_running_loop().create_future()
-        self._supervisor = asyncio.create_task(self._supervise(ready))
-        await ready
+        self._worker = self._begin_worker()
+        try:
+            await self._take_up(self._worker)
+        except EngineError as error:
+            self._state, self._detail = "failed", str(error)
+            raise
+        on_progress(Progress(stage="ready", fraction=1.0))
         return self.info()
 
     def info(self) -> EngineInfo:
@@ -102,12 +90,16 @@ class NativeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         self._require_ready()
-        answers: asyncio.Queue[_Arrived | EngineError] = asyncio.Queue()
-        self._answers[request.request_id] = answers
+        _refuse_unserved(request)
+        if request.adapter is not None:
+            self._known[request.adapter.id] = request.adapter
+        worker = self._worker
+        answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
+        worker.answers[request.request_id] = answers
         detokenizer = Detokenizer(self.tokenizer.stream(), request.sampling.stop)
         is_over = False
         try:
-            self._send(Submit(request))
+            worker.send(Submit(request))
             while not is_over:
                 arrived = await answers.get()
                 if isinstance(arrived, EngineError):
@@ -117,12 +109,12 @@ class NativeEngine:
                 event = _event(arrived, detokenizer)
                 if event.finish_reason and not is_over:
                     is_over = True
-                    self._send(End(request.request_id, aborted=False))
+                    worker.send(End(request.request_id, aborted=False))
                 yield event
         finally:
-            del self._answers[request.request_id]
+            del worker.answers[request.request_id]
             if not is_over:
-                self._send(End(request.request_id, aborted=True))
+                worker.send(End(request.request_id, aborted=True))
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
         reply = await self._call(lambda call: Inspect(call, adapter))
@@ -130,13 +122,18 @@ class NativeEngine:
         return reply.card
 
     async def load(self, adapter: Adapter) -> None:
+        self._known[adapter.id] = adapter
         await self._call(lambda call: Load(call, adapter))
 
     async def unload(self, adapter_id: str) -> None:
         await self._call(lambda call: Unload(call, adapter_id))
+        self._pinned.discard(adapter_id)
+        self._known.pop(adapter_id, None)
 
     async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
+        self._known[adapter.id] = adapter
         await self._call(lambda call: Pin(call, adapter, pinned))
+        (self._pinned.add if pinned else self._pinned.discard)(adapter.id)
 
     async def residency(self) -> list[AdapterResidency]:
         return (await self._call(GetResidency)).residency or []
@@ -144,26 +141,30 @@ class NativeEngine:
     async def stats(self) -> EngineStats:
         reply = await self._call(GetStats)
         assert reply.stats is not None
-        return msgspec.structs.replace(reply.stats, num_restarts=self._num_starts - 1)
+        return msgspec.structs.replace(reply.stats, num_restarts=self._num_restarts)
 
     def health(self) -> Health:
         return Health(state=self._state, detail=self._detail)
 
+    async def reload(self) -> EngineInfo:
+        self._require_ready()
+        old = self._worker
+        await self._take_up(self._begin_worker(old.residents))
+        self._keep(asyncio.create_task(self._retire(old)))
+        return self.info()
+
     async def close(self, drain_seconds: float = 0.0) -> None:
         if self._state in ("ready", "restarting"):
             self._state = "draining"
-        deadline = asyncio.get_running_loop().time() + drain_seconds
-        while self._answers and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        if self._supervisor is None:
-            return
-        supervisor, self._supervisor = self._supervisor, None
-        supervisor.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await supervisor
-        self._fail_all(EngineUnavailable("the server is stopping"))
-        self._context.destroy(linger=0)
-        self._directory.cleanup()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_seconds):
+                await asyncio.gather(*(_drained(worker) for worker in self._workers))
+        for task in [*self._tasks, *self._workers.values()]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._workers.values(), return_exceptions=True)
+        if self._num_started:
+            self._context.destroy(linger=0)
+            self._directory.cleanup()
 
     def _require_ready(self) -> None:
         if self._state != "ready":
@@ -171,112 +172,88 @@ class NativeEngine:
 
     async def _call(self, command: Callable[[int], Command]) -> Reply:
         self._require_ready()
-        call = next(self._call_numbers)
-        answer = asyncio.get_running_loop().create_future()
-        self._calls[call] = answer
+        return await self._worker.call(command)
+
+    def _begin_worker(self, residents: Sequence[AdapterResidency] = ()) -> WorkerProcess:
+        """A new process, which will have to take over its predecessor's adapters."""
+        self._num_started += 1
+        address = f"ipc://{self._directory.name}/{self._num_started}"
+        worker = WorkerProcess(self._settings, self._context, address, self._on_progress, residents)
+        self._workers[worker] = asyncio.create_task(self._watch(worker))
+        return worker
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """See a worker through its life; where it dies while it is the one in use, another follows."""
+        began = asyncio.get_running_loop().time()
         try:
-            self._send(command(call))
-            reply: Reply = await answer
+            error = await worker.run()
         finally:
-            del self._calls[call]
-        if reply.failure is not None:
-            raise _error(reply.failure)
-        return reply
+            del self._workers[worker]
+        if worker is not self._worker or self._state not in ("ready", "restarting"):
+            return
+        _log.error("%s", error)
+        self._num_stillborn = 0 if worker.was_ready else self._num_stillborn + 1
+        if isinstance(error, ModelNotServable) or self._num_stillborn >= _MAX_STILLBORN:
+            self._state, self._detail = "failed", str(error)
+            return
+        self._state, self._detail = "restarting", str(error)
+        is_young = asyncio.get_running_loop().time() - began < _YOUNG_SECONDS
+        self._num_fast_deaths = self._num_fast_deaths + 1 if is_young else 0
+        self._keep(asyncio.create_task(self._restart(worker.residents)))
 
-    def _send(self, command: Command) -> None:
-        """Hand a command to the socket's own thread; never waits (no high-water mark), lost if the worker is gone."""
-        with contextlib.suppress(zmq.ZMQError):
-            sent = cast("asyncio.Future[object]", self._socket.send(encode(command), zmq.NOBLOCK))
-            if sent.done() and not sent.cancelled():
-                sent.exception()  # the worker is gone, and its supervisor tells everyone
+    async def _restart(self, residents: Sequence[AdapterResidency]) -> None:
+        await asyncio.sleep(_BACKOFF_SECONDS[min(self._num_fast_deaths, len(_BACKOFF_SECONDS) - 1)])
+        self._num_restarts += 1
+        self._worker = self._begin_worker(residents)
+        with contextlib.suppress(EngineError):  # its own watch sees to that
+            await self._take_up(self._worker)
 
-    async def _supervise(self, ready: asyncio.Future[None]) -> None:
-        """Run one worker after another; back off while they die young."""
-        num_fast_deaths = 0
-        while True:
-            began = asyncio.get_running_loop().time()
-            error = await self._run_worker(ready)
-            if isinstance(error, ModelNotServable) or not ready.done() or num_fast_deaths >= _MAX_FAST_DEATHS:
-                self._state, self._detail = "failed", str(error)
-                self._fail_all(error)
-                if not ready.done():
-                    ready.set_exception(error)
+    async def _take_up(self, worker: WorkerProcess) -> None:
+        """Use a worker as soon as it is ready. Raises the error that it ended with instead."""
+        ready = await asyncio.shield(worker.ready)
+        self._worker, self._info = worker, ready.info
+        self.tokenizer.eos_token_ids = frozenset(ready.eos_token_ids)
+        self._state, self._detail = "ready", ""
+        self._keep(asyncio.create_task(self._warm(worker)))
+
+    async def _warm(self, worker: WorkerProcess) -> None:
+        """Bring the predecessor's adapters to the device, the pinned ones first."""
+        resident = [self._known[found.adapter_id] for found in worker.inherited if found.adapter_id in self._known]
+        for adapter in sorted(resident, key=lambda adapter: adapter.id not in self._pinned):
+            try:
+                await worker.call(_restore(adapter, is_pinned=adapter.id in self._pinned))
+            except AdapterError as error:
+                _log.warning("adapter %s was on the device and could not be restored: %s", adapter.name, error)
+            except EngineError:
                 return
-            lived = asyncio.get_running_loop().time() - began
-            num_fast_deaths = 0 if lived > 60 else num_fast_deaths + 1
-            self._state, self._detail = "restarting", str(error)
-            _log.error("%s", error)
-            self._fail_all(error)
-            await asyncio.sleep(_BACKOFF_SECONDS[min(num_fast_deaths, len(_BACKOFF_SECONDS)) - 1])
 
-    async def _run_worker(self, ready: asyncio.Future[None]) -> EngineError:
-        """One worker's life; returns why it ended."""
-        self._num_starts += 1
-        address = f"ipc://{self._directory.name}/{self._num_starts}"
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loraplex.engines.native.worker", address, stdin=asyncio.subprocess.PIPE
-        )
-        reader = asyncio.create_task(self._read(ready))
-        try:
-            waiter = asyncio.create_task(process.wait())
-            await asyncio.wait({reader, waiter}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                return reader.result()
-            return EngineDied(f"the engine process ended with status {process.returncode}; it is being restarted")
-        finally:
-            reader.cancel()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            self._socket.close(linger=0)
-
-    async def _read(self, ready: asyncio.Future[None]) -> EngineError:
-        """Hand reports to whom they concern, until one says that the worker cannot start."""
-        while True:
-            report = decode_report(await self._socket.recv())
-            match report:
-                case Stepped(step, tokens, failed):
-                    for token in tokens:
-                        self._deliver(token.request_id, _Arrived(step, token))
-                    for failure in failed:
-                        self._deliver(failure.request_id, _error(failure.failure))
-                case Reply(call):
-                    if (answer := self._calls.get(call)) is not None and not answer.done():
-                        answer.set_result(report)
-                case Hello():
-                    self._send(Configure(self._settings))
-                case Loading(progress):
-                    self._on_progress(progress)
-                case Ready(info, eos_token_ids):
-                    self._info = info
-                    self.tokenizer.eos_token_ids = frozenset(eos_token_ids)
-                    self._state, self._detail = "ready", ""
-                    self._on_progress(Progress(stage="ready", fraction=1.0))
-                    if not ready.done():
-                        ready.set_result(None)
-                case StartFailed(failure):
-                    return _error(failure)
-
-    def _deliver(self, request_id: str, arrived: _Arrived | EngineError) -> None:
-        if (answers := self._answers.get(request_id)) is not None:
-            answers.put_nowait(arrived)
-
-    def _fail_all(self, error: EngineError) -> None:
-        for answers in self._answers.values():
-            answers.put_nowait(error)
-        for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(error)
+    async def _retire(self, worker: WorkerProcess) -> None:
+        """Let a replaced worker finish its streams, then end it."""
+        await _drained(worker)
+        if (watch := self._workers.get(worker)) is not None:
+            watch.cancel()
 
 
-def _error(failure: Failure) -> EngineError:
-    return from_wire(failure.kind, failure.message, failure.param)
+def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:
+    return lambda call: Pin(call, adapter, pinned=True) if is_pinned else Load(call, adapter)
 
 
-def _event(arrived: _Arrived, detokenizer: Detokenizer) -> TokenEvent:
+async def _drained(worker: WorkerProcess) -> None:
+    while worker.answers:
+        await asyncio.sleep(0.02)
+
+
+def _refuse_unserved(request: GenerateRequest) -> None:
+    sampling = request.sampling
+    if sampling.grammar is not None or sampling.num_prompt_logprobs is not None or sampling.bad_words_ids:
+        raise InvalidRequest("grammars, prompt log-probabilities and bad words are not served by this engine")
+
+
+def _event(arrived: Arrived, detokenizer: Detokenizer) -> TokenEvent:
     """A worker's token as the client sees it; the end token itself has no text."""
     token = arrived.token
     finish = token.finish_reason

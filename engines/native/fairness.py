@@ -58,6 +58,17 @@ class FairQueue:
                     return sequence
         return None
 
+    def last_of_the_longest(self) -> Sequence | None:
+        """Of the tenant with most requests waiting, the one that comes last of those not begun; None without any.
+
+        Between tenants with as many, the newest request goes.
+        """
+        for queue in sorted(self._queues.values(), key=lambda queue: (len(queue), queue[-1].arrival), reverse=True):
+            for sequence in reversed(queue):
+                if not sequence.was_admitted:
+                    return sequence
+        return None
+
     def put_back(self, sequence: Sequence) -> None:
         """A preempted sequence: first of its tenant again."""
         self._queues.setdefault(sequence.request.tenant, deque()).appendleft(sequence)

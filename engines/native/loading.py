@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -14,12 +13,14 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import Base
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
-from loraplex.engines.native.model import choose_device, dense_weight, dry_run, linear_layers, load_model
+from loraplex.engines.native.memory import free_bytes, require_room_for_weights
+from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
+from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
 from loraplex.engines.protocol import EngineInfo, Progress
 
-# Of the memory that is free once the weights are in, the most that an unset kv_cache_bytes may take.
+# The most that an unset kv_cache_bytes may take of what is free beside the weights and the adapters' arena.
 KV_SHARE = 0.5
 
 
@@ -43,19 +44,20 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         torch.set_num_threads(settings.engine.num_threads)
     device = choose_device(settings.model.device)
     attention = PagedAttention()
+    require_room_for_weights(settings.model.directory, DTYPES.get(settings.model.dtype), device)
     on_progress(Progress(stage="reading weights", fraction=0.2))
     model = load_model(settings.model, device, attention)
     on_progress(Progress(stage="checking the model", fraction=0.7))
-    dry_run(model, attention)
+    trial = dry_run(model, attention)
     if settings.engine.num_threads is None:
         choose_num_threads(model)
     max_len = _max_model_len(settings, model)
+    refuse_long_context(model, attention, max_len)
     block_size = settings.engine.kv_block_size
     num_blocks = _num_kv_blocks(settings, attention, model, max_len)
     attention.allocate(num_blocks * block_size, model.dtype, device)
     capacity = settings.adapters.device_bytes // model.dtype.itemsize
     arena = Arena(capacity, model.dtype, device)
-    layers = linear_layers(model)
     info = EngineInfo(
         engine="native",
         base_model=settings.model.name,
@@ -69,14 +71,9 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         num_kv_blocks=num_blocks,
         max_lora_rank=settings.adapters.max_rank,
     )
-    weights = [layer for layer, _ in layers.values()]
-    base = Base(
-        modules={name: module for name, (_, module) in layers.items()},
-        weight=lambda index: dense_weight(weights[index]),
-        dtype=model.dtype,
-        max_rank=settings.adapters.max_rank,
-    )
-    runner = Runner(model, attention, arena, num_blocks, block_size)
+    base = base_of(model, trial, settings.adapters.max_rank)
+    runner = Runner(model, trial, attention, arena, num_blocks, block_size)
+    compare_with_reference(model, trial, runner, block_size, num_blocks)
     return Machine(settings, info, _eos_token_ids(model), runner, arena, capacity, num_blocks, base)
 
 
@@ -91,22 +88,25 @@ def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:
 
 
 def _num_kv_blocks(settings: Settings, attention: PagedAttention, model: PreTrainedModel, max_len: int) -> int:
-    """Enough for `max_running` full-length sequences, within `kv_cache_bytes` or a share of what is free."""
-    numbers = sum(shape.num_heads * (shape.key_width + shape.value_width) for shape in attention.shapes.values())
+    """Enough for `max_running` full-length sequences, within `kv_cache_bytes` or a share of what is free.
+
+    Raises ModelNotServable where adapters.device_bytes and one block do not fit into that.
+    """
+    numbers = sum(shape.num_heads * (shape.key_width + shape.value_width) for shape in attention.shapes)
     block_bytes = numbers * settings.engine.kv_block_size * model.dtype.itemsize
-    room = settings.engine.kv_cache_bytes or int(_free_bytes(model.device) * KV_SHARE)
+    free = free_bytes(model.device) - settings.adapters.device_bytes
+    if free < (settings.engine.kv_cache_bytes or block_bytes):
+        raise ModelNotServable(
+            f"adapters.device_bytes = {settings.adapters.device_bytes} and a KV cache of "
+            f"{settings.engine.kv_cache_bytes or block_bytes} bytes do not fit beside the weights: "
+            f"{free + settings.adapters.device_bytes} bytes are free on {model.device}"
+        )
+    room = settings.engine.kv_cache_bytes or int(free * KV_SHARE)
     blocks_per_sequence = -(-max_len // settings.engine.kv_block_size)
     num_blocks = min(room // block_bytes, blocks_per_sequence * settings.engine.max_running)
     if num_blocks < 1:
         raise ModelNotServable(f"one KV block takes {block_bytes} bytes, and there is room for {room}")
     return num_blocks
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

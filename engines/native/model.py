@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.config.settings import Model
-from loraplex.engines.adapters.peft import BaseModule
+from loraplex.engines.adapters.peft import UNUSED, Base, BaseModule
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 
-_ATTENTION = "loraplex_paged"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = "loraplex_paged"
+_UNITS = 512  # unit vectors at a time
+TRIAL_TOKENS = 11  # a size that no other dimension has
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,57 +33,219 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
     path = settings.directory
     if not (path / "config.json").is_file():
         raise ModelNotServable(f"model.path = {settings.path!r} holds no config.json")
-    AttentionInterface.register(_ATTENTION, attention)
+    AttentionInterface.register(ATTENTION, attention)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=_DTYPES.get(settings.dtype, "auto"),
-            attn_implementation=_ATTENTION,
+            dtype=DTYPES.get(settings.dtype, "auto"),
+            attn_implementation=ATTENTION,
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except KeyError as error:
+        if error.args != (ATTENTION,):
+            raise ModelNotServable(f"{settings.path}: {error!r}") from error
+        raise ModelNotServable(
+            f"{config.model_type} is not served: in transformers its layers do not use its attention interface"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelNotServable(f"{settings.path}: {error}") from error
     module: nn.Module = model  # transformers leaves these methods untyped
     module.eval().requires_grad_(False).to(device)
     return model
 
 
-def dry_run(model: PreTrainedModel, attention: PagedAttention) -> None:
-    """Run a few tokens to learn each layer's cache shape. Raises ModelNotServable where a layer keeps other state."""
-    ids = torch.arange(4, device=model.device)[None]
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """How tokens pass a module: the dimension they lie along in each tensor it is given and gives, by place or name.
+
+    `selected`: it sees only the tokens that logits are wanted of.
+    """
+
+    inputs: dict[int | str, int]
+    outputs: dict[int, int]
+    selected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a dry run showed: whether the model picks the tokens to give logits for, and the layers by name.
+
+    `layers` are those a LoRA may stand beside, in the model's order; `unfit` says why another linear layer is none.
+    `passages` are those of the modules with parameters of their own. `stateful` are the layers without attention.
+    """
+
+    selects: bool
+    layers: dict[str, tuple[nn.Module, BaseModule]]
+    unfit: dict[str, str]
+    passages: dict[str, Passage]
+    stateful: tuple[int, ...]
+
+
+def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
+    """Run a few tokens to learn what each module sees. Raises ModelNotServable where the model cannot be carried."""
+    ids = ordinary_token_ids(model)[None, :TRIAL_TOKENS].to(model.device)
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    linear = linear_layers(model)
+    owners = {name: module for name, module in model.named_modules() if [*module.parameters(recurse=False)]} | linear
+    passages: dict[str, Passage | None] = {}
+    hooks = [module.register_forward_hook(_note(passages, name, ids.shape[1]), with_kwargs=True)
+             for name, module in owners.items()]  # fmt: skip
     try:
         with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits
     except Exception as error:  # any failure of foreign model code means the same: it cannot be carried
         raise ModelNotServable(f"{type(model).__name__} cannot be stepped: {error!r}") from error
-    expected = set(range(model.config.get_text_config().num_hidden_layers))
-    if set(attention.shapes) != expected:
-        missing = sorted(expected - set(attention.shapes))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not attention.layers or attention.own_masks:
+        reason = "make attention masks of their own" if attention.layers else "do not use its attention interface"
+        raise ModelNotServable(f"{type(model).__name__} is not served: in transformers its layers {reason}")
+    fit = [name for name, layer in linear.items() if _is_linear_passage(passages.get(name), layer)]
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return Trial(
+        selects=logits.shape[1] == 1,
+        layers={name: (linear[name], BaseModule(index, name, *_features(linear[name])))
+                for index, name in enumerate(fit)},
+        unfit={name: "does not turn each token's row into one" if name in passages else UNUSED for name in owners
+               if name not in fit and (name in linear or passages.get(name) is None)},
+        passages={name: passage for name, passage in passages.items()
+                  if passage is not None and not _has_linear_inside(owners[name])},
+        stateful=tuple(sorted(set(range(num_layers)) - set(attention.layers))),
+    )  # fmt: skip
+
+
+def _note(passages: dict[str, Passage | None], name: str, num_tokens: int) -> Callable[..., None]:
+    """A hook that notes a module's passage; None where it is called in different ways or not by tokens."""
+
+    def note(module: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        given: dict[int | str, object] = dict(enumerate(inputs))
+        given.update(named.items())
+        found = _passage(given, outputs, num_tokens)
+        passages[name] = found if passages.get(name, found) == found else None
+
+    return note
+
+
+def _passage(given: dict[int | str, object], outputs: tuple[object, ...], num_tokens: int) -> Passage | None:
+    for size, selected in ((num_tokens, False), (1, True)):
+        into = {place: dim for place, value in given.items() if (dim := _token_dim(value, size)) is not None}
+        out = {place: dim for place, value in enumerate(outputs) if (dim := _token_dim(value, size)) is not None}
+        if into and len(out) == len(outputs):
+            return Passage(into, out, selected)
+    return None
+
+
+def _token_dim(value: object, size: int) -> int | None:
+    """The one dimension of that size; of size one, for tokens selected, the one before the last."""
+    if not isinstance(value, Tensor):
+        return None
+    dims = [dim for dim, length in enumerate(value.shape) if length == size]
+    if size == 1:
+        return value.dim() - 2 if value.dim() in (2, 3) and value.shape[-2] == 1 else None
+    return dims[0] if len(dims) == 1 else None
+
+
+def _is_linear_passage(passage: Passage | None, layer: nn.Module) -> bool:
+    """Whether rows of tokens go in and one tensor of rows comes out."""
+    return passage is not None and len(passage.outputs) == 1 and 0 in passage.inputs
+
+
+def _has_linear_inside(module: nn.Module) -> bool:
+    return any(_is_linear(inner) for inner in module.modules() if inner is not module)
+
+
+def refuse_long_context(model: PreTrainedModel, attention: PagedAttention, max_len: int) -> None:
+    """Raises ModelNotServable where tokens far apart would be treated otherwise than the checkpoint says."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and "chunked_attention" in kinds and max_len > chunk:
+        raise ModelNotServable(f"attention in chunks of {chunk} tokens is not served; set model.max_model_len to that")
+    window = getattr(config, "sliding_window", None)
+    slides = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    told = {layer for layer, width in zip(attention.layers, attention.windows, strict=True) if width is not None}
+    if window is not None and max_len > window and not slides <= told:
         raise ModelNotServable(
-            f"{type(model).__name__} is not served: layers {missing} do not go through transformers' attention "
-            "interface, so their state would be lost between steps"
+            f"layers {sorted(slides - told)} attend in a window that they do not tell the attention function; set "
+            f"model.max_model_len to at most {window}"
         )
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, BaseModule]]:
-    """Every layer that a LoRA may stand beside, by name, in the model's order."""
-    found: dict[str, tuple[nn.Module, BaseModule]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Conv1D):
-            features = (int(layer.weight.shape[0]), int(layer.weight.shape[1]))
-        elif isinstance(layer, nn.Linear):
-            features = (layer.in_features, layer.out_features)
-        else:
-            continue
-        found[name] = (layer, BaseModule(len(found), name, *features))
-    return found
+def ordinary_token_ids(model: PreTrainedModel) -> Tensor:
+    """Token ids without a special meaning, all over the vocabulary and each once. Shape [at most 64]."""
+    config = model.config.get_text_config()
+    special = {value for name, value in model.config.to_dict().items() if name.endswith("token_id")
+               and isinstance(value, int)}  # fmt: skip
+    vocabulary = range(4, int(config.vocab_size), max(1, int(config.vocab_size) // 64))
+    return torch.tensor([token for token in vocabulary if token not in special][:64])
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """A layer's weight as [out, in] in its own dtype."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(layer, Conv1D) else weight
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer by name, in the model's order."""
+    return {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Also the quantised ones that do not derive from torch's: they all say how wide they are."""
+    sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+    return isinstance(layer, Conv1D) or all(isinstance(size, int) for size in sizes)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(in, out)."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    assert isinstance(layer.in_features, int)
+    assert isinstance(layer.out_features, int)
+    return layer.in_features, layer.out_features
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A layer's weight as [out, in]. A quantised one is what the layer makes of each unit vector of `dtype`."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point() and weight.dim() == 2:
+        return weight.t() if isinstance(layer, Conv1D) else weight
+    width, bias = _features(layer)[0], getattr(layer, "bias", None)
+    forward: Callable[..., Tensor] = type(layer).forward  # beneath the LoRA, whose step knows all tokens
+    device = next(tensor.device for tensor in [*layer.parameters(), *layer.buffers()])
+    columns = []
+    for first in range(0, width, _UNITS):
+        units = torch.zeros(min(_UNITS, width - first), width, dtype=dtype, device=device)
+        units[:, first:].fill_diagonal_(1.0)
+        with torch.inference_mode():
+            y = forward(layer, units)
+        columns.append((y if bias is None else y - bias).t())
+    return torch.cat(columns, dim=1)
+
+
+def base_of(model: PreTrainedModel, trial: Trial, max_rank: int) -> Base:
+    """What adapters are checked against."""
+    layers = [layer for layer, _ in trial.layers.values()]
+    own = {name: model.get_submodule(name) for name in trial.passages}
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, module in own.items()
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if tensor.is_floating_point() and key not in module._non_persistent_buffers_set
+    }
+    embeddings = {name: module for name, module in own.items() if isinstance(module, nn.Embedding)}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    is_tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+    return Base(
+        modules={name: module for name, (_, module) in trial.layers.items()},
+        weight=lambda index: dense_weight(layers[index], model.dtype),
+        dtype=model.dtype,
+        max_rank=max_rank,
+        unfit=trial.unfit,
+        parameters={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameter=lambda name: tensors[name],
+        embeddings={name: tuple(module.weight.shape) for name, module in embeddings.items()},
+        input_embedding=next((name for name, module in embeddings.items() if module is embedding), ""),
+        tied_head=next((name for name, module in own.items() if module is head), None) if is_tied else None,
+        transposed=frozenset(name for name in tensors if getattr(own[name.rpartition(".")[0]], "is_transposed", False)),
+    )

@@ -5,6 +5,7 @@ Everything that touches tensors during a step is here or below; who is in the ba
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,30 +16,48 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.errors import EngineError
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Sampled, Segment
-from loraplex.engines.native.lora import LoraLayers
-from loraplex.engines.native.model import linear_layers
+from loraplex.engines.native.effects import Effects
+from loraplex.engines.native.lora import LoraLayers, Owners
+from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, sample, uniform
 from loraplex.engines.native.sequence import Sequence as EngineSequence
+from loraplex.engines.native.stopwatch import Stopwatch
 
 
 class Runner:
     """Steps one model over one KV cache and one arena."""
 
     def __init__(
-        self, model: PreTrainedModel, attention: PagedAttention, arena: Arena, num_blocks: int, block_size: int
+        self,
+        model: PreTrainedModel,
+        trial: Trial,
+        attention: PagedAttention,
+        arena: Arena,
+        num_blocks: int,
+        block_size: int,
     ) -> None:
         self._model = model
+        self.stopwatch = Stopwatch()
         self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
         self._lora = LoraLayers(arena)
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        for layer, module in linear_layers(model).values():
-            self._lora.wrap(layer, module, behind_selection=layer is head)
+        self._selects = trial.selects
+        for name, (layer, module) in trial.layers.items():
+            self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
+        self._effects = Effects(model, trial, arena)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled | EngineError]:
         """One token, or its error, for each of `batch.sampling_segments`, in that order."""
+        with self.stopwatch.phase("forward"):
+            logits = self.logits(batch)
+        with self.stopwatch.phase("sample"):
+            return sample(logits, [_row(segment.sequence) for segment in batch.sampling_segments])
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """The forward pass: the logits behind each of `batch.sampling_segments`. Shape [N, V]."""
         device = self._model.device
         segments = batch.segments
         positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
@@ -48,16 +67,17 @@ class Runner:
             end += segment.num_tokens
             if segment.samples:
                 sampled.append(end - 1)
-        owners = [s.sequence.adapter_id for s in segments for _ in range(s.num_tokens)]
+        owners = [owner for segment in segments for owner in _owners(segment)]
         self._lora.begin(owners, sampled, device)
-        self._attention.step = self._attention_step(segments, device)
+        self._effects.begin(owners, sampled, device)
+        self._attention.begin(self._attention_step(segments, device))
         logits: Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
         ).logits[0]
-        return sample(logits, [_row(segment.sequence) for segment in batch.sampling_segments])
+        return logits if self._selects else logits[sampled]
 
     def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep:
         new_slots: list[int] = []
@@ -98,6 +118,14 @@ class Runner:
         blocks = torch.tensor([table + [0] * (longest - len(table)) for table in block_tables])
         slots = blocks[:, :, None] * self._block_size + torch.arange(self._block_size)
         return slots.view(len(block_tables), -1)
+
+
+def _owners(segment: Segment) -> list[Owners]:
+    """The adapters of each of the segment's tokens, with their weights."""
+    sequence, start, end = segment.sequence, segment.start, segment.start + segment.num_tokens
+    borders = sorted({start, end, *(position for position in sequence.starts if start < position < end)})
+    return [owner for begin, stop in itertools.pairwise(borders)
+            for owner in [sequence.adapters_at(begin)] * (stop - begin)]  # fmt: skip
 
 
 def _row(sequence: EngineSequence) -> Row:

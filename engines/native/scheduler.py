@@ -18,6 +18,7 @@ from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
+from loraplex.engines.native.stopwatch import DurationCounts
 from loraplex.engines.protocol import FinishReason
 
 
@@ -53,6 +54,7 @@ class Scheduler:
         self.num_steps = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.wait_durations = DurationCounts()
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +82,7 @@ class Scheduler:
         if not plan.segments:
             return None
         self.num_steps += 1
-        ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_id or "")
+        ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_ids)
         return Batch(step=self.num_steps, segments=tuple(ordered))
 
     def commit(self, batch: Batch, outcomes: Iterable[Sampled | EngineError]) -> list[Emission]:
@@ -117,17 +119,18 @@ class Scheduler:
         self.running.append(sequence)
         if not sequence.was_admitted:
             sequence.was_admitted = True
+            self.wait_durations.add(self._clock() - sequence.arrival)
             sequence.num_cached_tokens = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed
             self.waiting.charge(sequence, INPUT_COST * sequence.num_prompt_tokens)
-        if sequence.adapter_id is not None:
-            self._residency.start(sequence.adapter_id)
+        for adapter_id in sequence.adapter_ids:
+            self._residency.start(adapter_id)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.release(sequence.block_table)
-        if sequence.adapter_id is not None:
-            self._residency.stop(sequence.adapter_id)
+        for adapter_id in sequence.adapter_ids:
+            self._residency.stop(adapter_id)
 
     def _admit(self, plan: _Plan) -> None:
         """Start waiting sequences, whoever's turn it is, while budget, places and blocks last."""
@@ -136,7 +139,7 @@ class Scheduler:
             sequence = self.waiting.first(skipped=cold)
             if sequence is None:
                 return
-            if sequence.adapter_id is not None and sequence.adapter_id not in self._residency:
+            if not all(adapter_id in self._residency for adapter_id in sequence.adapter_ids):
                 if self._clock() - sequence.arrival > self._limits.cold_patience:
                     return
                 cold.add(sequence)

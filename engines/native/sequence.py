@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from loraplex.engines.native.blocks import next_key, root_key
+from loraplex.engines.native.blocks import next_key, root_key, switched_key
 from loraplex.engines.protocol import FinishReason, GenerateRequest
 
 
@@ -13,7 +13,8 @@ from loraplex.engines.protocol import FinishReason, GenerateRequest
 class Sequence:
     """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
 
-    `num_cached_tokens` of the prompt were found in the prefix cache at the first admission.
+    `num_cached_tokens` of the prompt were found in the prefix cache at the first admission. Its adapters are active
+    from the positions `starts` on (an activated LoRA from its invocation); what lies before is the base's.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
     """
 
@@ -27,6 +28,7 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0
     was_admitted: bool = False
+    starts: tuple[int, ...] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     _keys: list[bytes] = field(default_factory=list)
@@ -34,21 +36,43 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.starts = (0,) * len(self.request.parts)
 
     def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The prefix-cache keys of the first `num_blocks` blocks, which must be full of known tokens."""
         for block in range(len(self._keys), num_blocks):
-            before = self._keys[-1] if self._keys else root_key(self.adapter_id, self.request.tenant)
+            before = self._keys[-1] if self._keys else root_key(self._active_name(0, 1), *self._cache_scope)
+            if begins := self._active_name(max(block * block_size, 1), (block + 1) * block_size):
+                before = switched_key(before, begins)
             self._keys.append(next_key(before, self.token_ids[block * block_size : (block + 1) * block_size]))
         return self._keys[:num_blocks]
+
+    def _active_name(self, begin: int, end: int) -> str | None:
+        """The adapters that become active at the positions begin … end − 1, as a cache's key knows them."""
+        names = [
+            f"{part.adapter.id}*{part.weight!r}@{start}" if start or part.weight != 1.0 or len(self.starts) > 1
+            else part.adapter.id
+            for part, start in zip(self.request.parts, self.starts, strict=True) if begin <= start < end
+        ]  # fmt: skip
+        return "+".join(names) or None
+
+    def adapters_at(self, position: int) -> tuple[tuple[str, float], ...]:
+        """(adapter id, weight) of those active at a position."""
+        parts = zip(self.request.parts, self.starts, strict=True)
+        return tuple((part.adapter.id, part.weight) for part, start in parts if start <= position)
+
+    @property
+    def _cache_scope(self) -> tuple[str, ...]:
+        request = self.request
+        return (request.cache_salt,) if request.shares_prefixes else (request.cache_salt, request.tenant)
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
     @property
-    def adapter_id(self) -> str | None:
-        return self.request.adapter.id if self.request.adapter else None
+    def adapter_ids(self) -> tuple[str, ...]:
+        return tuple(part.adapter.id for part in self.request.parts)
 
     @property
     def num_generated(self) -> int:

@@ -1,6 +1,6 @@
-"""GET /admin/v1/engine and /admin/v1/engine/stats: what the engine serves, and its counters."""
+"""/admin/v1/engine: what the engine serves, its counters, and to load the base model anew."""
 
-from litestar import Response, get
+from litestar import Response, get, post
 from litestar.handlers import HTTPRouteHandler
 
 from loraplex.engines.protocol import Engine
@@ -21,4 +21,9 @@ def engine_routes(engine: Engine) -> list[HTTPRouteHandler]:
     async def get_stats() -> Response[bytes]:
         return json_reply(await engine.stats())
 
-    return [get_engine, get_stats]
+    @post("/admin/v1/engine/reload", status_code=200, guards=[require_admin])
+    async def reload_engine() -> Response[bytes]:
+        """The model's files may have changed: new requests go to a fresh process, streams finish in the old one."""
+        return json_reply(await engine.reload())
+
+    return [get_engine, get_stats, reload_engine]

@@ -6,12 +6,15 @@ from typing import Any, Protocol
 from litestar import Request, Response
 from litestar.types import ASGIApp
 
+from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
 from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent
+from loraplex.gateway.accounts import Accounts, Meter, fitted
+from loraplex.gateway.guards import caller_of
 from loraplex.gateway.metrics import Metrics
-from loraplex.gateway.middleware import request_id_of
+from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import GenerationFields, PromptTokensDetails, Usage
-from loraplex.gateway.sse import DONE, Relay, StreamResponse, together, unless_client_leaves
+from loraplex.gateway.sse import DONE, Relay, StreamResponse, error_frame, together, unless_client_leaves
 
 
 class Wire(Protocol):
@@ -39,8 +42,9 @@ class Wire(Protocol):
 class Answers:
     """Answers generation requests of any route over one engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, server: Server) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, accounts: Accounts, server: Server) -> None:
         self._engine = engine
+        self._accounts = accounts
         self._metrics = metrics
         self._server = server
 
@@ -48,13 +52,32 @@ class Answers:
         self, request: Request[Any, Any, Any], body: GenerationFields, choices: list[GenerateRequest], wire: Wire
     ) -> ASGIApp:
         """The response. Raises what the engine raises before its first token, and ClientLeft."""
-        answer = _Answer(choices, body.n or 1, wire)
-        events = [self._metrics.watch(body.model, self._engine.generate(choice)) for choice in choices]
-        if not body.stream:
+        caller = caller_of(request)
+        choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
+        meter = await self._accounts.open(caller, _demand(request, body, choices))
+        tell_limits(request, meter.headers())
+        try:
+            answer = _Answer(choices, body.n or 1, wire)
+            events = [meter.watch(self._metrics.watch(body.model, self._engine.generate(choice))) for choice in choices]
+            if body.stream:
+                return await self._stream(request, answer, events, body, meter)
             collected = await unless_client_leaves(request.receive, answer.collect(events))
-            return Response(collected, media_type="application/json")  # type: ignore[return-value]
-        request_id = request_id_of(request)
-        relay = answer.relay(events, request_id, include_usage=body.includes_usage)
+        except BaseException as error:
+            meter.settle(error)
+            raise
+        meter.settle()
+        tell_limits(request, meter.headers())
+        return Response(collected, media_type="application/json")  # type: ignore[return-value]
+
+    async def _stream(
+        self,
+        request: Request[Any, Any, Any],
+        answer: "_Answer",
+        events: Sequence[AsyncIterator[TokenEvent]],
+        body: GenerationFields,
+        meter: Meter,
+    ) -> ASGIApp:
+        relay = answer.relay(events, request_id_of(request), include_usage=body.includes_usage, meter=meter)
         try:
             await unless_client_leaves(request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
@@ -65,6 +88,26 @@ class Answers:
             keep_alive_seconds=self._server.keep_alive_seconds,
             send_timeout_seconds=self._server.send_timeout_seconds,
         )
+
+
+def _demand(request: Request[Any, Any, Any], body: GenerationFields, choices: Sequence[GenerateRequest]) -> Demand:
+    """All choices together; the choices of one prompt stand together, and count it once."""
+    adapter = choices[0].adapter
+    return Demand(
+        request_id=choices[0].request_id.removesuffix("-0-0"),
+        trace_id=request_id_of(request),
+        route=request.url.path,
+        model=body.model,
+        adapter_id=adapter.id if adapter else "",
+        num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.n or 1]),
+        max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),
+        is_open_ended=_is_open_ended(body),
+    )
+
+
+def _is_open_ended(body: GenerationFields) -> bool:
+    """Whether the client named no limit."""
+    return body.max_tokens is None and getattr(body, "max_completion_tokens", None) is None
 
 
 class _Answer:
@@ -82,8 +125,15 @@ class _Answer:
         choices = await together([self._exhaust(choice) for choice in events])
         return self._wire.whole(choices, self._usage())
 
-    def relay(self, events: Sequence[AsyncIterator[TokenEvent]], request_id: str, *, include_usage: bool) -> Relay:
-        """The answer as frames, [DONE] last."""
+    def relay(
+        self,
+        events: Sequence[AsyncIterator[TokenEvent]],
+        request_id: str,
+        *,
+        include_usage: bool,
+        meter: Meter,
+    ) -> Relay:
+        """The answer as frames, [DONE] last, or why it was cut short."""
         begun: set[int] = set()
 
         def encode(number: int, event: TokenEvent) -> bytes:
@@ -96,9 +146,10 @@ class _Answer:
             return encoded
 
         def end() -> bytes:
-            return (self._wire.usage(self._usage()) if include_usage else b"") + DONE
+            usage = self._wire.usage(self._usage()) if include_usage else b""
+            return usage + (DONE if meter.refusal is None else error_frame(meter.refusal))
 
-        return Relay(events, encode, end, request_id)
+        return Relay(events, encode, end, request_id, meter.settle)
 
     async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
         collected = []

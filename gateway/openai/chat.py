@@ -40,7 +40,7 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers) -> list[
         caller = caller_of(request)
         route = await catalogue.route(body.model, caller)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
-        choices = chat_requests(body, completion_id, route, caller, engine)
+        choices = await chat_requests(body, completion_id, route, caller, engine)
         return await answers.respond(request, body, choices, _ChatWire(completion_id, body, engine.tokenizer))
 
     return [create_chat_completion]

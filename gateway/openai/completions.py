@@ -76,7 +76,7 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         caller = caller_of(request)
         route = await catalogue.route(body.model, caller)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
-        choices = completion_requests(body, body.prompt, completion_id, route, caller, engine)
+        choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
         return await answers.respond(request, body, choices, _CompletionWire(completion_id, body, engine.tokenizer))
 
     return [create_completion]

@@ -32,8 +32,10 @@ def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler
     """The handlers of this resource. `started_at` is the base's time of creation, in seconds since 1970."""
 
     def cards(request: Request[Any, Any, Any]) -> list[ModelCard]:
+        caller = caller_of(request)
         base = ModelCard(id=catalogue.base, created=started_at, root=catalogue.base)
-        return [base, *(_card(entry, catalogue.base) for entry in catalogue.visible(caller_of(request)))]
+        adapters = [_card(entry, catalogue.base) for entry in catalogue.visible(caller)]
+        return [base, *adapters] if caller.policy.may_use(catalogue.base) else adapters
 
     @get("/v1/models", guards=[require_inference])
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:

@@ -36,15 +36,9 @@ def add_masked(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> None
     y.addmm_((x @ a.t()).mul_(mask), b)
 
 
-def add_runs(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[tuple[int, int, int]], first: Sequence[int],
-    scale: Sequence[float],
-) -> None:  # fmt: skip
-    """Two GEMMs for each run (begin, end, g): tokens begin … end − 1 all belong to adapter g. Cheapest in prefill."""
-    for begin, end, group in runs:
-        low, high = first[group], first[group + 1]
-        if high > low:
-            y[begin:end].addmm_(x[begin:end] @ a[low:high].t(), b[low:high], alpha=scale[group])
+def add_run(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Two GEMMs for tokens that all belong to one adapter. Cheapest where there are many, as in prefill."""
+    y.addmm_(x @ a.t(), b, alpha=scale)
 
 
 def owner_mask(owner: Tensor, row_owner: Tensor, row_scale: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from support.services import own_postgres_database
 
+from loraplex.auth.authentication import REMEMBERED_SECONDS
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
 from loraplex.auth.keys import new_key
+from loraplex.auth.limits.policy import Limits, Policy
 from loraplex.auth.store.database import downgrade, open_database, upgrade
 from loraplex.auth.store.tables import metadata
-from loraplex.auth.tenants import REMEMBERED_SECONDS, Tenants
+from loraplex.auth.tenants import Tenants
 
 
 class Clock:
@@ -89,12 +91,12 @@ async def test_key_expired_is_refused(tenants: Tenants, clock: Clock) -> None:
 
 
 async def test_remembered_keys_are_bounded(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex.auth.tenants._MAX_REMEMBERED", 8)
+    monkeypatch.setattr("loraplex.auth.authentication._MAX_REMEMBERED", 8)
     key = await tenants.create_key((await tenants.create_tenant("acme")).id, "one")
     for _ in range(20):
         with pytest.raises(InvalidApiKey):
             await tenants.authenticate(new_key("inference"))
-        assert len(tenants._remembered) <= 8
+        assert len(tenants._authenticator._remembered) <= 8
     assert (await tenants.authenticate(key.key)).key_id == key.id
 
 
@@ -102,7 +104,7 @@ async def test_key_mistyped_costs_no_look_up(tenants: Tenants) -> None:
     key = new_key("inference")
     with pytest.raises(InvalidApiKey):
         await tenants.authenticate(key[:-1] + ("x" if key[-1] != "x" else "y"))
-    assert tenants._remembered == {}
+    assert tenants._authenticator._remembered == {}
 
 
 async def test_key_revoked_while_it_is_looked_up_is_not_remembered(
@@ -243,3 +245,72 @@ async def test_open_database_makes_the_directory_of_its_file(tmp_path: Path) -> 
     engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'deep' / 'down' / 'test.db'}")
     await engine.dispose()
     assert (tmp_path / "deep" / "down" / "test.db").is_file()
+
+
+async def test_limits_reach_the_caller_at_once_and_inherit(database: AsyncEngine, clock: Clock) -> None:
+    tenants = Tenants(database, b"pepper", clock, Limits(requests_per_minute=60, max_tokens=9))
+    tenant = await tenants.create_tenant("acme", Limits(requests_per_minute=5))
+    key = await tenants.create_key(tenant.id, "one", limits=Limits(max_tokens=3))
+    caller = await tenants.authenticate(key.key)
+    assert caller.policy.tenant == Limits(requests_per_minute=5, max_tokens=9)
+    assert caller.policy.max_tokens == 3
+    await tenants.set_tenant_limits(tenant.id, Limits(allowed_models=("a*",)))
+    await tenants.set_key_limits(tenant.id, key.id, Limits(priority=2))
+    changed = (await tenants.authenticate(key.key)).policy
+    assert changed.tenant == Limits(requests_per_minute=60, max_tokens=9, allowed_models=("a*",))
+    assert (changed.key, (await tenants.get_key(tenant.id, key.id)).limits) == (Limits(priority=2), Limits(priority=2))
+
+
+async def test_tenant_expired_takes_its_keys_along(tenants: Tenants, clock: Clock) -> None:
+    tenant = await tenants.create_tenant("acme", Limits(expires_at=1000.5))
+    key = await tenants.create_key(tenant.id, "one")
+    await tenants.authenticate(key.key)
+    clock.now = 1000.6  # sooner than a look-up is forgotten
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(key.key)
+
+
+async def test_key_rotated_has_two_secrets_for_a_while(tenants: Tenants, clock: Clock) -> None:
+    tenant = await tenants.create_tenant("acme")
+    first = await tenants.create_key(tenant.id, "one", role="tenant-admin")
+    second = await tenants.rotate_key(tenant.id, first.id, overlap_seconds=0.5)
+    assert second.id == first.id
+    for secret in (first.key, second.key):
+        caller = await tenants.authenticate(secret)
+        assert (caller.key_id, caller.role) == (first.id, "tenant-admin")
+    clock.now += 0.5
+    await tenants.authenticate(second.key)
+    with pytest.raises(InvalidApiKey):
+        await tenants.authenticate(first.key)
+    third = await tenants.rotate_key(tenant.id, first.id, overlap_seconds=100)
+    await tenants.revoke_key(tenant.id, first.id)
+    for secret in (second.key, third.key):
+        with pytest.raises(InvalidApiKey):
+            await tenants.authenticate(secret)
+    with pytest.raises(KeyNotFound):
+        await tenants.rotate_key(tenant.id, first.id, overlap_seconds=1)
+
+
+async def test_key_moves_to_the_newest_pepper_when_it_is_used(database: AsyncEngine, clock: Clock) -> None:
+    old = Tenants(database, b"old", clock)
+    tenant = await old.create_tenant("acme")
+    used, unused = [await old.create_key(tenant.id, name) for name in ("used", "unused")]
+    both = Tenants(database, b"old\nnew", clock)
+    assert (await both.authenticate(used.key)).key_id == used.id
+    assert (await both.authenticate(used.key)).key_id == used.id
+    new = Tenants(database, b"new", clock)
+    assert (await new.authenticate(used.key)).key_id == used.id
+    with pytest.raises(InvalidApiKey):
+        await new.authenticate(unused.key)
+
+
+async def test_migration_keeps_tenants_and_keys_of_the_revision_before(database: AsyncEngine, clock: Clock) -> None:
+    tenants = Tenants(database, b"pepper", clock)
+    tenant = await tenants.create_tenant("acme", Limits(max_tokens=1))
+    key = await tenants.create_key(tenant.id, "one")
+    async with database.begin() as connection:
+        await connection.run_sync(lambda sync: downgrade(sync, "0001"))
+        await connection.run_sync(upgrade)
+    again = Tenants(database, b"pepper", clock)
+    caller = await again.authenticate(key.key)
+    assert (caller.key_id, caller.role, caller.policy) == (key.id, "inference", Policy())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.demo import Demo
+from support.worlds import SmallWorld, make_small_world
 
 LORAPLEX = str(Path(sys.executable).parent / "loraplex")
 
@@ -21,6 +22,11 @@ LORAPLEX = str(Path(sys.executable).parent / "loraplex")
 def one_thread() -> None:
     """The oracle shares the machine with the demo's own engine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return make_small_world(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,21 @@ def test_token_bytes_join_to_the_text(tmp_path: Path, text: str) -> None:
     tokenizer = HubTokenizer(tmp_path)
     assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
     assert tokenizer.token_bytes(257) == b"<|end|>"
+
+
+def test_encode_long_text_lets_other_threads_work(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = HubTokenizer(tmp_path)
+    text = "hello there, my friend " * 40_000
+    worker = threading.Thread(target=tokenizer.encode, args=(text,))
+    worker.start()
+    num_turns = 0
+    while worker.is_alive():
+        time.sleep(
+            0.001
+        )  # a turn needs the interpreter's lock, which one text of a megabyte would keep for all its time
+        num_turns += 1
+    assert num_turns >= 10
 
 
 def test_init_without_tokenizer_raises_not_servable(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_tenant_name_taken_is_409(gateway: Gateway) -> None:
         ("DELETE", "/admin/v1/adapters/x"),
         ("GET", "/admin/v1/engine"),
         ("GET", "/admin/v1/engine/stats"),
+        ("POST", "/admin/v1/engine/reload"),
     ],
 )
 def test_admin_routes_refuse_a_tenants_key(gateway: Gateway, method: str, path: str) -> None:
@@ -306,6 +307,7 @@ def test_admin_key_may_chat_and_sees_the_engine(gateway: Gateway) -> None:
         engine = admin.get("/admin/v1/engine").json()
         assert (engine["engine"], engine["base_model"], engine["max_model_len"]) == ("echo", BASE, 512)
         assert admin.get("/admin/v1/engine/stats").json()["num_running"] == 0
+        assert admin.post("/admin/v1/engine/reload").json() == engine
 
 
 def test_catalogue_and_keys_survive_a_restart_and_lost_files_come_back(

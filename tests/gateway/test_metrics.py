@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
+
+from loraplex.engines.protocol import SECONDS_BUCKETS, Durations, EngineStats
 
 
 def scrape(gateway: Gateway) -> dict[str, list[tuple[dict[str, str], float]]]:
@@ -48,3 +52,20 @@ def test_metrics_show_what_routers_route_by(gateway: Gateway) -> None:
 def test_metrics_take_an_admin_key(gateway: Gateway) -> None:
     with gateway.client() as client:
         assert_problem(client.get("/metrics"), 403, "not_allowed")
+
+
+def test_engine_times_become_histograms(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = gateway.services.engine
+    stats = gateway.stats()
+    durations = Durations(counts=(1, 2, *(0,) * (len(SECONDS_BUCKETS) - 2), 4), seconds=500.0)
+    timed: EngineStats = msgspec.structs.replace(stats, step_durations=durations, phase_seconds={"forward": 1.5})
+
+    async def timed_stats() -> EngineStats:
+        return timed
+
+    monkeypatch.setattr(engine, "stats", timed_stats)
+    found = scrape(gateway)
+    assert found["loraplex_engine_phase_seconds_total"] == [({"phase": "forward"}, 1.5)]
+    buckets = {labels["le"]: value for labels, value in found["loraplex_engine_step_seconds_bucket"]}
+    assert (buckets["0.0005"], buckets["0.001"], buckets["60.0"], buckets["+Inf"]) == (1, 3, 3, 7)
+    assert found["loraplex_engine_step_seconds_sum"] == [({}, 500.0)]

@@ -216,7 +216,9 @@ def test_table_has_a_row_for_every_error_and_no_other() -> None:
     assert engine_errors.EngineError is EngineError
     assert set(TABLE) == _tree(GatewayError) | _tree(AuthError) | _tree(EngineError)
     codes = [row.code for error, row in TABLE.items() if error is not GatewayError]
-    assert all(row.type == ("server_error" if row.status >= 500 else "invalid_request_error") for row in TABLE.values())
+    for row in TABLE.values():
+        limited = {"requests", "tokens", "insufficient_quota"} if row.status == 429 else {"invalid_request_error"}
+        assert row.type in ({"server_error"} if row.status >= 500 else limited)
     assert {"invalid_api_key", "model_not_found", "context_length_exceeded"} <= set(codes)
 
 

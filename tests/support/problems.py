@@ -17,7 +17,10 @@ def assert_problem(response: httpx.Response, status: int, code: str, param: str 
     error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param), error
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    if status == 429:
+        assert error["type"] in ("requests", "tokens", "insufficient_quota")
+    else:
+        assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
     message: str = error["message"]
     assert message
     return message

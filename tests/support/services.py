@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 
@@ -20,6 +22,19 @@ def missing(service: str, reason: object) -> NoReturn:
     if os.environ.get("LORAPLEX_REQUIRE_SERVICES"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+REDIS = "redis://127.0.0.1:6379/7"
+
+
+async def own_redis() -> Redis:
+    """A connection to a Redis that is there; whoever uses it names its keys by something of its own."""
+    redis = Redis.from_url(REDIS, socket_timeout=5)
+    try:
+        await redis.ping()
+    except (OSError, RedisError) as error:
+        missing("Redis", error)
+    return redis
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.models import Oracle
+from support.models import SPECS, Oracle, llama_config, make_adapter, make_model
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
 from loraplex.engines.protocol import Adapter
@@ -19,10 +19,18 @@ class SmallWorld:
     adapters: dict[str, Adapter]
     oracle: Oracle
 
-    def settings(self, **engine: int | None) -> Settings:
-        options: dict[str, int | None] = {"kv_block_size": 4, "max_batch_tokens": 48, "num_threads": 1, **engine}
+    def settings(self, **engine: float | None) -> Settings:
+        options: dict[str, float | None] = {"kv_block_size": 4, "max_batch_tokens": 48, "num_threads": 1, **engine}
         return Settings(
             model=Model(path=str(self.directory), name="small", dtype="float32", device="cpu"),
             engine=EngineSettings(**options),  # type: ignore[arg-type]
             adapters=Adapters(device_bytes=8 * 2**20),
         )
+
+
+def make_small_world(directory: Path) -> SmallWorld:
+    """A small random Llama with adapters of every kind."""
+    base = directory / "base"
+    make_model(llama_config(), base)
+    adapters = {spec.name: make_adapter(base, spec, directory / "adapters") for spec in SPECS}
+    return SmallWorld(base, adapters, Oracle(base))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import SPECS, Oracle, llama_config, make_adapter, make_model
-from support.worlds import SmallWorld
+from support.worlds import SmallWorld, make_small_world
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,8 +15,4 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    directory = tmp_path_factory.mktemp("small")
-    base = directory / "base"
-    make_model(llama_config(), base)
-    adapters = {spec.name: make_adapter(base, spec, directory / "adapters") for spec in SPECS}
-    return SmallWorld(base, adapters, Oracle(base))
+    return make_small_world(tmp_path_factory.mktemp("small"))

@@ -7,17 +7,18 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import msgspec
 import pytest
 from support.worlds import SmallWorld
 
-from loraplex.engines.errors import EngineOverloaded, InvalidRequest, PromptTooLong
+from loraplex.engines.errors import DeadlineExceeded, EngineOverloaded, InvalidRequest, PromptTooLong
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 
-def make_core(small: SmallWorld, **engine: int | None) -> EngineCore:
+def make_core(small: SmallWorld, **engine: float | None) -> EngineCore:
     return EngineCore(load_machine(small.settings(**engine), lambda progress: None))
 
 
@@ -157,7 +158,7 @@ def test_leavings_in_the_cache_never_reach_a_token(small: SmallWorld) -> None:
     """A block is handed on with what its last holder wrote; were it ever read, NaN would show."""
     machine = load_machine(small.settings(), lambda progress: None)
     attention = machine.runner._attention
-    for cache in [*attention._keys.values(), *attention._values.values()]:
+    for cache in [*attention._keys, *attention._values]:
         cache[:-1] = float("nan")
     core = EngineCore(machine)
     prompts = [prompt_of(seed, length) for seed, length in enumerate([3, 50, 17, 9])]
@@ -189,9 +190,90 @@ def test_submit_prompt_too_long_raises_and_keeps_nothing(small: SmallWorld) -> N
     assert not core.has_work
 
 
-def test_submit_full_queue_raises_overloaded(small: SmallWorld) -> None:
-    core = make_core(small, max_waiting=1)
-    core.submit(request("first", prompt_of(1, 8)))
-    with pytest.raises(EngineOverloaded):
-        core.submit(request("second", prompt_of(1, 8)))
-    assert list(run(core)) == ["first"]
+def errors(emissions: dict[str, list[Emission]]) -> dict[str, type[Exception]]:
+    return {name: type(found[-1].error) for name, found in emissions.items() if found[-1].error is not None}
+
+
+def test_full_queue_the_tenant_that_fills_it_loses_its_last(small: SmallWorld) -> None:
+    core = make_core(small, max_waiting=3)
+    for number, tenant in enumerate(["noisy", "noisy", "noisy", "quiet", "noisy", "quiet"]):
+        core.submit(msgspec.structs.replace(request(str(number), prompt_of(1, 8)), tenant=tenant))
+    emissions = run(core)
+    assert errors(emissions) == {"2": EngineOverloaded, "4": EngineOverloaded, "5": EngineOverloaded}
+    assert core.stats().total_failed == 3
+    assert all(len(emissions[name]) == 12 for name in "013")
+
+
+def test_preempted_request_is_not_what_a_full_queue_loses(small: SmallWorld) -> None:
+    core = make_core(small, max_waiting=1, kv_cache_bytes=10 * 4 * 3 * 2 * 32 * 4)
+    core.submit(request("old", prompt_of(1, 7), max_tokens=20, ignore_eos=True))
+    core.step()
+    core.submit(request("young", prompt_of(2, 7), max_tokens=20, ignore_eos=True))
+    for _ in range(20):
+        core.step()
+        if core.scheduler.num_preemptions:
+            break
+    core.submit(request("late", prompt_of(3, 7), max_tokens=20, ignore_eos=True))
+    emissions = run(core)
+    assert errors(emissions) == {"late": EngineOverloaded}
+    assert {name: found[-1].finish_reason for name, found in emissions.items() if name != "late"} == {
+        "old": "length",
+        "young": "length",
+    }
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_request_past_its_deadline_ends_though_it_runs_and_its_neighbour_goes_on(small: SmallWorld) -> None:
+    clock = Clock()
+    core = EngineCore(load_machine(small.settings(), lambda progress: None), clock)
+    core.submit(msgspec.structs.replace(request("hurried", prompt_of(1, 8), max_tokens=50), timeout_seconds=2.0))
+    core.submit(request("patient", prompt_of(2, 8), max_tokens=50, ignore_eos=True))
+    core.step()
+    clock.now += 2.0
+    emissions = run(core)
+    assert errors(emissions) == {"hurried": DeadlineExceeded}
+    assert "within 2 s" in str(emissions["hurried"][-1].error)
+    assert emissions["patient"][-1].finish_reason == "length"
+    assert core.blocks.num_used == 0
+
+
+def test_request_that_waits_too_long_for_its_first_step_is_refused(small: SmallWorld) -> None:
+    clock = Clock()
+    core = EngineCore(load_machine(small.settings(max_running=1, max_wait_seconds=5.0), lambda progress: None), clock)
+    core.submit(request("first", prompt_of(1, 8), max_tokens=30, ignore_eos=True))
+    core.submit(request("second", prompt_of(2, 8)))
+    core.step()
+    clock.now += 5.0
+    emissions = run(core)
+    assert errors(emissions) == {"second": EngineOverloaded}
+    assert len(emissions["first"]) == 29
+
+
+@pytest.mark.parametrize(("shares", "salt", "num_cached"), [(False, "", 0), (True, "", 20), (True, "own", 0)])
+def test_prefixes_are_shared_across_tenants_that_say_so_and_no_salt_apart(
+    small: SmallWorld, shares: bool, salt: str, num_cached: int
+) -> None:
+    core = make_core(small)
+    for tenant, its_salt in (("one", ""), ("two", salt)):
+        wanted = request(tenant, prompt_of(1, 21), max_tokens=2)
+        core.submit(msgspec.structs.replace(wanted, tenant=tenant, shares_prefixes=shares, cache_salt=its_salt))
+        run(core)
+    assert core.stats().total_cached_prompt_tokens == num_cached
+
+
+def test_stats_say_where_the_time_went(small: SmallWorld) -> None:
+    core = make_core(small)
+    for number in range(3):
+        core.submit(request(str(number), prompt_of(number, 8)))
+    run(core)
+    stats = core.stats()
+    assert sum(stats.step_durations.counts) == stats.num_steps > 0
+    assert sum(stats.wait_durations.counts) == 3
+    assert set(stats.phase_seconds) == {"schedule", "forward", "sample", "commit"}
+    assert 0 < sum(stats.phase_seconds.values()) <= stats.step_durations.seconds

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,39 @@ from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams, 
 PROMPT = tuple(range(40, 60))
 
 
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[NativeEngine]:
+    engine = NativeEngine(settings)
+    await engine.start(lambda progress: None)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
 @pytest_asyncio.fixture
 async def engine(small: SmallWorld) -> AsyncIterator[NativeEngine]:
-    engine = NativeEngine(small.settings())
-    await engine.start(lambda progress: None)
-    yield engine
-    await engine.close()
+    async with running(small.settings()) as engine:
+        yield engine
+
+
+def worker_pids() -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def worker_pid() -> int:
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
-    return int(found.stdout.split()[0])
+    [pid] = worker_pids()
+    return pid
+
+
+async def is_ready(engine: NativeEngine) -> bool:
+    return engine.health().state == "ready"
+
+
+async def residents_are_known(engine: NativeEngine, number: int) -> bool:
+    """Whether a heartbeat has told the engine's own process what is on the device."""
+    return len(engine._worker.residents) == number
 
 
 def request(
@@ -169,12 +192,61 @@ async def test_killed_worker_fails_requests_in_flight_and_comes_back(engine: Nat
     with pytest.raises(EngineUnavailable):
         await collect(engine, request("too early", adapter))
 
-    async def ready() -> bool:
-        return engine.health().state == "ready"
-
-    await until(ready)
+    await until(lambda: is_ready(engine))
     assert token_ids(await collect(engine, request("after", adapter))) == expected
     assert (await engine.stats()).num_restarts == 1
+
+
+async def test_stopped_worker_is_replaced_and_its_requests_told(small: SmallWorld) -> None:
+    async with running(small.settings(unresponsive_seconds=3.0)) as engine:
+        stream = engine.generate(request("victim", max_tokens=450, ignore_eos=True))
+        await anext(stream)
+        os.kill(worker_pid(), signal.SIGSTOP)
+        with pytest.raises(EngineDied, match="did not answer for 3 s"):
+            async for _ in stream:
+                pass
+        await until(lambda: is_ready(engine))
+        assert len(token_ids(await collect(engine, request("after")))) > 0
+
+
+async def test_restarted_worker_has_its_predecessors_adapters(engine: NativeEngine, small: SmallWorld) -> None:
+    pinned, used = small.adapters["rank-8"], small.adapters["rank-4"]
+    await engine.pin(pinned, pinned=True)
+    await engine.load(used)
+    await until(lambda: residents_are_known(engine, 2))
+    os.kill(worker_pid(), signal.SIGKILL)
+
+    async def restored() -> bool:
+        with suppress(EngineDied, EngineUnavailable):
+            has_restarted = (await engine.stats()).num_restarts == 1
+            return has_restarted and [found.tier for found in await engine.residency()] == ["device", "device"]
+        return False
+
+    await until(restored)
+    assert {found.adapter_id: found.pinned for found in await engine.residency()} == {pinned.id: True, used.id: False}
+
+
+async def test_reload_finishes_streams_in_the_old_process_and_begins_new_ones_in_the_new(
+    engine: NativeEngine, small: SmallWorld
+) -> None:
+    adapter = small.adapters["rank-32-dora"]
+    before = worker_pids()
+    expected = token_ids(await collect(engine, request("alone", adapter, max_tokens=400, ignore_eos=True)))
+    stream = engine.generate(request("before", adapter, max_tokens=400, ignore_eos=True))
+    first = await anext(stream)
+    reloading = asyncio.create_task(engine.reload())
+    tokens = [*first.token_ids, *[token async for event in stream for token in event.token_ids]]
+    await reloading
+    assert tokens == expected
+    after = token_ids(await collect(engine, request("after", adapter, max_tokens=400, ignore_eos=True)))
+    assert after == expected
+
+    async def old_is_gone() -> bool:
+        return len(worker_pids()) == 1
+
+    await until(old_is_gone)
+    assert worker_pids() != before
+    assert (await engine.stats()).num_restarts == 0
 
 
 async def test_start_model_missing_raises_not_servable(tmp_path: Path) -> None:

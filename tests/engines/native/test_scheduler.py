@@ -6,66 +6,11 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.bench import BLOCK, Bench
 
-from loraplex.engines.native.batch import Sampled
-from loraplex.engines.native.blocks import BlockPool, next_key, root_key
+from loraplex.engines.native.blocks import next_key, root_key
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
-from loraplex.engines.native.residency import Residency
-from loraplex.engines.native.scheduler import Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
-
-BLOCK = 4
-
-
-class Bench:
-    """A scheduler with a clock set by hand; `step` plays a model that always answers token 1."""
-
-    def __init__(self, num_blocks: int = 64, budget: int = 16, max_running: int = 8) -> None:
-        self.now = 0.0
-        self.blocks = BlockPool(num_blocks, BLOCK)
-        self.residency = Residency(capacity=100)
-        self.scheduler = Scheduler(Limits(budget, max_running), self.blocks, self.residency, lambda: self.now)
-        self.count = 0
-        self.sequences: list[Sequence] = []
-
-    def add(
-        self,
-        num_prompt: int,
-        max_tokens: int = 4,
-        adapter: str | None = None,
-        *,
-        tenant: str = "",
-        weight: float = 1.0,
-        priority: int = 0,
-        same_prompt: bool = False,
-    ) -> Sequence:
-        self.count += 1
-        self.now += 0.001
-        first = 2 if same_prompt else 1000 * self.count
-        request = GenerateRequest(
-            request_id=str(self.count),
-            prompt_token_ids=tuple(range(first, first + num_prompt)),
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
-            adapter=Adapter(id=adapter, name=adapter, path="") if adapter else None,
-            tenant=tenant,
-            weight=weight,
-            priority=priority,
-        )
-        sequence = Sequence(
-            request=request, seed=0, eos_token_ids=frozenset(), arrival=self.now, max_len=self.blocks.num_blocks * BLOCK
-        )
-        self.scheduler.add(sequence)
-        self.sequences.append(sequence)
-        return sequence
-
-    def step(self) -> dict[str, int]:
-        """Tokens computed for each request in one step."""
-        batch = self.scheduler.next()
-        if batch is None:
-            return {}
-        self.scheduler.commit(batch, [Sampled(1)] * len(batch.sampling_segments))
-        return {segment.sequence.request_id: segment.num_tokens for segment in batch.segments}
 
 
 def test_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
@@ -168,7 +113,7 @@ def test_cache_gives_way_least_recently_released_first() -> None:
 def root_block_keys(count: int, num_prompt: int) -> list[bytes]:
     """The keys of the prompt of the count-th request of a bench."""
     tokens = range(1000 * count, 1000 * count + num_prompt)
-    keys = [root_key(None, "")]
+    keys = [root_key(None, "", "")]
     for start in range(0, num_prompt, BLOCK):
         keys.append(next_key(keys[-1], tokens[start : start + BLOCK]))
     return keys[1:]

@@ -1,0 +1,156 @@
+"""Holds every request to the limits of its tenant and its key: reserve first, settle however it ends.
+
+A reservation is all or nothing over every limit. It takes the prompt's tokens and all that the answer may have; where
+the client named no limit it takes what answers usually have, and more while the answer grows. What was not used comes
+back at settlement. Tokens are handed out only when they are reserved, so a budget is never overshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from loraplex.auth.caller import Caller
+from loraplex.auth.errors import LimitsUnavailable, QuotaSpent
+from loraplex.auth.limits.charges import Charge, Standing, charges, more_output
+from loraplex.auth.limits.estimates import Estimates
+from loraplex.auth.metering import Demand
+
+
+class Store(Protocol):
+    """Where limits are counted."""
+
+    def now(self) -> float:
+        """Seconds since 1970, by the clock that every gateway on this store shares."""
+        ...
+
+    async def take(self, wanted: list[Charge], *, may_owe: bool = False) -> None:
+        """All of it or nothing. With `may_owe` a rate gives what it has not, and refills later.
+
+        Raises LimitReached, or LimitsUnavailable where the store does not answer.
+        """
+        ...
+
+    def settle(self, charge: Charge, used: int) -> None:
+        """Of what was taken so much was used; the rest comes back."""
+        ...
+
+    def standing(self, charge: Charge) -> Standing: ...
+
+    async def close(self) -> None: ...
+
+
+class Reservation:
+    """What one request holds of its limits."""
+
+    def __init__(self, store: Store, caller: Caller, demand: Demand, output: int, taken: list[Charge]) -> None:
+        self._store = store
+        self._caller = caller
+        self._demand = demand
+        self._taken = taken
+        self._is_settled = False
+        self.num_output_tokens = output
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that the answer may have is reserved."""
+        return self.num_output_tokens >= self._demand.max_completion_tokens
+
+    async def extend(self) -> None:
+        """Reserve as much again for an answer that goes on, or less where less is left, down to a single token.
+
+        Raises QuotaSpent where nothing is; a rate per minute cuts no answer short, it delays the next request.
+        """
+        room = self._demand.max_completion_tokens - self.num_output_tokens
+        most = min(room, max(self.num_output_tokens, 16))
+        sizes = dict.fromkeys([most, max(most // 4, 1), max(most // 16, 1), 1])
+        for size in sizes:
+            wanted = more_output(self._caller, size, self._store.now())
+            try:
+                await self._store.take(wanted, may_owe=True)
+            except QuotaSpent:
+                if size == 1:
+                    raise
+                continue
+            self._taken += wanted
+            self.num_output_tokens += size
+            return
+
+    def settle(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Give back what was not used. Settling again changes nothing."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        left: dict[str, int] = {}  # by bucket, which an extended answer has taken from more than once
+        for charge in self._taken:
+            if charge.kind == "requests":
+                used = 1
+            elif charge.kind == "concurrent":
+                used = 0
+            elif charge.kind == "input_tokens":
+                used = num_prompt_tokens
+            else:
+                whole = num_output_tokens + (num_prompt_tokens if charge.family == "budget" else 0)
+                used = min(left.setdefault(charge.bucket, whole), charge.amount)
+                left[charge.bucket] -= used
+            self._store.settle(charge, used)
+
+    def standings(self) -> dict[str, Standing]:
+        """The tightest limit of "requests" and of "tokens", where there is one."""
+        found: dict[str, Standing] = {}
+        for charge in self._taken:
+            if charge.family != "rate":
+                continue
+            standing = self._store.standing(charge)
+            unit = "requests" if charge.kind == "requests" else "tokens"
+            if unit not in found or standing.remaining < found[unit].remaining:
+                found[unit] = standing
+        return found
+
+
+class Admission:
+    """Reserves in a store; where that does not answer, in one that `fallback` makes anew each time, or not at all."""
+
+    def __init__(self, store: Store, fallback: Callable[[], Store] | None = None) -> None:
+        self._store = store
+        self._fallback = fallback
+        self._substitute: Store | None = None
+        self._estimates = Estimates()
+
+    async def reserve(self, caller: Caller, demand: Demand) -> Reservation:
+        """Raises LimitReached, or LimitsUnavailable."""
+        try:
+            reservation = await self._reserve(self._store, caller, demand)
+        except LimitsUnavailable:
+            if self._fallback is None:
+                raise
+            self._substitute = self._substitute or self._fallback()
+            return await self._reserve(self._substitute, caller, demand)
+        self._substitute = None  # what it counted is in the books, where the next one begins
+        return reservation
+
+    def learn(self, key_id: str, model: str, num_output_tokens: int) -> None:
+        """An answer was so long."""
+        self._estimates.learn(key_id, model, num_output_tokens)
+
+    async def close(self) -> None:
+        """Give back what this process holds."""
+        await self._store.close()
+
+    async def _reserve(self, store: Store, caller: Caller, demand: Demand) -> Reservation:
+        sizes = [demand.max_completion_tokens]
+        if demand.is_open_ended:
+            usual = min(demand.max_completion_tokens, self._estimates.of(caller.key_id, demand.model))
+            rates = [limits.output_tokens_per_minute for limits in (caller.policy.tenant, caller.policy.key)]
+            sizes = list(dict.fromkeys([min([usual, *(rate for rate in rates if rate is not None)]), 1]))
+        for size in sizes:
+            wanted = charges(caller, demand.num_prompt_tokens, size, store.now())
+            try:
+                if wanted:
+                    await store.take(wanted)
+            except QuotaSpent:
+                if size == sizes[-1]:
+                    raise
+                continue
+            return Reservation(store, caller, demand, size, wanted)
+        raise AssertionError("the last size was taken or refused")

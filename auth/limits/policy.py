@@ -1,0 +1,108 @@
+"""Limits of a tenant and of a key, and what both together mean for a caller.
+
+A key without a limit of its own has only its tenant's, a tenant without one the server's default. Where both have one,
+both hold: what is counted is counted for the key and for all keys of the tenant together.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from ipaddress import ip_address, ip_network
+from typing import Annotated
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Budget = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """None: no limit of its own. Rates are per minute; budgets are tokens of prompt and answer per UTC day and month.
+
+    `allowed_models` are names in which `*` stands for anything; `allowed_ips` are addresses or networks; `expires_at`
+    is seconds since 1970. `max_tokens` bounds the answer of one request. `weight` is the tenant's share of a full
+    engine; a request of higher `priority` goes before others of its tenant.
+    """
+
+    allowed_models: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
+    allowed_ips: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
+    expires_at: float | None = None
+    requests_per_minute: Positive | None = None
+    input_tokens_per_minute: Positive | None = None
+    output_tokens_per_minute: Positive | None = None
+    concurrent_requests: Positive | None = None
+    tokens_per_day: Budget | None = None
+    tokens_per_month: Budget | None = None
+    max_tokens: Positive | None = None
+    weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-100, le=100)] | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for an address that is none."""
+        for text in self.allowed_ips or ():
+            ip_network(text)
+
+    def over(self, defaults: Limits) -> Limits:
+        """These limits, and the defaults where there is none."""
+        own = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return msgspec.structs.replace(defaults, **own)
+
+
+NO_LIMITS = Limits()
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits that hold for one caller: its tenant's, defaults included, and its key's own."""
+
+    tenant: Limits = NO_LIMITS
+    key: Limits = NO_LIMITS
+
+    def may_use(self, model: str) -> bool:
+        """Whether the patterns of both allow the model."""
+        return all(
+            limits.allowed_models is None or any(fnmatchcase(model, _literal(it)) for it in limits.allowed_models)
+            for limits in (self.tenant, self.key)
+        )
+
+    def admits(self, address: str | None) -> bool:
+        """Whether both allow this client address. An address that cannot be read passes no list."""
+        lists = [limits.allowed_ips for limits in (self.tenant, self.key) if limits.allowed_ips is not None]
+        if not lists:
+            return True
+        try:
+            client = ip_address(address or "")
+        except ValueError:
+            return False
+        client = getattr(client, "ipv4_mapped", None) or client
+        return all(any(client in ip_network(text) for text in allowed) for allowed in lists)
+
+    @property
+    def expires_at(self) -> float | None:
+        return _least(self.tenant.expires_at, self.key.expires_at)
+
+    @property
+    def max_tokens(self) -> int | None:
+        cap = _least(self.tenant.max_tokens, self.key.max_tokens)
+        return None if cap is None else int(cap)
+
+    @property
+    def weight(self) -> float:
+        """The tenant's share is the tenant's: a key can have less of it, not more."""
+        return _least(self.tenant.weight or 1.0, self.key.weight) or 1.0
+
+    @property
+    def priority(self) -> int:
+        return (self.key.priority if self.key.priority is not None else self.tenant.priority) or 0
+
+
+NO_POLICY = Policy()
+
+
+def _literal(pattern: str) -> str:
+    """Only `*` is special."""
+    return pattern.replace("[", "[[]").replace("?", "[?]")
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)

@@ -1,0 +1,266 @@
+"""What an adapter brings beside A and B of linear layers: biases, whole modules, embeddings, tokens, experts.
+
+PEFT's `bias`, `lora_bias`, `modules_to_save`, `trainable_token_indices`, `target_parameters` and LoRA on embeddings all
+become `Extra`s: tensors in the adapter's extent, and what is to be done with them at one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.engines.adapters.config import LoraConfig
+from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
+
+Shape = tuple[int, ...]
+_BASE_LAYER = ".base_layer"
+# What two roundings of one number to half precision may differ by, relative to it.
+_SAME = 2.0**-7
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A tensor in an adapter's extent, contiguous from `offset` on, in elements."""
+
+    offset: int
+    shape: Shape
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.offset : self.offset + _numel(self.shape)].view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """One thing to do at one module, for the adapter's tokens, behind what the layer and its LoRA give.
+
+    bias: add `delta`, Shape [out].
+    swap: compute the module with `new` in the place of `parameter`.
+    parameter: compute it with `parameter` + scale · B·A; a: Shape [E · rank, in]; b: Shape [out, rank · E], as in PEFT.
+    embedding: add scale · A[:, id]·B; a: Shape [vocabulary, rank]; b: Shape [rank, width].
+    tokens: the embedding of `token_ids[i]` is `rows[i]`; head: so is its row of the head. rows: Shape [N, width].
+    """
+
+    kind: Literal["bias", "swap", "parameter", "embedding", "tokens", "head"]
+    module: str
+    spans: dict[str, Span]
+    parameter: str = ""
+    scale: float = 1.0
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(_numel(span.shape) for span in self.spans.values()) if self.kind != "head" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraPlan:
+    """The extras, and where each comes from: `sources[i]` has span name -> tensor name.
+
+    `copies` are tensors that must equal the base's: tensor name -> the base's parameter.
+    """
+
+    extras: tuple[Extra, ...]
+    sources: tuple[dict[str, str], ...]
+    copies: dict[str, str]
+    size: int
+
+
+class ExtraBase(Protocol):
+    """What planning asks of the base model; see `peft.Base`."""
+
+    @property
+    def modules(self) -> Mapping[str, object]: ...
+    @property
+    def unfit(self) -> Mapping[str, str]: ...
+    @property
+    def parameters(self) -> Mapping[str, Shape]: ...
+    @property
+    def embeddings(self) -> Mapping[str, Shape]: ...
+    @property
+    def input_embedding(self) -> str: ...
+    @property
+    def tied_head(self) -> str | None: ...
+    @property
+    def transposed(self) -> frozenset[str]: ...
+    @property
+    def max_rank(self) -> int: ...
+
+
+class ExtraPlanner:
+    """Takes tensors of the file one feature after the other; what is left over at the end belongs to none."""
+
+    def __init__(
+        self, config: LoraConfig, shapes: Mapping[str, Shape], base: ExtraBase, offset: int, align: Callable[[int], int]
+    ) -> None:
+        """`shapes` are the tensors that are no LoRA on a linear layer, their names without PEFT's prefix."""
+        self._config, self._base, self._align = config, base, align
+        self._left = dict(shapes)
+        self._size = offset
+        self._extras: list[Extra] = []
+        self._sources: list[dict[str, str]] = []
+        self._copies: dict[str, str] = {}
+
+    def plan(self, adapted: frozenset[str]) -> ExtraPlan:
+        """`adapted`: the linear layers that the adapter has A and B for. Raises AdapterError."""
+        for parameter in [name for name in self._base.parameters if self._config.targets_parameter(name)]:
+            self._parameter(parameter)
+        for module, shape in self._base.embeddings.items():
+            if self._config.targets(module):
+                adapted |= {module}
+                self._embedding(module, shape)
+            self._tokens(module, shape)
+        for module in adapted:
+            if f"{module}.lora_B.bias" in self._left:
+                self._lora_bias(module)
+        for name in list(self._left):
+            self._saved(name, adapted)
+        self._require_saved()
+        if (
+            unused := set(self._config.token_ids)
+            - {""}
+            - {m.rpartition(".")[2] for m in self._base.embeddings}
+            - set(self._base.embeddings)
+        ):
+            raise AdapterUnsupported(f"trainable_token_indices names {sorted(unused)[0]}, which is no embedding")
+        if self._config.ties_weights and self._base.tied_head is not None and self._extras:
+            raise AdapterUnsupported("ensure_weight_tying = True is not supported with a base that ties its embeddings")
+        return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._size)
+
+    def _add(self, extra: Extra, sources: dict[str, str]) -> None:
+        self._extras.append(extra)
+        self._sources.append(sources)
+
+    def _span(self, shape: Shape) -> Span:
+        span = Span(self._size, shape)
+        self._size += self._align(_numel(shape))
+        return span
+
+    def _take(self, tensor: str, shape: Shape) -> str:
+        """Raises AdapterInvalid where the file lacks the tensor, AdapterMismatch where its shape is another."""
+        found = self._left.pop(tensor, None)
+        if found is None:
+            raise AdapterInvalid(f"the file lacks {tensor}")
+        if found != shape:
+            raise AdapterMismatch(f"{tensor} has shape {list(found)}; the base needs {list(shape)}")
+        return tensor
+
+    def _rank(self, name: str) -> int:
+        rank = self._config.rank_of(name)
+        if rank > self._base.max_rank:
+            raise AdapterTooLarge(f"rank {rank} of {name} exceeds adapters.max_rank = {self._base.max_rank}")
+        return rank
+
+    def _parameter(self, name: str) -> None:
+        """PEFT wraps a module once for each parameter it targets, the first one innermost."""
+        module, _, own = name.rpartition(".")
+        siblings = [other for other in self._base.parameters if other.rpartition(".")[0] == module
+                    and self._config.targets_parameter(other)]  # fmt: skip
+        prefix = module + _BASE_LAYER * (len(siblings) - 1 - siblings.index(name))
+        shape, rank = self._base.parameters[name], self._rank(name)
+        if len(shape) not in (2, 3):
+            raise AdapterUnsupported(f"target_parameters names {name}, which has {len(shape)} dimensions")
+        experts = shape[0] if len(shape) == 3 else 1
+        width_in, width_out = (shape[-2], shape[-1]) if name in self._base.transposed else (shape[-1], shape[-2])
+        a, b = (experts * rank, width_in), (width_out, rank * experts)
+        sources = {"a": self._take(f"{prefix}.lora_A.weight", a), "b": self._take(f"{prefix}.lora_B.weight", b)}
+        spans = {"a": self._span(a), "b": self._span(b)}
+        self._add(Extra("parameter", module, spans, own, self._config.scale_of(name)), sources)
+
+    def _embedding(self, module: str, shape: Shape) -> None:
+        if self._config.use_dora:
+            raise AdapterUnsupported(f"use_dora on the embedding {module} is not supported")
+        rank = self._rank(module)
+        sources = {
+            "a": self._take(f"{module}.lora_embedding_A", (rank, shape[0])),
+            "b": self._take(f"{module}.lora_embedding_B", (shape[1], rank)),
+        }
+        spans = {"a": self._span((shape[0], rank)), "b": self._span((rank, shape[1]))}
+        self._add(Extra("embedding", module, spans, scale=self._config.scale_of(module)), sources)
+
+    def _tokens(self, module: str, shape: Shape) -> None:
+        is_input = module == self._base.input_embedding
+        if not (token_ids := self._config.token_ids_of(module, is_input=is_input)):
+            return
+        if max(token_ids) >= shape[0]:
+            raise AdapterMismatch(f"trainable_token_indices names token {max(token_ids)}; {module} has {shape[0]}")
+        rows = (len(token_ids), shape[1])
+        sources = {"rows": self._take(f"{module}.token_adapter.trainable_tokens_delta", rows)}
+        spans = {"rows": self._span(rows)}
+        self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
+        if is_input and self._base.tied_head is not None:
+            self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
+
+    def _lora_bias(self, module: str) -> None:
+        if not self._config.lora_bias:
+            raise AdapterInvalid(f"{module} has lora_B.bias, but lora_bias is not set")
+        shape = self._base.parameters.get(f"{module}.bias", self._left[f"{module}.lora_B.bias"])
+        sources = {"delta": self._take(f"{module}.lora_B.bias", shape)}
+        self._add(Extra("bias", module, {"delta": self._span(shape)}, scale=self._config.scale_of(module)), sources)
+
+    def _saved(self, tensor: str, adapted: frozenset[str]) -> None:
+        """A whole parameter: of `modules_to_save`, a bias, or a copy of an embedding beside its LoRA."""
+        name = tensor.replace(_BASE_LAYER, "")
+        module, _, own = name.rpartition(".")
+        if module in self._base.unfit:
+            raise AdapterUnsupported(f"{module} cannot be adapted: in this model it {self._base.unfit[module]}")
+        if name not in self._base.parameters:
+            raise AdapterUnsupported(f"tensor {tensor} is not part of a LoRA that this base can carry")
+        is_saved, is_bias = self._config.saves(module), "bias" in own and self._config.saves_biases
+        if module in adapted and not is_bias:
+            self._copies[self._take(tensor, self._base.parameters[name])] = name
+            return
+        shape = self._base.parameters[name]
+        if module in (self._base.input_embedding, self._base.tied_head) and self._left[tensor] != shape:
+            raise AdapterUnsupported(
+                f"{tensor} has {self._left[tensor][0]} rows, the base {shape[0]}: another vocabulary is not supported"
+            )
+        if not (is_saved or is_bias):
+            self._copies[self._take(tensor, shape)] = name
+            return
+        kind: Literal["bias", "swap"] = (
+            "bias" if own == "bias" and not is_saved and module in self._base.modules else "swap"
+        )
+        part = "delta" if kind == "bias" else "new"
+        self._add(Extra(kind, module, {part: self._span(shape)}, own), {part: self._take(tensor, shape)})
+
+    def _require_saved(self) -> None:
+        """Raises AdapterError where a module of `modules_to_save` has no weights, or no token passes it."""
+        have = {f"{extra.module}.{extra.parameter}" for extra in self._extras if extra.kind == "swap"}
+        for name in self._base.parameters:
+            if self._config.saves(name.rpartition(".")[0]) and name not in have:
+                raise AdapterInvalid(f"modules_to_save names the module of {name}, for which the file has no weights")
+        for saved in self._config.modules_to_save:
+            modules = [name.rpartition(".")[0] for name in have]
+            if not any(f".{module}.".find(f"{saved}.") >= 0 for module in modules):
+                raise AdapterUnsupported(f"modules_to_save names {saved}, which the base does not use")
+
+
+def load_extras(plan: ExtraPlan, flat: Tensor, tensor: Callable[[str], Tensor], base: Callable[[str], Tensor]) -> None:
+    """Read the extras into `flat`. `tensor` reads the file's, `base` the model's. Raises AdapterError."""
+    for extra, sources in zip(plan.extras, plan.sources, strict=True):
+        for part, source in sources.items():
+            value = tensor(source)
+            if extra.kind == "embedding":
+                value = value.t()
+            elif extra.kind == "bias" and extra.parameter:  # the whole bias, not what lora_bias adds
+                value = value.float() - base(f"{extra.module}.{extra.parameter}").float().cpu()
+            elif extra.kind == "bias":
+                value = value.float() * extra.scale
+            extra.spans[part].of(flat).copy_(value)
+    for source, name in plan.copies.items():
+        own, ours = tensor(source).float(), base(name).float().cpu()
+        if not torch.allclose(own, ours, rtol=_SAME, atol=_SAME * float(ours.abs().max()) * 2**-7):
+            raise AdapterUnsupported(
+                f"{source} differs from the base's: an adapter over other weights is not supported"
+            )
+
+
+def _numel(shape: Shape) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel

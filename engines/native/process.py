@@ -1,0 +1,172 @@
+"""One worker process and the conversation with it, from its start to its end. torch is imported there only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from loraplex.config.settings import Settings
+from loraplex.engines.errors import EngineDied, EngineError, EngineUnavailable, from_wire
+from loraplex.engines.native.messages import (
+    Command,
+    Configure,
+    Failure,
+    GetResidency,
+    Hello,
+    Loading,
+    Ready,
+    Reply,
+    StartFailed,
+    Stepped,
+    Token,
+    decode_report,
+    encode,
+)
+from loraplex.engines.protocol import AdapterResidency, Progress
+
+_HEARTBEAT_SECONDS = 2.0
+
+
+class Arrived(msgspec.Struct, frozen=True):
+    """A token of a request and the step that made it."""
+
+    step: int
+    token: Token
+
+
+class WorkerProcess:
+    """A worker: what it was asked, what it answered, and whether it still lives.
+
+    `ready` is set with the worker's own report, or with the error it ended with before. `residents` is what it had
+    on its device at the last heartbeat, and until its first one what it has `inherited` from its predecessor.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: zmq.asyncio.Context,
+        address: str,
+        on_progress: Callable[[Progress], None],
+        inherited: Sequence[AdapterResidency] = (),
+    ) -> None:
+        self._settings = settings
+        self._on_progress = on_progress
+        self._address = address
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._call_numbers = itertools.count()
+        self.answers: dict[str, asyncio.Queue[Arrived | EngineError]] = {}
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.was_ready = False
+        self.inherited = self.residents = tuple(inherited)
+
+    async def run(self) -> EngineError:
+        """The worker's life; returns why it ended, once everyone who waited for it has been told."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "loraplex.engines.native.worker", self._address, stdin=asyncio.subprocess.PIPE
+        )
+        reader, heart = asyncio.create_task(self._read()), asyncio.create_task(self._beat())
+        waiter = asyncio.create_task(process.wait())
+        error: EngineError = EngineUnavailable("the server is stopping")
+        try:
+            done, _ = await asyncio.wait({reader, heart, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            if reader in done:
+                error = reader.result()
+            elif waiter in done:
+                error = EngineDied(f"the engine process ended with status {process.returncode}; it is being restarted")
+            else:
+                error = heart.result()
+            return error
+        finally:
+            reader.cancel()
+            heart.cancel()
+            if process.returncode is None:
+                process.kill()
+            await waiter
+            self._socket.close(linger=0)
+            self._fail_all(error)
+
+    def send(self, command: Command) -> None:
+        """Hand a command to the socket's own thread; never waits (no high-water mark), lost if the worker is gone."""
+        with contextlib.suppress(zmq.ZMQError):
+            sent = cast("asyncio.Future[object]", self._socket.send(encode(command), zmq.NOBLOCK))
+            if sent.done() and not sent.cancelled():
+                sent.exception()  # the worker is gone, and `run` tells everyone
+
+    async def call(self, command: Callable[[int], Command]) -> Reply:
+        """The worker's reply. Raises the error in it, or the one that the worker ended with."""
+        number = next(self._call_numbers)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
+        try:
+            self.send(command(number))
+            reply = await answer
+        finally:
+            del self._calls[number]
+        if reply.failure is not None:
+            raise _error(reply.failure)
+        return reply
+
+    async def _beat(self) -> EngineError:
+        """Ask after the worker again and again; returns when it does not answer in time, however long a step may be."""
+        await asyncio.shield(self.ready)
+        limit = self._settings.engine.unresponsive_seconds
+        try:
+            while True:
+                await asyncio.sleep(min(_HEARTBEAT_SECONDS, limit))
+                async with asyncio.timeout(limit):
+                    known = (await self.call(GetResidency)).residency or []
+                self.residents = tuple(found for found in known if found.tier == "device")
+        except TimeoutError:
+            return EngineDied(f"the engine process did not answer for {limit:g} s; it is being restarted")
+
+    async def _read(self) -> EngineError:
+        """Hand reports to whom they concern, until one says that the worker cannot start."""
+        while True:
+            report = decode_report(await self._socket.recv())
+            match report:
+                case Stepped(step, tokens, failed):
+                    for token in tokens:
+                        self._deliver(token.request_id, Arrived(step, token))
+                    for failure in failed:
+                        self._deliver(failure.request_id, _error(failure.failure))
+                case Reply(call):
+                    if (answer := self._calls.get(call)) is not None and not answer.done():
+                        answer.set_result(report)
+                case Hello():
+                    self.send(Configure(self._settings))
+                case Loading(progress):
+                    self._on_progress(progress)
+                case Ready():
+                    self.was_ready = True
+                    self.ready.set_result(report)
+                case StartFailed(failure):
+                    return _error(failure)
+
+    def _deliver(self, request_id: str, arrived: Arrived | EngineError) -> None:
+        if (answers := self.answers.get(request_id)) is not None:
+            answers.put_nowait(arrived)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for answers in self.answers.values():
+            answers.put_nowait(error)
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+        if not self.ready.done():
+            self.ready.set_exception(error)
+            self.ready.exception()  # looked at: nobody need be waiting
+
+
+def _error(failure: Failure) -> EngineError:
+    return from_wire(failure.kind, failure.message, failure.param)

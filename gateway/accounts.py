@@ -1,0 +1,172 @@
+"""The one place where a request is admitted, counted while it runs, and settled when it is over, however it ends."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from loraplex.auth.caller import Caller
+from loraplex.auth.errors import QuotaSpent
+from loraplex.auth.limits.admission import Admission, Reservation
+from loraplex.auth.metering import ABORTED, COMPLETED, Books, Demand, UsageRecord
+from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.gateway.errors import ClientLeft, MalformedRequest
+
+
+class Accounts:
+    """Opens a meter for each request that uses the engine."""
+
+    def __init__(self, admission: Admission, books: Books) -> None:
+        self._admission = admission
+        self._books = books
+
+    async def open(self, caller: Caller, demand: Demand) -> "Meter":
+        """Whoever opens a meter settles it. Raises LimitReached or LimitsUnavailable."""
+        reservation = await self._admission.reserve(caller, demand)
+        record = UsageRecord(
+            request_id=demand.request_id,
+            trace_id=demand.trace_id,
+            route=demand.route,
+            tenant_id=caller.tenant_id,
+            key_id=caller.key_id,
+            model=demand.model,
+            adapter_id=demand.adapter_id,
+            num_prompt_tokens=demand.num_prompt_tokens,
+            began_at=time.time(),
+        )
+        try:
+            self._books.begin(record)
+        except BaseException:
+            reservation.settle(0, 0)
+            raise
+        return Meter(record, self._books, self._admission, reservation)
+
+
+class Meter:
+    """What one request uses."""
+
+    def __init__(self, record: UsageRecord, books: Books, admission: Admission, reservation: Reservation) -> None:
+        self._record = record
+        self._books = books
+        self._admission = admission
+        self._reservation = reservation
+        self._num_tokens = 0
+        self._num_cached = 0
+        self._first_token_at: float | None = None
+        self._is_settled = False
+        self.refusal: QuotaSpent | None = None  # why the answer was cut short, if it was
+
+    async def watch(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
+        """The same events, reserved and counted before anyone sees them.
+
+        Where the budget is spent the last event is an empty one of the reason `length`, and `refusal` says why.
+        """
+        async with aclosing(events) as closing:  # type: ignore[type-var]
+            async for event in closing:
+                if not await self._covers(len(event.token_ids)):
+                    yield TokenEvent(
+                        request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length"
+                    )
+                    return
+                if self._first_token_at is None:
+                    self._first_token_at = time.time()
+                self._num_tokens += len(event.token_ids)
+                self._num_cached = max(self._num_cached, event.num_cached_tokens)
+                self._books.progress(self._record.request_id, self._num_tokens)
+                yield event
+
+    async def _covers(self, num_more: int) -> bool:
+        """Whether so many more tokens are reserved, or can be."""
+        reservation = self._reservation
+        while self._num_tokens + num_more > reservation.num_output_tokens and not reservation.is_whole:
+            try:
+                await reservation.extend()
+            except QuotaSpent as error:
+                self.refusal = error
+                return False
+        return True
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """The request is over, with this error or well. Settling again changes nothing.
+
+        What failed before its first token costs nothing, its prompt neither.
+        """
+        if self._is_settled:
+            return
+        self._is_settled = True
+        outcome = _outcome(error or self.refusal)
+        has_failed = self._first_token_at is None and outcome not in (COMPLETED, ABORTED)
+        num_prompt = 0 if has_failed else self._record.num_prompt_tokens
+        self._reservation.settle(num_prompt, self._num_tokens)
+        if outcome == COMPLETED:
+            self._admission.learn(self._record.key_id, self._record.model, self._num_tokens)
+        self._books.settle(
+            msgspec.structs.replace(
+                self._record,
+                num_prompt_tokens=num_prompt,
+                num_cached_tokens=self._num_cached,
+                num_completion_tokens=self._num_tokens,
+                first_token_at=self._first_token_at,
+                ended_at=time.time(),
+                outcome=outcome,
+            )
+        )
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`x-ratelimit-*` of the limits that hold, and why the answer was cut short, if it was by now."""
+        found = []
+        for unit, standing in self._reservation.standings().items():
+            for name, value in (
+                ("limit", str(standing.limit)),
+                ("remaining", str(standing.remaining)),
+                ("reset", _duration(standing.reset_seconds)),
+            ):
+                found.append((f"x-ratelimit-{name}-{unit}".encode(), value.encode()))
+        if self.refusal is not None:
+            found.append((b"x-loraplex-cut-short", b"insufficient_quota"))
+        return found
+
+
+def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended: bool) -> list[GenerateRequest]:
+    """The requests as the caller's limits let them be: its weight, priority, and longest answer.
+
+    Raises MalformedRequest where the client itself asked for a longer one.
+    """
+    policy = caller.policy
+    longest = max(choice.sampling.max_tokens for choice in choices)
+    cap = policy.max_tokens or longest
+    if longest > cap and not is_open_ended:
+        raise MalformedRequest(f"This key may ask for at most {cap} tokens; {longest} were asked for.", "max_tokens")
+    if longest <= cap and (policy.weight, policy.priority) == (1.0, 0):
+        return list(choices)
+    return [
+        msgspec.structs.replace(
+            choice,
+            weight=policy.weight,
+            priority=policy.priority,
+            sampling=msgspec.structs.replace(choice.sampling, max_tokens=min(choice.sampling.max_tokens, cap)),
+        )
+        for choice in choices
+    ]
+
+
+def _outcome(error: BaseException | None) -> str:
+    if error is None:
+        return COMPLETED
+    if isinstance(error, ClientLeft | asyncio.CancelledError | GeneratorExit):
+        return ABORTED
+    return type(error).__name__
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: 20ms, 1s, 6m0s."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    whole = math.ceil(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{seconds_left}s"

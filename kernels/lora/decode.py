@@ -1,0 +1,133 @@
+"""The grouped LoRA of `grouped.py` for steps of few tokens on a CPU, in C (`decode.c`): nothing is stacked or copied.
+
+The library is built when the package is installed, where there is a compiler; `is_available` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_NAMES = {torch.float32: "loraplex_lora_decode_float", torch.bfloat16: "loraplex_lora_decode_bfloat16"}
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("num_adapters", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("in_features", "out_features", "a", "b", "rank", "scale")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("num_groups", "num_threads", "max_rank")),
+        *((name, ctypes.c_void_p) for name in ("adapter", "begin", "token", "weight", "x", "h")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """One adapter's part of every module, by module index: Shape [M] each. Rank 0 where it leaves a module alone.
+
+    `a` and `b` are where A, Shape [rank, in], and Bᵀ, Shape [rank, out], begin, in bytes from the adapter's own start.
+    """
+
+    a: NDArray[np.uint64]
+    b: NDArray[np.uint64]
+    rank: NDArray[np.int32]
+    scale: NDArray[np.float32]
+
+
+class DecodeTable:
+    """What G adapters do to M modules. The memory that `starts` point to must outlive the table."""
+
+    def __init__(
+        self, in_features: Sequence[int], out_features: Sequence[int], adapters: Sequence[AdapterRows],
+        starts: Sequence[int],
+    ) -> None:  # fmt: skip
+        """`starts[g]` is the address of adapter g."""
+        base = np.array(starts, dtype=np.uint64)[:, None]
+        self.rank = np.stack([adapter.rank for adapter in adapters], axis=1)
+        self._kept = [
+            np.array(in_features, dtype=np.int64),
+            np.array(out_features, dtype=np.int64),
+            np.ascontiguousarray((np.stack([adapter.a for adapter in adapters]) + base).T),
+            np.ascontiguousarray((np.stack([adapter.b for adapter in adapters]) + base).T),
+            self.rank,
+            np.stack([adapter.scale for adapter in adapters], axis=1),
+        ]
+        self._table = _Table(len(adapters), *(_address(array) for array in self._kept))
+        self.address = ctypes.addressof(self._table)
+        self.widest_input = max(in_features)
+        self.max_rank = int(self.rank.max())
+
+
+class DecodeStep:
+    """The tokens of one step that belong to adapters, those of an adapter together."""
+
+    def __init__(self, table: DecodeTable, owners: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        """`owners[t]` is token t's adapter in the table, −1 for none; `weights[t]` multiplies its scale."""
+        groups: dict[int, list[int]] = {}
+        for token, owner in enumerate(owners):
+            if owner >= 0:
+                groups.setdefault(owner, []).append(token)
+        tokens = [token for group in groups.values() for token in group]
+        ends = np.cumsum([0, *(len(group) for group in groups.values())])
+        self._table = table
+        self._scratch = torch.empty(len(tokens) * (table.widest_input + table.max_rank))
+        x = self._scratch.data_ptr()
+        self._kept = [
+            np.array(list(groups), dtype=np.int32),
+            ends.astype(np.int32),
+            np.array(tokens, dtype=np.int32),
+            np.array([1.0 if weights is None else weights[token] for token in tokens], dtype=np.float32),
+        ]
+        self._step = _Step(
+            len(groups), torch.get_num_threads(), table.max_rank, *(_address(array) for array in self._kept),
+            x, x + len(tokens) * table.widest_input * 4,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._step)
+
+
+def is_available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `add_decode` can be used for these."""
+    return device.type == "cpu" and dtype in _NAMES and _library() is not None
+
+
+def add_decode(y: Tensor, x: Tensor, table: DecodeTable, module: int, step: DecodeStep) -> None:
+    """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens. x: Shape [T, in]. y: Shape [T, out], both contiguous.
+
+    Sums are in float32 and rounded once, so a 16-bit y is nearer the formula than by the torch forms.
+    """
+    _function(x.dtype)(table.address, module, step.address, x.data_ptr(), y.data_ptr())
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_decode*.so")):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # built for another machine, or a torch without OpenMP
+            continue
+    return None
+
+
+@cache
+def _function(dtype: torch.dtype) -> Any:
+    function = getattr(_library(), _NAMES[dtype])
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    function.restype = None
+    return function

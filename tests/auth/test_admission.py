@@ -1,0 +1,390 @@
+"""Admission over both stores: all or nothing, settled however it ends, never overshot."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from support.services import own_redis
+
+from loraplex.auth.caller import Caller
+from loraplex.auth.errors import LimitReached, LimitsUnavailable, QuotaSpent, RequestsLimited, TokensLimited
+from loraplex.auth.limits.admission import Admission, Reservation, Store
+from loraplex.auth.limits.charges import period
+from loraplex.auth.limits.memory import MemoryStore
+from loraplex.auth.limits.policy import NO_LIMITS, Limits, Policy
+from loraplex.auth.limits.shared import RedisStore
+from loraplex.auth.metering import Demand, NoBooks
+
+NOON = 1_800_014_400.0  # 2027-01-15 12:00 UTC
+
+
+class Clock:
+    """Set by hand."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Books(NoBooks):
+    """Says what it is told to say was spent."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    async def spent(self, tenant_id: str, key_id: str | None, since: float) -> int:
+        return self.tokens
+
+
+class World:
+    """A clock, books, and as many gateways' stores as a test wants; all count together only on Redis."""
+
+    def __init__(self, kind: str, redis: Any) -> None:
+        self.kind = kind
+        self.clock = Clock()
+        self.books = Books()
+        self.stores: list[Store] = []
+        self._redis = redis
+        self.tenant = f"tenant_{secrets.token_hex(8)}"
+
+    def admission(self, fallback: Callable[[], Store] | None = None) -> Admission:
+        if self.kind == "memory":
+            store: Store = MemoryStore(self.books, self.clock)
+        else:
+            store = RedisStore(self._redis, self.books, clock=self.clock)
+        self.stores.append(store)
+        return Admission(store, fallback)
+
+    async def calm(self) -> None:
+        """Wait until Redis knows all that was settled, and nothing is leased in advance."""
+        for store in self.stores:
+            if isinstance(store, RedisStore):
+                await store._flush(-1.0)
+                await store._flush(-1.0)
+
+    def caller(self, tenant: Limits = NO_LIMITS, key: Limits = NO_LIMITS, key_id: str = "key_1") -> Caller:
+        policy = Policy(tenant=tenant, key=key)
+        return Caller(tenant_id=self.tenant, tenant_name="t", key_id=key_id, role="inference", policy=policy)
+
+
+@pytest_asyncio.fixture(params=["memory", "redis"])
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    redis = await own_redis() if request.param == "redis" else None
+    world = World(request.param, redis)
+    yield world
+    for store in world.stores:
+        await store.close()
+    if redis is not None:
+        keys = await redis.keys(f"loraplex:{{{world.tenant}}}*")
+        if keys:
+            await redis.delete(*keys)
+        await redis.aclose()
+
+
+def demand(prompt: int = 1, answer: int = 1, is_open_ended: bool = False) -> Demand:
+    return Demand(
+        request_id=secrets.token_hex(8),
+        trace_id="-",
+        route="/",
+        model="m",
+        adapter_id="",
+        num_prompt_tokens=prompt,
+        max_completion_tokens=answer,
+        is_open_ended=is_open_ended,
+    )
+
+
+async def admitted(admission: Admission, caller: Caller, wanted: Demand, most: int = 1000) -> list[Reservation]:
+    """As many as there is room for."""
+    found = []
+    for _ in range(most):
+        try:
+            found.append(await admission.reserve(caller, wanted))
+        except LimitReached:
+            return found
+    raise AssertionError(f"{most} were admitted")
+
+
+async def test_caller_without_limits_passes(world: World) -> None:
+    admission = world.admission()
+    for _ in range(100):
+        (await admission.reserve(world.caller(), demand(10**6, 10**6))).settle(1, 1)
+
+
+async def test_rate_holds_a_minutes_worth_and_refills(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(requests_per_minute=30))
+    assert len(await admitted(admission, caller, demand())) == 30
+    with pytest.raises(RequestsLimited) as refused:
+        await admission.reserve(caller, demand())
+    assert refused.value.retry_after == pytest.approx(2.0, abs=0.01)
+    world.clock.now += 2.0
+    assert len(await admitted(admission, caller, demand())) == 1
+    world.clock.now += 3600
+    assert len(await admitted(admission, caller, demand())) == 30
+
+
+async def test_refused_request_takes_nothing_of_any_limit(world: World) -> None:
+    limits = Limits(requests_per_minute=10, input_tokens_per_minute=100, concurrent_requests=5, tokens_per_day=50)
+    admission, caller = world.admission(), world.caller(limits)
+    for _ in range(20):
+        with pytest.raises(QuotaSpent):
+            await admission.reserve(caller, demand(60, 10))
+    held = [await admission.reserve(caller, demand(9, 1)) for _ in range(5)]
+    with pytest.raises(LimitReached):
+        await admission.reserve(caller, demand(1, 0))
+    for reservation in held:
+        reservation.settle(0, 0)
+    assert len(await admitted(admission, caller, demand(1, 1))) == 5
+
+
+async def test_settlement_gives_back_what_was_not_used(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(tokens_per_day=100, output_tokens_per_minute=100))
+    reservation = await admission.reserve(caller, demand(10, 90))
+    with pytest.raises(LimitReached):
+        await admission.reserve(caller, demand(1, 1))
+    reservation.settle(10, 20)
+    reservation.settle(0, 0)  # changes nothing
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(1, 70))
+    (await admission.reserve(caller, demand(0, 70))).settle(0, 0)
+
+
+async def test_key_and_tenant_both_hold(world: World) -> None:
+    admission = world.admission()
+    tenant = Limits(requests_per_minute=10)
+    one = world.caller(tenant, Limits(requests_per_minute=4), "key_1")
+    other = world.caller(tenant, key_id="key_2")
+    assert len(await admitted(admission, one, demand())) == 4
+    assert len(await admitted(admission, other, demand())) == 6
+
+
+@pytest.mark.parametrize(("kind", "ahead"), [("tokens_per_day", 12 * 3600.0), ("tokens_per_month", 16.5 * 86400.0)])
+async def test_budget_is_of_its_period_and_begins_with_the_books(world: World, kind: str, ahead: float) -> None:
+    world.books.tokens = 95
+    admission, caller = world.admission(), world.caller(msgspec.convert({kind: 100}, Limits))
+    with pytest.raises(QuotaSpent) as refused:
+        await admission.reserve(caller, demand(3, 3))
+    assert refused.value.retry_after == pytest.approx(ahead)
+    assert refused.value.is_final
+    (await admission.reserve(caller, demand(3, 2))).settle(3, 2)
+    await world.calm()
+    world.books.tokens = 0
+    world.clock.now += ahead - 1
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(1, 0))
+    world.clock.now += 1
+    await admission.reserve(caller, demand(100, 0))
+
+
+async def test_slots_come_back_one_by_one(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(concurrent_requests=3))
+    held = await admitted(admission, caller, demand())
+    assert len(held) == 3
+    held[1].settle(1, 1)
+    assert len(await admitted(admission, caller, demand())) == 1
+
+
+async def test_request_larger_than_a_limit_is_final(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(input_tokens_per_minute=10))
+    with pytest.raises(TokensLimited) as refused:
+        await admission.reserve(caller, demand(11, 1))
+    assert (refused.value.is_final, refused.value.retry_after) == (True, None)
+
+
+async def test_limits_changed_live_hold_at_once(world: World) -> None:
+    admission = world.admission()
+    assert len(await admitted(admission, world.caller(Limits(concurrent_requests=2)), demand())) == 2
+    assert len(await admitted(admission, world.caller(Limits(concurrent_requests=5)), demand())) == 3
+    with pytest.raises(RequestsLimited):
+        await admission.reserve(world.caller(Limits(concurrent_requests=1)), demand())
+
+
+async def test_open_ended_answer_grows_until_the_budget_is_spent_exactly(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(tokens_per_day=700, output_tokens_per_minute=300))
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    assert reservation.num_output_tokens == 256
+    while reservation.num_output_tokens < 690:
+        await reservation.extend()
+    with pytest.raises(QuotaSpent):
+        await reservation.extend()
+    assert reservation.num_output_tokens == 690
+    reservation.settle(10, 690)
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(world.caller(Limits(tokens_per_day=700)), demand(0, 1))
+    with pytest.raises(TokensLimited):  # the rate gave more than it had, and has to refill
+        await admission.reserve(world.caller(Limits(output_tokens_per_minute=300)), demand(0, 1))
+
+
+async def test_open_ended_answer_reserves_what_answers_usually_have(world: World) -> None:
+    admission, caller = world.admission(), world.caller()
+    for _ in range(50):
+        admission.learn("key_1", "m", 40)
+    assert 40 <= (await admission.reserve(caller, demand(1, 10_000, is_open_ended=True))).num_output_tokens < 60
+
+
+async def test_open_ended_answer_is_admitted_while_a_token_is_left(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(tokens_per_day=20))
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    while reservation.num_output_tokens < 10:
+        await reservation.extend()
+    with pytest.raises(QuotaSpent):
+        await reservation.extend()
+
+
+async def test_standings_tell_the_tightest_limit(world: World) -> None:
+    limits = Limits(requests_per_minute=60, input_tokens_per_minute=1000, output_tokens_per_minute=100)
+    reservation = await world.admission().reserve(world.caller(limits), demand(100, 40))
+    standings = reservation.standings()
+    assert (standings["requests"].limit, standings["tokens"].limit) == (60, 100)
+    assert standings["requests"].remaining in (58, 59)  # rounded down
+    assert standings["tokens"].remaining in (59, 60)
+    assert standings["tokens"].reset_seconds == pytest.approx(24.0, abs=1.0)
+
+
+async def test_budget_is_never_overshot_by_concurrency(world: World) -> None:
+    """Random requests at once through several gateways, some cancelled while they are being admitted."""
+    gateways = [world.admission()] if world.kind == "memory" else [world.admission() for _ in range(4)]
+    limits = Limits(tokens_per_day=20_000, concurrent_requests=40)
+    chance = random.Random(1)
+    used, running, most, refusals = 0, 0, 0, 0
+
+    async def ask(number: int) -> None:
+        nonlocal used, running, most, refusals
+        prompt, answer = chance.randint(1, 40), chance.randint(1, 60)
+        try:
+            reservation = await chance.choice(gateways).reserve(world.caller(limits), demand(prompt, answer))
+        except LimitReached:
+            refusals += 1
+            return
+        running += 1
+        most = max(most, running)
+        actual = chance.randint(0, answer)
+        try:
+            await asyncio.sleep(0)
+        finally:
+            used += prompt + actual
+            running -= 1
+            reservation.settle(prompt, actual)
+
+    tasks = []
+    for number in range(1000):
+        tasks.append(asyncio.create_task(ask(number)))
+        if chance.random() < 0.1:
+            await asyncio.sleep(0)
+            tasks[chance.randrange(len(tasks))].cancel()
+        if number % 30 == 0:
+            await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert most <= 40
+    assert used <= 20_000
+    assert refusals
+    await world.calm()
+    # nothing is left reserved: the whole rest can be had
+    await gateways[0].reserve(world.caller(limits), demand(20_000 - used, 0))
+    assert len(await admitted(gateways[0], world.caller(Limits(concurrent_requests=40)), demand())) == 39
+    with pytest.raises(QuotaSpent):
+        await gateways[0].reserve(world.caller(Limits(tokens_per_day=20_000)), demand(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("date", "since", "until"),
+    [(1_800_000_000.0, 1_798_761_600.0, 1_801_440_000.0), (1_797_000_000.0, 1_796_083_200.0, 1_798_761_600.0)],
+)
+def test_month_is_the_calendars(date: float, since: float, until: float) -> None:
+    assert period("month", date) == (since, until)
+
+
+class _Away:
+    """A store that does not answer until it is told to."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.is_away = True
+
+    async def take(self, wanted: list[Any], *, may_owe: bool = False) -> None:
+        if self.is_away:
+            raise LimitsUnavailable("away")
+        await self._store.take(wanted, may_owe=may_owe)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+async def test_store_away_fails_closed_or_open() -> None:
+    clock, books = Clock(), Books()
+    away = _Away(MemoryStore(books, clock))
+    caller = World("memory", None).caller(Limits(requests_per_minute=2))
+    with pytest.raises(LimitsUnavailable):
+        await Admission(away).reserve(caller, demand())
+    open_admission = Admission(away, lambda: MemoryStore(books, clock))
+    assert len(await admitted(open_admission, caller, demand())) == 2
+    away.is_away = False
+    assert len(await admitted(open_admission, caller, demand())) == 2
+
+
+async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
+    from redis.asyncio import Redis
+
+    store = RedisStore(Redis.from_url("redis://127.0.0.1:1/0"), Books())
+    caller = World("redis", None).caller(Limits(requests_per_minute=2))
+    for _ in range(3):
+        with pytest.raises(LimitsUnavailable):
+            await Admission(store).reserve(caller, demand())
+    await store.close()
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+
+
+async def test_killed_gateways_reservations_lapse() -> None:
+    redis = await own_redis()
+    world = World("redis", redis)
+    try:
+        limits = Limits(concurrent_requests=4, tokens_per_day=100)
+        killed, alive = world.admission(), world.admission()
+        assert len(await admitted(killed, world.caller(limits), demand(10, 10))) == 4
+        with pytest.raises(LimitReached):
+            await alive.reserve(world.caller(limits), demand(10, 10))
+        store = world.stores[0]
+        assert isinstance(store, RedisStore)
+        assert store._keeper is not None
+        store._keeper.cancel()
+        world.clock.now += 10.5
+        assert len(await admitted(alive, world.caller(limits), demand(10, 10))) == 4
+    finally:
+        await world.stores[1].close()
+        keys = await redis.keys(f"loraplex:{{{world.tenant}}}*")
+        await redis.delete(*keys)
+        await redis.aclose()
+
+
+async def test_settlement_sent_twice_counts_once() -> None:
+    """The answer to a settlement is lost, so that it is sent again."""
+    redis = await own_redis()
+    world = World("redis", redis)
+    try:
+        admission = world.admission()
+        caller = world.caller(Limits(tokens_per_day=100))
+        (await admission.reserve(caller, demand(10, 30))).settle(10, 10)
+        store = world.stores[0]
+        assert isinstance(store, RedisStore)
+        pool = next(iter(store._pools.values()))
+        outgoing = pool.pack(float("inf"))
+        assert outgoing is not None
+        for _ in range(3):
+            await store._send(pool, outgoing)
+        with pytest.raises(QuotaSpent):
+            await world.admission().reserve(caller, demand(81, 0))
+        await world.admission().reserve(caller, demand(80, 0))
+    finally:
+        for store in world.stores:
+            await store.close()
+        await redis.delete(*await redis.keys(f"loraplex:{{{world.tenant}}}*"))
+        await redis.aclose()

@@ -1,0 +1,61 @@
+"""What fits: containers' limits, checkpoints' sizes, and the message where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.worlds import SmallWorld
+
+from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.native import memory
+from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.memory import free_bytes, require_room_for_weights, weight_bytes
+
+CPU = torch.device("cpu")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "5"}, 8000 * 1024),
+        ({"memory.max": "3000000", "memory.current": "1000000"}, 2_000_000),
+        ({"memory.max": "3000", "memory.current": "1000", "memory.stat": "anon 5\ninactive_file 700"}, 2_700),
+        ({"memory/memory.limit_in_bytes": "3000", "memory/memory.usage_in_bytes": "1000"}, 2_000),
+        ({"memory.max": "1000", "memory.current": "3000"}, 0),
+    ],
+    ids=["no cgroup", "no limit", "v2", "v2 with file cache", "v1", "beyond its limit"],
+)
+def test_free_bytes_is_what_machine_and_container_leave(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    write(tmp_path / "meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    assert free_bytes(CPU, cgroup=tmp_path, meminfo=tmp_path / "meminfo") == expected
+
+
+def test_weight_bytes_counts_every_file_in_the_type_it_will_have(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(10, 10), "scale": torch.zeros(8, dtype=torch.uint8)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.zeros(6, dtype=torch.float8_e4m3fn)}, tmp_path / "model-2.safetensors")
+    assert weight_bytes(tmp_path, None) == 400 + 8 + 6
+    assert weight_bytes(tmp_path, torch.bfloat16) == 200 + 8 + 6
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3999)
+    with pytest.raises(ModelNotServable, match=r"take 0\.0 GiB in memory, and 0\.0 GiB are free on cpu"):
+        require_room_for_weights(tmp_path, None, CPU)
+    require_room_for_weights(tmp_path, torch.bfloat16, CPU)
+
+
+def test_kv_cache_that_does_not_fit_beside_the_weights_is_refused(small: SmallWorld) -> None:
+    with pytest.raises(ModelNotServable, match="a KV cache of 1125899906842624 bytes do not fit beside the weights"):
+        load_machine(small.settings(kv_cache_bytes=2**50), lambda progress: None)

@@ -1,0 +1,117 @@
+"""The decode kernel against the formula, token by token: any mix of ranks, types, widths, threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode, is_available
+from loraplex.kernels.lora.grouped import add_grouped_reference
+
+CPU = torch.device("cpu")
+TOKENS = 24
+RANKS = (1, 8, 0, 64, 5, 130)  # 0: an adapter that does not touch the second module
+SCALES = (2.0, 0.5, 1.0, 0.25, 1.5, -1.0)
+WIDTHS = [(33, 47), (256, 688), (64, 31)]  # in, out of the table's modules
+
+pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def owners(mix: str) -> list[int]:
+    """Which adapter each token belongs to; −1 is the base."""
+    rng = random.Random(3)
+    groups = [-1, *range(len(RANKS))]
+    if mix == "distinct":
+        return [groups[token % len(groups)] for token in range(TOKENS)]
+    if mix == "identical":
+        return [3] * TOKENS
+    exponent = {"uniform": 0.0, "zipf": 1.0, "skewed": 1.5}[mix]
+    return rng.choices(groups, [1 / k**exponent for k in range(1, len(groups) + 1)], k=TOKENS)
+
+
+class Adapters:
+    """Random adapters for all modules, each in memory of its own, and their table."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.flats: list[torch.Tensor] = []
+        rows: list[AdapterRows] = []
+        for rank, scale in zip(RANKS, SCALES, strict=True):
+            sizes = [rank * width for widths in WIDTHS for width in widths]
+            offsets = np.cumsum([0, *sizes]).astype(np.uint64) * dtype.itemsize
+            ranks = np.full(len(WIDTHS), rank, dtype=np.int32)
+            scales = np.full(len(WIDTHS), scale, dtype=np.float32)
+            self.flats.append(torch.randn(max(sum(sizes), 1), generator=generator).div(8).to(dtype))
+            rows.append(AdapterRows(offsets[0:-1:2].copy(), offsets[1:-1:2].copy(), ranks, scales))
+        starts = [flat.data_ptr() for flat in self.flats]
+        self.table = DecodeTable([i for i, _ in WIDTHS], [o for _, o in WIDTHS], rows, starts)
+
+    def stacked(self, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """a: Shape [R, in]. b: Shape [R, out]. In float64."""
+        parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for rank, flat in zip(RANKS, self.flats, strict=True):
+            begin = rank * sum(width for widths in WIDTHS[:module] for width in widths)
+            for part, width in zip(parts, WIDTHS[module], strict=True):
+                part.append(flat[begin : begin + rank * width].view(rank, width).double())
+                begin += rank * width
+        return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+@pytest.mark.parametrize("mix", ["distinct", "uniform", "zipf", "identical", "skewed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("module", range(len(WIDTHS)))
+def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, threads: int) -> None:
+    """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
+    adapters = Adapters(dtype)
+    generator = torch.Generator().manual_seed(8)
+    x, y = (torch.randn(TOKENS, width, generator=generator).to(dtype) for width in WIDTHS[module])
+    owner = owners(mix)
+    expected = y.double()
+    first = [sum(RANKS[:group]) for group in range(len(RANKS) + 1)]
+    add_grouped_reference(expected, x.double(), *adapters.stacked(module), torch.tensor(owner), first, SCALES)
+    add_decode(y, x, adapters.table, module, DecodeStep(adapters.table, owner))
+    rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (2**-8, 1e-4)
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
+
+
+def test_token_without_an_adapter_is_not_touched() -> None:
+    adapters = Adapters(torch.float32)
+    x, y = torch.randn(3, 33), torch.full((3, 47), float("nan"))
+    y[1] = 0.0
+    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [-1, 3, -1]))
+    assert torch.isnan(y[[0, 2]]).all()
+    assert torch.isfinite(y[1]).all()
+
+
+def test_weights_multiply_the_scale() -> None:
+    adapters = Adapters(torch.float32)
+    x = torch.randn(2, 33).expand(2, 33).contiguous()
+    x[1] = x[0]
+    y = torch.zeros(2, 47)
+    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [3, 3], weights=[1.0, -2.0]))
+    torch.testing.assert_close(y[1], -2.0 * y[0])
+
+
+def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone() -> None:
+    adapters = Adapters(torch.bfloat16)
+    adapters.flats[3].fill_(float("nan"))
+    x, y = torch.randn(2, 33).bfloat16(), torch.zeros(2, 47).bfloat16()
+    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [3, 1]))
+    assert torch.isnan(y[0]).all()
+    assert torch.isfinite(y[1]).all()
+
+
+def test_kernel_is_for_cpus_and_types_it_knows() -> None:
+    assert not is_available(torch.float16, CPU)
+    assert not is_available(torch.float32, torch.device("cuda"))
