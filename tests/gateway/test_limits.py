@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 import openai
@@ -21,7 +22,7 @@ class Tenant:
     def __init__(self, gateway: Gateway, **limits: object) -> None:
         self.gateway = gateway
         with gateway.admin() as admin:
-            made = admin.post("/admin/v1/tenants", json={"name": f"limits-{id(self)}", "limits": limits})
+            made = admin.post("/admin/v1/tenants", json={"name": f"limits-{uuid.uuid4().hex[:12]}", "limits": limits})
             assert made.status_code == 201, made.text
             self.id = made.json()["id"]
         self.key_id, self.key = self.new_key()
