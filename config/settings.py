@@ -58,6 +58,10 @@ class EngineSettings(_Section, frozen=True):
     kv_block_size: Annotated[int, Help(ge=1, le=1024, description="Tokens in one KV block.")] = 16
     max_batch_tokens: Annotated[int, Help(ge=1, description="Token budget of one step; bounds prefill chunks.")] = 512
     max_running: Annotated[int, Help(ge=1, description="Most sequences in one step.")] = 64
+    max_draft_tokens: Annotated[
+        int,
+        Help(ge=0, le=64, description="Longest guess of an answer's next tokens from its earlier ones; 0 for none."),
+    ] = 8
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
     max_wait_seconds: Annotated[
         float, Help(gt=0, description="How long a request may wait for its first step before it is refused.")

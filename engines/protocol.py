@@ -208,6 +208,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     total_failed: int
     total_preemptions: int
     num_restarts: int
+    total_draft_tokens: int = 0
+    total_accepted_draft_tokens: int = 0
     phase_seconds: dict[str, float] = {}
     step_durations: Durations = Durations()
     wait_durations: Durations = Durations()

@@ -49,7 +49,7 @@ class EngineCore:
         self.adapters = AdapterTiers(
             machine.base, machine.arena, residency, settings.adapters.host_bytes, self._fail_adapter
         )
-        limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running)
+        limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running, settings.engine.max_draft_tokens)
         self.scheduler = Scheduler(limits, self.blocks, residency, clock)
         self._deadlines = Deadlines(settings.engine.max_wait_seconds)
         self._sequences: dict[str, Sequence] = {}
@@ -109,7 +109,9 @@ class EngineCore:
             outcomes = self._machine.runner.run(batch)
             with self._stopwatch.phase("commit"):
                 emissions += self._record(self.scheduler.commit(batch, outcomes))
-            self._step_durations.add(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._step_durations.add(seconds)
+            self.scheduler.drafter.time(batch, seconds)
         return emissions
 
     @property
@@ -132,6 +134,8 @@ class EngineCore:
             total_aborted=self._num_aborted,
             total_failed=self._num_failed,
             total_preemptions=self.scheduler.num_preemptions,
+            total_draft_tokens=self.scheduler.drafter.num_drafted,
+            total_accepted_draft_tokens=self.scheduler.drafter.num_accepted,
             num_restarts=0,
             phase_seconds=dict(self._stopwatch.seconds),
             step_durations=self._step_durations.snapshot(),
@@ -217,9 +221,12 @@ def _check_token_ids(request: GenerateRequest, vocab_size: int) -> None:
         "prompt": request.prompt_token_ids,
         "stop_token_ids": sampling.stop_token_ids,
         "logit_bias": tuple(sampling.logit_bias),
+        "bad_words_ids": tuple(token_id for word in sampling.bad_words_ids for token_id in word),
     }
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt has no tokens", "prompt")
+    if not all(sampling.bad_words_ids):
+        raise InvalidRequest("bad_words_ids has a word without tokens", "bad_words_ids")
     for field, token_ids in fields.items():
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             raise InvalidRequest(f"{field} has a token id outside 0 … {vocab_size - 1}", field)

@@ -15,7 +15,7 @@ import msgspec
 import zmq.asyncio
 
 from loraplex.config.settings import Settings
-from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, InvalidRequest, ModelNotServable
+from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, ModelNotServable
 from loraplex.engines.native.detokenizer import Detokenizer
 from loraplex.engines.native.messages import (
     Command,
@@ -90,7 +90,6 @@ class NativeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         self._require_ready()
-        _refuse_unserved(request)
         if request.adapter is not None:
             self._known[request.adapter.id] = request.adapter
         worker = self._worker
@@ -247,12 +246,6 @@ async def _drained(worker: WorkerProcess) -> None:
         await asyncio.sleep(0.02)
 
 
-def _refuse_unserved(request: GenerateRequest) -> None:
-    sampling = request.sampling
-    if sampling.grammar is not None or sampling.num_prompt_logprobs is not None or sampling.bad_words_ids:
-        raise InvalidRequest("grammars, prompt log-probabilities and bad words are not served by this engine")
-
-
 def _event(arrived: Arrived, detokenizer: Detokenizer) -> TokenEvent:
     """A worker's token as the client sees it; the end token itself has no text."""
     token = arrived.token
@@ -268,4 +261,5 @@ def _event(arrived: Arrived, detokenizer: Detokenizer) -> TokenEvent:
         finish_reason="stop" if detokenizer.is_stopped else finish,
         num_cached_tokens=token.num_cached_tokens,
         logprobs=(token.logprobs,) if token.logprobs is not None else (),
+        prompt_logprobs=(None, *token.prompt_logprobs) if token.prompt_logprobs else (),
     )

@@ -107,6 +107,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None
     num_cached_tokens: int
     logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):

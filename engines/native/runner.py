@@ -1,4 +1,4 @@
-"""Batch -> one forward pass -> one token (or error) for each segment that samples.
+"""Batch -> one forward pass -> what each segment gives: tokens, log-probabilities of its prompt, or its own error.
 
 Everything that touches tensors during a step is here or below; who is in the batch is not decided here.
 """
@@ -6,7 +6,8 @@ Everything that touches tensors during a step is here or below; who is in the ba
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from transformers import PreTrainedModel
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.errors import EngineError
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
-from loraplex.engines.native.batch import Batch, Sampled, Segment
+from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
-from loraplex.engines.native.sampler import Row, sample, uniform
-from loraplex.engines.native.sequence import Sequence as EngineSequence
+from loraplex.engines.native.sampler import Row, describe, sample, uniform
 from loraplex.engines.native.stopwatch import Stopwatch
+from loraplex.engines.protocol import TokenLogprobs
 
 
 class Runner:
@@ -48,25 +49,22 @@ class Runner:
         self._effects = Effects(model, trial, arena)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[Sampled | EngineError]:
-        """One token, or its error, for each of `batch.sampling_segments`, in that order."""
+    def run(self, batch: Batch) -> list[Outcome]:
+        """What each of the batch's segments gives, in that order."""
         with self.stopwatch.phase("forward"):
             logits = self.logits(batch)
         with self.stopwatch.phase("sample"):
-            return sample(logits, [_row(segment.sequence) for segment in batch.sampling_segments])
+            return _outcomes(batch.segments, logits)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """The forward pass: the logits behind each of `batch.sampling_segments`. Shape [N, V]."""
+        """The forward pass: the logits behind the `rows` of each segment. Shape [N, V]."""
         device = self._model.device
         segments = batch.segments
         positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
-        token_ids = [t for s in segments for t in s.sequence.token_ids[s.start : s.start + s.num_tokens]]
-        sampled, end = [], 0
-        for segment in segments:
-            end += segment.num_tokens
-            if segment.samples:
-                sampled.append(end - 1)
+        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
+        starts = itertools.accumulate((segment.num_tokens for segment in segments), initial=0)
+        sampled = [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.rows]
         owners = [owner for segment in segments for owner in _owners(segment)]
         self._lora.begin(owners, sampled, device)
         self._effects.begin(owners, sampled, device)
@@ -128,14 +126,56 @@ def _owners(segment: Segment) -> list[Owners]:
             for owner in [sequence.adapters_at(begin)] * (stop - begin)]  # fmt: skip
 
 
-def _row(sequence: EngineSequence) -> Row:
-    """What the sampler needs to know of one sequence."""
+def _outcomes(segments: Sequence[Segment], logits: Tensor) -> list[Outcome]:
+    """logits: Shape [N, V], the `rows` of each segment."""
+    scored: list[int] = []
+    sampled: list[int] = []
+    end = 0
+    for segment in segments:
+        begin, end = end, end + len(segment.rows)
+        scored += range(begin, end - segment.num_sampled)
+        sampled += range(end - segment.num_sampled, end)
+    scores: Iterator[TokenLogprobs] = iter(())
+    if scored:
+        wanted = [
+            (segment.sequence.token_ids[position + 1], segment.sequence.request.sampling.num_prompt_logprobs or 0)
+            for segment in segments for position in segment.scored
+        ]  # fmt: skip
+        scores = iter(describe(logits[scored], wanted))
+        logits = logits[sampled]
+    rows = [_row(segment, place) for segment in segments for place in range(segment.num_sampled)]
+    tokens = iter(sample(logits, rows))
+    return [
+        _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
+        for segment in segments
+    ]
+
+
+def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs]) -> Outcome:
+    """An error behind a token that was sampled well is told by the next step, if it gets there."""
+    sampled = tuple(itertools.takewhile(lambda token: isinstance(token, Sampled), tokens))
+    if tokens and not sampled and isinstance(tokens[0], EngineError):
+        return Outcome(error=tokens[0])
+    return Outcome(sampled=sampled, prompt_logprobs=tuple(scores))  # type: ignore[arg-type]
+
+
+def _row(segment: Segment, place: int) -> Row:
+    """What the sampler needs to know of one sequence behind so many of its drafts."""
+    sequence, drafts = segment.sequence, segment.drafts[:place]
     sampling = sequence.request.sampling
-    is_too_short = sequence.num_generated < sampling.min_tokens
+    num_generated = sequence.num_generated + place
+    token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
+    is_too_short = num_generated < sampling.min_tokens
+    ends = sequence.eos_token_ids.union(sampling.stop_token_ids) if is_too_short else frozenset()
     return Row(
         params=sampling,
-        draw=uniform(sequence.seed, sequence.num_generated) if sampling.temperature > 0 else 0.0,
-        banned=sequence.eos_token_ids.union(sampling.stop_token_ids) if is_too_short else frozenset(),
-        token_ids=sequence.token_ids,
-        output_counts=sequence.output_counts,
+        draw=uniform(sequence.seed, num_generated) if sampling.temperature > 0 else 0.0,
+        banned=ends.union(_completing(sampling.bad_words_ids, token_ids)) if sampling.bad_words_ids else ends,
+        token_ids=token_ids,
+        output_counts=sequence.output_counts + Counter(drafts) if drafts else sequence.output_counts,
     )
+
+
+def _completing(words: Sequence[tuple[int, ...]], token_ids: list[int]) -> set[int]:
+    """The tokens that would complete one of the words, as transformers' NoBadWordsLogitsProcessor has it."""
+    return {word[-1] for word in words if len(word) == 1 or tuple(token_ids[1 - len(word) :]) == word[:-1]}

@@ -6,8 +6,9 @@ tokens it has generated, on nothing else: the same seed and request give the sam
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
     """logits: Shape [N, V], changed in place. A row that is not finite is that row's error alone."""
     if not rows:
         return []
-    logprobs = _logprobs(logits, rows)
+    asking = [index for index, row in enumerate(rows) if row.params.num_logprobs is not None]
+    untouched = logits[asking]
     for index, row in enumerate(rows):
         _control(logits[index], row)
     best, tokens = logits.max(dim=-1)
@@ -49,12 +51,18 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
         picked = _draw(logits[drawn].float(), [rows[index] for index in drawn])
         for index, token in zip(drawn, picked, strict=True):
             chosen[index] = token
+    described = describe(untouched, [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking])
+    logprobs = dict(zip(asking, described, strict=True))
     return [
-        Sampled(token, logprobs[index](token) if index in logprobs else None)
-        if finite
-        else GenerationFailed("the model's output is not finite for this request")
-        for index, (token, finite) in enumerate(zip(chosen, is_finite, strict=True))
+        Sampled(token, logprobs.get(index)) if finite else _failure(value)
+        for index, (token, finite, value) in enumerate(zip(chosen, is_finite, best.tolist(), strict=True))
     ]
+
+
+def _failure(best: float) -> GenerationFailed:
+    if best == -math.inf:
+        return GenerationFailed("nothing can follow: the request's grammar, bad words and biases exclude every token")
+    return GenerationFailed("the model's output is not finite for this request")
 
 
 def _control(logits: Tensor, row: Row) -> None:
@@ -75,20 +83,18 @@ def _control(logits: Tensor, row: Row) -> None:
         logits[torch.tensor(sorted(row.banned), device=logits.device)] = float("-inf")
 
 
-def _logprobs(logits: Tensor, rows: Sequence[Row]) -> dict[int, Callable[[int], TokenLogprobs]]:
-    """For each row that asks, what to say of the token it will take. Regards the logits as the model gave them."""
-    asking = [index for index, row in enumerate(rows) if row.params.num_logprobs is not None]
-    if not asking:
-        return {}
-    table = torch.log_softmax(logits[asking].float(), dim=-1)
-    most = max(rows[index].params.num_logprobs or 0 for index in asking)
-    values, tokens = table.topk(most, dim=-1)
+def describe(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:
+    """Of each row the log-probability of a token, and of that many likeliest ones; `wanted` has a pair a row.
 
-    def describe(place: int, count: int) -> Callable[[int], TokenLogprobs]:
-        top = tuple(zip(tokens[place, :count].tolist(), values[place, :count].tolist(), strict=True))
-        return lambda token: TokenLogprobs(float(table[place, token]), top)
-
-    return {index: describe(place, rows[index].params.num_logprobs or 0) for place, index in enumerate(asking)}
+    logits: Shape [N, V], as the model gave them.
+    """
+    table = torch.log_softmax(logits.float(), dim=-1)
+    values, tokens = table.topk(max((count for _, count in wanted), default=0), dim=-1)
+    taken = table.gather(1, torch.tensor([token for token, _ in wanted], device=table.device)[:, None])
+    return [
+        TokenLogprobs(logprob, tuple(zip(tokens[place, :count].tolist(), values[place, :count].tolist(), strict=True)))
+        for place, ([logprob], (_, count)) in enumerate(zip(taken.tolist(), wanted, strict=True))
+    ]
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:

@@ -4,39 +4,47 @@ Continuous batching under one token budget: running sequences first (a decode ta
 then waiting ones, fairly across tenants. What the prefix cache knows of a prompt's beginning is not computed. KV
 blocks are taken as they are needed; when they run out, the youngest running sequence gives its blocks back and is
 computed again later. A sequence whose adapter is not on the device waits without delaying anyone, but not for ever:
-past `cold_patience` seconds nothing behind it is admitted, so that running sequences drain and make room.
+past `cold_patience` seconds nothing behind it is admitted, so that running sequences drain and make room. A sequence
+whose beginning a running one is about to compute waits for that too, and shares it: the choices of one request compute
+their prompt once. What a step of decodes has room for goes to drafts, where they pay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.engines.errors import EngineError
-from loraplex.engines.native.batch import Batch, Sampled, Segment
+from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
+from loraplex.engines.native.drafting import Drafter
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.native.stopwatch import DurationCounts
-from loraplex.engines.protocol import FinishReason
+from loraplex.engines.protocol import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one step, in tokens and sequences; `cold_patience` in seconds."""
+    """Bounds of one step, in tokens and sequences, and of a draft, in tokens; `cold_patience` in seconds."""
 
     max_batch_tokens: int
     max_running: int
+    max_draft_tokens: int = 0
     cold_patience: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """What a step gave one sequence: one token, perhaps its last; or the error that ended it."""
+    """What a step gave one sequence: one token, perhaps its last; or the error that ended it.
+
+    With its first token come the prompt's log-probabilities, where asked for.
+    """
 
     sequence: Sequence
     sampled: Sampled | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
 
@@ -55,6 +63,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.wait_durations = DurationCounts()
+        self.drafter = Drafter(limits.max_draft_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -79,24 +88,44 @@ class Scheduler:
                 self._continue(sequence, plan)
         if self.num_preemptions == preemptions:
             self._admit(plan)
+        if plan.only_decodes:
+            self._draft(plan)
         if not plan.segments:
             return None
         self.num_steps += 1
         ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_ids)
         return Batch(step=self.num_steps, segments=tuple(ordered))
 
-    def commit(self, batch: Batch, outcomes: Iterable[Sampled | EngineError]) -> list[Emission]:
-        """Record a step; `outcomes` holds the token, or the error, of each sampling segment in turn."""
-        for segment in batch.segments:
-            self._advance(segment)
-        emissions = []
-        for segment, outcome in zip(batch.sampling_segments, outcomes, strict=True):
-            self.waiting.charge(segment.sequence, OUTPUT_COST)
-            emission = _emit(segment.sequence, outcome)
-            if emission.finish_reason or emission.error:
-                self.remove(segment.sequence)
-            emissions.append(emission)
+    def commit(self, batch: Batch, outcomes: Iterable[Outcome]) -> list[Emission]:
+        """Record a step; `outcomes` holds what each segment gave, in turn."""
+        emissions: list[Emission] = []
+        for segment, outcome in zip(batch.segments, outcomes, strict=True):
+            sequence = segment.sequence
+            sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
+            if outcome.error is not None:
+                taken = [Emission(sequence=sequence, error=outcome.error)]
+            else:
+                taken = self._take(segment, outcome.sampled)
+                self._advance(segment, max(len(taken) - 1, 0))
+            if taken and (taken[-1].finish_reason or taken[-1].error):
+                self.remove(sequence)
+            emissions += taken
         return emissions
+
+    def _take(self, segment: Segment, sampled: tuple[Sampled, ...]) -> list[Emission]:
+        """Append what was sampled, up to the first draft that it contradicts, or to the answer's end."""
+        sequence, drafts, taken = segment.sequence, segment.drafts, []
+        for place, one in enumerate(sampled):
+            self.waiting.charge(sequence, OUTPUT_COST)
+            told = () if sequence.num_generated else tuple(sequence.prompt_logprobs)
+            finish_reason = sequence.append(one.token_id)
+            emission = Emission(sequence=sequence, sampled=one, prompt_logprobs=told, finish_reason=finish_reason)
+            taken.append(emission)
+            if emission.finish_reason or drafts[place : place + 1] != (one.token_id,):
+                break
+        if drafts:
+            self.drafter.learn(sequence, len(drafts), len(taken) - 1)
+        return taken
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
@@ -134,35 +163,75 @@ class Scheduler:
 
     def _admit(self, plan: _Plan) -> None:
         """Start waiting sequences, whoever's turn it is, while budget, places and blocks last."""
-        cold: set[Sequence] = set()
+        skipped: set[Sequence] = set()
+        coming = self._coming_keys() if self.waiting else set()
         while plan.budget and len(self.running) < self._limits.max_running:
-            sequence = self.waiting.first(skipped=cold)
+            sequence = self.waiting.first(skipped=skipped)
             if sequence is None:
                 return
             if not all(adapter_id in self._residency for adapter_id in sequence.adapter_ids):
                 if self._clock() - sequence.arrival > self._limits.cold_patience:
                     return
-                cold.add(sequence)
+                skipped.add(sequence)
                 continue
             self._find_cached(sequence)
+            if self._next_key(sequence) in coming:
+                self._return_blocks(sequence)
+                skipped.add(sequence)
+                continue
             if not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
-                self._blocks.release(sequence.block_table)
-                sequence.num_computed = 0
+                self._return_blocks(sequence)
                 return
             self._start(sequence)
             plan.add(sequence)
+            coming.update(self._keys_to_compute(sequence))
+
+    def _draft(self, plan: _Plan) -> None:
+        """Let decodes guess ahead with what is left of the budget, where blocks are free."""
+        for sequence, segment in list(plan.segments.items()):
+            sampling = sequence.request.sampling
+            room = min(plan.budget, sampling.max_tokens - sequence.num_generated - 1,
+                       sequence.max_len - len(sequence.token_ids) - 1)  # fmt: skip
+            drafts = self.drafter.propose(sequence, room, len(plan.segments))
+            if drafts and self._blocks.grow(sequence.block_table, sequence.num_computed + 1 + len(drafts)):
+                plan.extend(segment, drafts)
+
+    def _coming_keys(self) -> set[bytes]:
+        """Of the blocks that running sequences are about to fill with their prompts."""
+        return {key for sequence in self.running for key in self._keys_to_compute(sequence)}
+
+    def _keys_to_compute(self, sequence: Sequence) -> list[bytes]:
+        if sequence.num_uncomputed <= 1:
+            return []
+        size = self._blocks.block_size
+        return sequence.block_keys(len(sequence.token_ids) // size, size)[sequence.num_computed // size :]
+
+    def _next_key(self, sequence: Sequence) -> bytes | None:
+        """Of the first block of its beginning that no cache has; None where it has them all, or must not use any."""
+        keys = self._sharable_keys(sequence)
+        done = len(sequence.block_table)
+        return keys[done] if done < len(keys) else None
+
+    def _return_blocks(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.block_table)
+        sequence.num_computed = 0
+
+    def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks it could share; at least one token is left to compute, and those whose logits are wanted."""
+        size, end = self._blocks.block_size, len(sequence.token_ids) - 1
+        if sequence.request.sampling.num_prompt_logprobs is not None:
+            end = min(end, len(sequence.prompt_logprobs))
+        return sequence.block_keys(end // size, size)
 
     def _find_cached(self, sequence: Sequence) -> None:
-        """Share what the prefix cache has of the sequence's beginning; at least one token is left to compute."""
-        size = self._blocks.block_size
-        keys = sequence.block_keys((len(sequence.token_ids) - 1) // size, size)
-        sequence.block_table.extend(self._blocks.share(keys))
-        sequence.num_computed = len(sequence.block_table) * size
+        """Share what the prefix cache has of the sequence's beginning."""
+        sequence.block_table.extend(self._blocks.share(self._sharable_keys(sequence)))
+        sequence.num_computed = len(sequence.block_table) * self._blocks.block_size
 
-    def _advance(self, segment: Segment) -> None:
-        """The segment's tokens are computed: blocks they filled can be shared from now on."""
+    def _advance(self, segment: Segment, num_accepted: int) -> None:
+        """The segment's tokens, and so many drafts, are computed: blocks they filled can be shared from now on."""
         sequence, size = segment.sequence, self._blocks.block_size
-        sequence.num_computed = segment.start + segment.num_tokens
+        sequence.num_computed = segment.start + segment.num_tokens - len(segment.drafts) + num_accepted
         first, end = segment.start // size, sequence.num_computed // size
         for block, key in zip(sequence.block_table[first:end], sequence.block_keys(end, size)[first:], strict=True):
             self._blocks.publish(block, key)
@@ -189,8 +258,12 @@ class _Plan:
         segment = self.segments.pop(sequence, None)
         self.budget += segment.num_tokens if segment else 0
 
+    def extend(self, segment: Segment, drafts: tuple[int, ...]) -> None:
+        """Let a decode compute these after its token."""
+        longer = replace(segment, num_tokens=segment.num_tokens + len(drafts), drafts=drafts)
+        self.segments[segment.sequence] = longer
+        self.budget -= len(drafts)
 
-def _emit(sequence: Sequence, outcome: Sampled | EngineError) -> Emission:
-    if isinstance(outcome, EngineError):
-        return Emission(sequence=sequence, error=outcome)
-    return Emission(sequence=sequence, sampled=outcome, finish_reason=sequence.append(outcome.token_id))
+    @property
+    def only_decodes(self) -> bool:
+        return all(segment.samples and segment.num_tokens == 1 for segment in self.segments.values())

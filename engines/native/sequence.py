@@ -6,15 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from loraplex.engines.native.blocks import next_key, root_key, switched_key
-from loraplex.engines.protocol import FinishReason, GenerateRequest
+from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenLogprobs
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
 
     `num_cached_tokens` of the prompt were found in the prefix cache at the first admission. Its adapters are active
     from the positions `starts` on (an activated LoRA from its invocation); what lies before is the base's.
+    `prompt_logprobs`, where asked for, are those of the prompt's tokens from the second on, as far as computed.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
     """
 
@@ -31,6 +32,7 @@ class Sequence:
     starts: tuple[int, ...] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -149,7 +149,14 @@ def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
 
 def _stepped(step: int, emissions: list[Emission]) -> Stepped:
     tokens = [
-        Token(e.sequence.request_id, s.token_id, e.finish_reason, e.sequence.num_cached_tokens, s.logprobs)
+        Token(
+            e.sequence.request_id,
+            s.token_id,
+            e.finish_reason,
+            e.sequence.num_cached_tokens,
+            s.logprobs,
+            e.prompt_logprobs,
+        )
         for e in emissions
         if (s := e.sampled) is not None
     ]

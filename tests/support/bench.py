@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.engines.native.batch import Sampled
+from loraplex.engines.native.batch import Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Limits, Scheduler
@@ -13,13 +13,19 @@ BLOCK = 4
 
 
 class Bench:
-    """A scheduler with a clock set by hand; `step` plays a model that always answers token 1."""
+    """A scheduler with a clock set by hand; `step` plays a model that always answers token 1.
 
-    def __init__(self, num_blocks: int = 64, budget: int = 16, max_running: int = 8) -> None:
+    With `num_drafts` it plays one whose answer repeats itself for a while and then surprises.
+    """
+
+    def __init__(self, num_blocks: int = 64, budget: int = 16, max_running: int = 8, num_drafts: int = 0) -> None:
         self.now = 0.0
         self.blocks = BlockPool(num_blocks, BLOCK)
         self.residency = Residency(capacity=100)
-        self.scheduler = Scheduler(Limits(budget, max_running), self.blocks, self.residency, lambda: self.now)
+        self.scheduler = Scheduler(
+            Limits(budget, max_running, num_drafts), self.blocks, self.residency, lambda: self.now
+        )
+        self.surprises = bool(num_drafts)
         self.count = 0
         self.sequences: list[Sequence] = []
 
@@ -58,5 +64,13 @@ class Bench:
         batch = self.scheduler.next()
         if batch is None:
             return {}
-        self.scheduler.commit(batch, [Sampled(1)] * len(batch.sampling_segments))
+        self.scheduler.commit(batch, [Outcome(self._sampled(segment)) for segment in batch.segments])
         return {segment.sequence.request_id: segment.num_tokens for segment in batch.segments}
+
+    def _sampled(self, segment: Segment) -> tuple[Sampled, ...]:
+        first = segment.sequence.num_generated
+        return tuple(Sampled(self.answer(first + place)) for place in range(segment.num_sampled))
+
+    def answer(self, place: int) -> int:
+        """The token at a place of any answer."""
+        return 1 + (place // 5) % 3 * self.surprises

@@ -110,13 +110,14 @@ class Oracle:
         return self._models[key]
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], num_tokens: int, adapter: Adapter | None) -> list[int]:
-        """Up to `num_tokens` tokens, the end token included."""
+    def greedy(self, prompt: list[int], num_tokens: int, adapter: Adapter | None, **options: object) -> list[int]:
+        """Up to `num_tokens` tokens, the end token included; `options` are those of transformers' `generate`."""
         output = self.model(adapter).generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=num_tokens,
             do_sample=False,
+            **options,
         )
         return [int(token) for token in output[0, len(prompt) :]]
 

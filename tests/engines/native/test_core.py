@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections import defaultdict
 from typing import Any
 
 import msgspec
 import pytest
+from support.core import make_core, prompt_of, request, run, tokens
 from support.worlds import SmallWorld
 
 from loraplex.engines.errors import DeadlineExceeded, EngineOverloaded, InvalidRequest, PromptTooLong
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
-
-
-def make_core(small: SmallWorld, **engine: float | None) -> EngineCore:
-    return EngineCore(load_machine(small.settings(**engine), lambda progress: None))
-
-
-def request(name: str, prompt: list[int], adapter: Adapter | None = None, **sampling: Any) -> GenerateRequest:
-    params = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **sampling})
-    return GenerateRequest(request_id=name, prompt_token_ids=tuple(prompt), adapter=adapter, sampling=params)
-
-
-def run(core: EngineCore, seconds: float = 60.0) -> dict[str, list[Emission]]:
-    """Step until nothing is left; emissions by request."""
-    emissions: dict[str, list[Emission]] = defaultdict(list)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not core.has_work:
-            return emissions
-        for emission in core.step():
-            emissions[emission.sequence.request_id].append(emission)
-        if not core.scheduler.running:
-            time.sleep(0.001)  # adapters are being read
-    raise AssertionError("the engine did not finish")
-
-
-def tokens(emissions: list[Emission]) -> list[int]:
-    return [emission.sampled.token_id for emission in emissions if emission.sampled is not None]
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(256), k=length)
 
 
 def test_mixed_batch_gives_the_tokens_of_peft_alone(small: SmallWorld) -> None:
@@ -277,3 +243,76 @@ def test_stats_say_where_the_time_went(small: SmallWorld) -> None:
     assert sum(stats.wait_durations.counts) == 3
     assert set(stats.phase_seconds) == {"schedule", "forward", "sample", "commit"}
     assert 0 < sum(stats.phase_seconds.values()) <= stats.step_durations.seconds
+
+
+@pytest.mark.parametrize("budget", [7, 48])
+def test_prompt_logprobs_equal_those_of_peft(small: SmallWorld, budget: int) -> None:
+    """In chunks and in one go, with the prompt in the cache or not, and after preemption."""
+    core = make_core(small, max_batch_tokens=budget)
+    adapter, prompt = small.adapters["rank-8"], prompt_of(4, 21)
+    expected = small.oracle.logits(prompt, adapter).log_softmax(dim=-1)
+    for name in ("fresh", "cached"):
+        core.submit(request(name, prompt, adapter, num_prompt_logprobs=3, max_tokens=3, ignore_eos=True))
+        core.submit(request(f"{name}-plain", prompt, adapter, max_tokens=3, ignore_eos=True))
+        emissions = run(core)
+        first, *rest = emissions[name]
+        assert [emission.prompt_logprobs for emission in rest] == [(), ()]
+        assert len(first.prompt_logprobs) == 20
+        for told, wanted, token in zip(first.prompt_logprobs, expected, prompt[1:], strict=False):
+            assert told.logprob == pytest.approx(float(wanted[token]), abs=1e-4)
+            assert [token for token, _ in told.top] == wanted.topk(3).indices.tolist()
+        assert tokens(emissions[name]) == tokens(emissions[f"{name}-plain"])
+        assert emissions[f"{name}-plain"][0].prompt_logprobs == ()
+
+
+def test_prompt_logprobs_of_a_preempted_prompt_are_told_once(small: SmallWorld) -> None:
+    core = make_core(small, max_batch_tokens=8, kv_cache_bytes=14 * 4 * 3 * 2 * 32 * 4)
+    prompts = {str(number): prompt_of(number, 30) for number in range(3)}
+    for name, prompt in prompts.items():
+        core.submit(request(name, prompt, num_prompt_logprobs=0, max_tokens=20, ignore_eos=True))
+    emissions = run(core)
+    assert core.stats().total_preemptions > 0
+    for name, prompt in prompts.items():
+        expected = small.oracle.logits(prompt, None).log_softmax(dim=-1)
+        told = [one for emission in emissions[name] for one in emission.prompt_logprobs]
+        wanted = [float(row[token]) for row, token in zip(expected, prompt[1:], strict=False)]
+        assert [one.logprob for one in told] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_choices_of_one_prompt_compute_it_once(small: SmallWorld) -> None:
+    core = make_core(small, max_batch_tokens=16)
+    prompt = prompt_of(9, 41)
+    for number in range(4):
+        core.submit(request(str(number), prompt, temperature=1.0, seed=number, max_tokens=8, ignore_eos=True))
+    shared = run(core)
+    assert core.stats().total_cached_prompt_tokens == 3 * 40
+    for number in range(4):
+        core = make_core(small)
+        core.submit(request("alone", prompt, temperature=1.0, seed=number, max_tokens=8, ignore_eos=True))
+        assert tokens(run(core)["alone"]) == tokens(shared[str(number)])
+
+
+def test_bad_words_are_those_that_transformers_excludes(small: SmallWorld) -> None:
+    core = make_core(small)
+    prompt = prompt_of(3, 12)
+    plain = small.oracle.greedy(prompt, 12, None)
+    words = [[plain[0]], plain[1:3], [prompt[-1], plain[1]]]
+    core.submit(request("a", prompt, bad_words_ids=tuple(tuple(word) for word in words)))
+    core.submit(request("b", prompt))
+    emissions = run(core)
+    assert tokens(emissions["a"]) == small.oracle.greedy(prompt, 12, None, bad_words_ids=words)
+    assert tokens(emissions["a"]) != plain
+    assert tokens(emissions["b"]) == plain
+    with pytest.raises(InvalidRequest, match="bad_words_ids has a word without tokens"):
+        core.submit(request("c", prompt, bad_words_ids=((),)))
+    with pytest.raises(InvalidRequest, match="bad_words_ids has a token id outside"):
+        core.submit(request("d", prompt, bad_words_ids=((10**6,),)))
+
+
+def test_request_that_excludes_every_token_fails_alone(small: SmallWorld) -> None:
+    core = make_core(small)
+    core.submit(request("a", prompt_of(1, 4), bad_words_ids=tuple((token,) for token in range(320))))
+    core.submit(request("b", prompt_of(2, 4)))
+    emissions = run(core)
+    assert "nothing can follow" in str(emissions["a"][-1].error)
+    assert tokens(emissions["b"]) == small.oracle.greedy(prompt_of(2, 4), 12, None)

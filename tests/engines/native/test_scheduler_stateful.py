@@ -23,9 +23,11 @@ MAX_RUNNING = 4
 class AnyOrder(RuleBasedStateMachine):
     """Requests, steps, aborts, and adapters that come, go and are pinned, as the engine's core does it."""
 
+    num_drafts = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(NUM_BLOCKS, BUDGET, MAX_RUNNING)
+        self.bench = Bench(NUM_BLOCKS, BUDGET, MAX_RUNNING, self.num_drafts)
         self.scheduler, self.residency = self.bench.scheduler, self.bench.residency
         self.aborted: set[Sequence] = set()
         self.computed: Counter[str] = Counter()
@@ -118,6 +120,8 @@ class AnyOrder(RuleBasedStateMachine):
             wanted = sequence.request.sampling.max_tokens
             room = NUM_BLOCKS * BLOCK - sequence.num_prompt_tokens
             assert sequence.num_generated == min(wanted, room) or sequence in self.aborted
+            answer = sequence.token_ids[sequence.num_prompt_tokens :]
+            assert answer == [self.bench.answer(place) for place in range(len(answer))]
 
     def _unfinished(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]
@@ -130,8 +134,14 @@ class AnyOrder(RuleBasedStateMachine):
                 protected.add(adapter)
 
 
+class AnyOrderWithDrafts(AnyOrder):
+    num_drafts = 5
+
+
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyOrderWithDrafts = AnyOrderWithDrafts.TestCase
+TestAnyOrderWithDrafts.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,121 @@
+"""Prompt-lookup drafting: what followed the newest tokens when they last occurred may follow them again.
+
+A draft is computed in the same step as the token before it and kept where the token sampled there is the same, so an
+answer does not depend on its drafts; only its speed does. How long drafts are follows from two measurements: how often
+those of this sequence were right, and what one more token costs a step. Where they do not pay there are none, but for
+a single one now and then, to find out.
+
+The idea: Saxena, "Prompt Lookup Decoding" (2023); PLD is also in transformers as `prompt_lookup_num_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+
+from loraplex.engines.native.batch import Batch
+from loraplex.engines.native.sequence import Sequence
+
+_LENGTHS = (3, 2)  # of the n-grams that are looked up, longest first
+_PROBE_EVERY = 32  # tokens
+_FIRST_GUESS = 0.7  # of a draft's being right
+_LEARNING_RATE = 0.1
+_FORGETTING = 0.98  # of a step's weight in the fit, with each step after it
+
+
+class StepCosts:
+    """Seconds of a decode step as `fixed + per_token * num_tokens`: least squares over steps, older ones fading."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5  # of 1, n, n², t, n·t
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
+        self._sums = [_FORGETTING * old + value for old, value in zip(self._sums, new, strict=True)]
+
+    def share_of_one(self, num_tokens: int) -> float:
+        """What one token more costs, of what each of so many costs on average; 0 where it is not known."""
+        count, n, nn, t, nt = self._sums
+        spread = count * nn - n * n
+        if spread <= 1e-6 * nn * count:
+            return 0.0
+        per_token = max((count * nt - n * t) / spread, 0.0)
+        fixed = max((t - per_token * n) / count, 0.0)
+        whole = fixed + per_token * num_tokens
+        return per_token * num_tokens / whole if whole else 0.0
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Of one sequence: where its n-grams last ended, and how its drafts fared."""
+
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_indexed: int = 0
+    acceptance: float = _FIRST_GUESS
+    last_tried: int = -_PROBE_EVERY
+
+
+class Drafter:
+    """Proposes drafts and learns from what became of them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.costs = StepCosts()
+        self.num_drafted = self.num_accepted = 0
+        self._memories: weakref.WeakKeyDictionary[Sequence, _Memory] = weakref.WeakKeyDictionary()
+
+    def propose(self, sequence: Sequence, room: int, num_in_step: int) -> tuple[int, ...]:
+        """At most `room` tokens that may follow, where they pay in a step of so many tokens."""
+        if room <= 0 or not self.max_tokens:
+            return ()
+        memory = self._memories.setdefault(sequence, _Memory())
+        length = self._length(memory, sequence.num_generated, num_in_step)
+        if not length:
+            return ()
+        drafts = _look_up(memory, sequence.token_ids, min(length, room))
+        if drafts:
+            memory.last_tried = sequence.num_generated
+        return drafts
+
+    def learn(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+        """So many of a sequence's drafts were right; the first wrong one says nothing of those behind it."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        memory = self._memories[sequence]
+        for place in range(min(num_accepted + 1, num_drafted)):
+            memory.acceptance += _LEARNING_RATE * ((place < num_accepted) - memory.acceptance)
+
+    def time(self, batch: Batch, seconds: float) -> None:
+        """A step took so long."""
+        if batch.only_decodes:
+            self.costs.add(batch.num_tokens, seconds)
+
+    def _length(self, memory: _Memory, num_generated: int, num_in_step: int) -> int:
+        """The i-th draft is kept with probability acceptance^i: it pays while that exceeds its share of the cost."""
+        share, acceptance = self.costs.share_of_one(num_in_step), memory.acceptance
+        if share <= 0 or acceptance >= 1:
+            return self.max_tokens
+        length = min(int(math.log(share) / math.log(acceptance)), self.max_tokens) if share < 1 else 0
+        is_due = num_generated - memory.last_tried >= _PROBE_EVERY
+        return length or int(is_due)
+
+
+def _look_up(memory: _Memory, token_ids: list[int], length: int) -> tuple[int, ...]:
+    """What followed the last occurrence of the newest n-gram before this one."""
+    for end in range(max(memory.num_indexed, 1), len(token_ids)):
+        for size in _LENGTHS:
+            if end >= size:
+                memory.ends[tuple(token_ids[end - size : end])] = end
+    memory.num_indexed = len(token_ids)
+    for size in _LENGTHS:
+        found = memory.ends.get(tuple(token_ids[-size:]))
+        if found is not None:
+            return _continued(token_ids, found, length)
+    return ()
+
+
+def _continued(token_ids: list[int], end: int, length: int) -> tuple[int, ...]:
+    """`length` tokens from `end` on; a period that reaches the newest token goes on beyond it."""
+    period = len(token_ids) - end
+    return tuple(token_ids[end + place % period] for place in range(length))
