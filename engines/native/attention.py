@@ -9,13 +9,16 @@ decode (one token) are attended together and each longer segment on its own.
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AttentionInterface
 
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
 
@@ -62,10 +65,15 @@ class KvShape:
 class PagedAttention:
     """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes what each call asks for.
 
-    `shapes[n]` and `windows[n]` are those of the n-th call of a step, `layers[n]` the number of the layer that made it.
+    `name` is its own, under which transformers knows it. `shapes[n]` and `windows[n]` are those of the n-th call of a
+    step, `layers[n]` the number of the layer that made it.
     """
 
+    _numbers = itertools.count()
+
     def __init__(self) -> None:
+        self.name = f"loraplex_paged_{next(self._numbers)}"
+        AttentionInterface.register(self.name, weakref.proxy(self))  # which lives as long as its runner
         self.shapes: list[KvShape] = []
         self.windows: list[int | None] = []
         self.layers: list[int | None] = []

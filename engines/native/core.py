@@ -25,6 +25,7 @@ from loraplex.engines.errors import (
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.deadlines import Deadlines
+from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.native.loading import Machine
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
@@ -51,9 +52,11 @@ class EngineCore:
         )
         limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running, settings.engine.max_draft_tokens)
         self.scheduler = Scheduler(limits, self.blocks, residency, clock)
+        self._grammars = Grammars(settings.model.directory, machine.info.vocab_size, machine.eos_token_ids)
         self._deadlines = Deadlines(settings.engine.max_wait_seconds)
         self._sequences: dict[str, Sequence] = {}
         self._unsettled: dict[str, Sequence] = {}  # whose adapters were not known together so far
+        self._unconstrained: dict[str, Sequence] = {}  # whose grammars are being compiled
         self._failed: list[Emission] = []
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
 
@@ -82,6 +85,9 @@ class EngineCore:
             self.adapters.enter(part.adapter)
         if request.parts:
             self._unsettled[request.request_id] = sequence
+        if request.sampling.grammar is not None:
+            self._grammars.begin(request.sampling.grammar)
+            self._unconstrained[request.request_id] = sequence
         self.scheduler.add(sequence)
         self._deadlines.add(sequence)
         self._shed()
@@ -101,6 +107,7 @@ class EngineCore:
         self._expire()
         self.adapters.poll(id for sequence in self.scheduler.waiting for id in sequence.adapter_ids)
         self._settle()
+        self._constrain()
         emissions, self._failed = self._failed, []
         began = time.perf_counter()
         with self._stopwatch.phase("schedule"):
@@ -118,6 +125,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step may compute something right now."""
         return self.scheduler.has_work or bool(self._failed)
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether something that requests wait for is being read or compiled."""
+        return self.adapters.is_loading or self._grammars.is_compiling
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -154,6 +166,7 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._unsettled.pop(sequence.request_id, None)
+        self._unconstrained.pop(sequence.request_id, None)
         for adapter_id in sequence.adapter_ids:
             self.adapters.leave(adapter_id)
 
@@ -189,6 +202,18 @@ class EngineCore:
             else:
                 sequence.starts = tuple(plan.config.active_from(sequence.request.prompt_token_ids) for plan in plans)
                 del self._unsettled[sequence.request_id]
+
+    def _constrain(self) -> None:
+        """Give sequences their grammars, as soon as these are compiled."""
+        for sequence in list(self._unconstrained.values()):
+            grammar = sequence.request.sampling.grammar
+            if grammar is None or not self._grammars.is_ready(grammar):
+                continue
+            try:
+                sequence.constraint = self._grammars.constraint(grammar)
+                del self._unconstrained[sequence.request_id]
+            except InvalidRequest as error:
+                self._fail(sequence, error)
 
     def _fail_adapter(self, adapter_id: str, error: AdapterError) -> None:
         """An adapter cannot be had: every request that waits for it ends with the reason."""

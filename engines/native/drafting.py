@@ -82,7 +82,7 @@ class Drafter:
         """So many of a sequence's drafts were right; the first wrong one says nothing of those behind it."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
-        memory = self._memories[sequence]
+        memory = self._memories.setdefault(sequence, _Memory())
         for place in range(min(num_accepted + 1, num_drafted)):
             memory.acceptance += _LEARNING_RATE * ((place < num_accepted) - memory.acceptance)
 

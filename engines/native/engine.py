@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 
 import msgspec
 import zmq.asyncio
@@ -96,6 +96,7 @@ class NativeEngine:
         answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
         worker.answers[request.request_id] = answers
         detokenizer = Detokenizer(self.tokenizer.stream(), request.sampling.stop)
+        ends = self.tokenizer.eos_token_ids.union(request.sampling.stop_token_ids)
         is_over = False
         try:
             worker.send(Submit(request))
@@ -105,7 +106,7 @@ class NativeEngine:
                     is_over = True
                     raise arrived
                 is_over = arrived.token.finish_reason is not None
-                event = _event(arrived, detokenizer)
+                event = _event(arrived, detokenizer, ends)
                 if event.finish_reason and not is_over:
                     is_over = True
                     worker.send(End(request.request_id, aborted=False))
@@ -246,11 +247,11 @@ async def _drained(worker: WorkerProcess) -> None:
         await asyncio.sleep(0.02)
 
 
-def _event(arrived: Arrived, detokenizer: Detokenizer) -> TokenEvent:
-    """A worker's token as the client sees it; the end token itself has no text."""
+def _event(arrived: Arrived, detokenizer: Detokenizer, ends: Set[int]) -> TokenEvent:
+    """A worker's token as the client sees it; a token that is an end has no text."""
     token = arrived.token
     finish = token.finish_reason
-    text = "" if finish == "stop" else detokenizer.feed(token.token_id)
+    text = "" if finish == "stop" and token.token_id in ends else detokenizer.feed(token.token_id)
     if finish is not None and not detokenizer.is_stopped:
         text += detokenizer.finish()
     return TokenEvent(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.config.settings import Model
@@ -15,7 +15,6 @@ from loraplex.engines.adapters.peft import UNUSED, Base, BaseModule
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 
-ATTENTION = "loraplex_paged"
 _UNITS = 512  # unit vectors at a time
 TRIAL_TOKENS = 11  # a size that no other dimension has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,19 +32,18 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
     path = settings.directory
     if not (path / "config.json").is_file():
         raise ModelNotServable(f"model.path = {settings.path!r} holds no config.json")
-    AttentionInterface.register(ATTENTION, attention)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=DTYPES.get(settings.dtype, "auto"),
-            attn_implementation=ATTENTION,
+            attn_implementation=attention.name,
             local_files_only=True,
             use_safetensors=True,
         )
     except KeyError as error:
-        if error.args != (ATTENTION,):
+        if error.args != (attention.name,):
             raise ModelNotServable(f"{settings.path}: {error!r}") from error
         raise ModelNotServable(
             f"{config.model_type} is not served: in transformers its layers do not use its attention interface"

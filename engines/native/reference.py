@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.batch import Batch, Segment
-from loraplex.engines.native.model import ATTENTION, Trial, ordinary_token_ids
+from loraplex.engines.native.model import Trial, ordinary_token_ids
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.protocol import GenerateRequest, SamplingParams
@@ -81,11 +81,12 @@ def _errors(model: PreTrainedModel, runner: Runner, sequences: list[Sequence]) -
 @torch.inference_mode()
 def _plain_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     """One forward pass without a cache under transformers' eager attention. Shape [T, V], float32."""
+    ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         logits: Tensor = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits
     finally:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(ours)
     return logits[0].float()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.errors import EngineError
+from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.effects import Effects
@@ -22,7 +22,7 @@ from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
 from loraplex.engines.native.stopwatch import Stopwatch
-from loraplex.engines.protocol import TokenLogprobs
+from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
 
 class Runner:
@@ -143,7 +143,7 @@ def _outcomes(segments: Sequence[Segment], logits: Tensor) -> list[Outcome]:
         ]  # fmt: skip
         scores = iter(describe(logits[scored], wanted))
         logits = logits[sampled]
-    rows = [_row(segment, place) for segment in segments for place in range(segment.num_sampled)]
+    rows = [row for segment in segments if segment.samples for row in _rows(segment)]
     tokens = iter(sample(logits, rows))
     return [
         _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
@@ -159,13 +159,25 @@ def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs
     return Outcome(sampled=sampled, prompt_logprobs=tuple(scores))  # type: ignore[arg-type]
 
 
-def _row(segment: Segment, place: int) -> Row:
-    """What the sampler needs to know of one sequence behind so many of its drafts."""
+def _rows(segment: Segment) -> list[Row]:
+    """What the sampler needs to know of one sequence: behind its newest token, and behind each of its drafts."""
+    constraint = segment.sequence.constraint
+    if constraint is None:
+        return [_row(segment, place) for place in range(segment.num_sampled)]
+    try:
+        masks = constraint.masks(segment.drafts)
+    except GenerationFailed as error:
+        return [Row(SamplingParams(max_tokens=1, temperature=0.0), failure=error)] * segment.num_sampled
+    return [_row(segment, place, mask) for place, mask in enumerate(masks)]
+
+
+def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
+    """Behind so many of its drafts. A grammar's end is not put off by `min_tokens`."""
     sequence, drafts = segment.sequence, segment.drafts[:place]
     sampling = sequence.request.sampling
     num_generated = sequence.num_generated + place
     token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
-    is_too_short = num_generated < sampling.min_tokens
+    is_too_short = num_generated < sampling.min_tokens and mask is None
     ends = sequence.eos_token_ids.union(sampling.stop_token_ids) if is_too_short else frozenset()
     return Row(
         params=sampling,
@@ -173,6 +185,7 @@ def _row(segment: Segment, place: int) -> Row:
         banned=ends.union(_completing(sampling.bad_words_ids, token_ids)) if sampling.bad_words_ids else ends,
         token_ids=token_ids,
         output_counts=sequence.output_counts + Counter(drafts) if drafts else sequence.output_counts,
+        mask=mask,
     )
 
 

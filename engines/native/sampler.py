@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,19 @@ from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's part: its controls, its draw, what it must not take now, and the tokens it has so far."""
+    """One sequence's part: its controls, its draw, what it must not take now, and the tokens it has so far.
+
+    `mask`, where there is one, has a bit for each token id, lowest first: others are not admitted. With a `failure`
+    nothing is sampled.
+    """
 
     params: SamplingParams
     draw: float = 0.0
     banned: Set[int] = frozenset()
     token_ids: Sequence[int] = ()
     output_counts: Mapping[int, int] | None = None
+    mask: bytes | None = None
+    failure: EngineError | None = None
 
 
 def uniform(seed: int, num_generated: int) -> float:
@@ -43,6 +50,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
     untouched = logits[asking]
     for index, row in enumerate(rows):
         _control(logits[index], row)
+    _admit(logits, rows)
     best, tokens = logits.max(dim=-1)
     is_finite = torch.isfinite(best).tolist()
     chosen = tokens.tolist()
@@ -54,7 +62,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
     described = describe(untouched, [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking])
     logprobs = dict(zip(asking, described, strict=True))
     return [
-        Sampled(token, logprobs.get(index)) if finite else _failure(value)
+        rows[index].failure or (Sampled(token, logprobs.get(index)) if finite else _failure(value))
         for index, (token, finite, value) in enumerate(zip(chosen, is_finite, best.tolist(), strict=True))
     ]
 
@@ -81,6 +89,17 @@ def _control(logits: Tensor, row: Row) -> None:
         logits[biased] += torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
     if row.banned:
         logits[torch.tensor(sorted(row.banned), device=logits.device)] = float("-inf")
+
+
+def _admit(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Leave each row what its mask admits, in place. logits: Shape [N, V]."""
+    masked = [index for index, row in enumerate(rows) if row.mask is not None]
+    if not masked:
+        return
+    packed = np.frombuffer(b"".join(row.mask for row in rows if row.mask is not None), dtype=np.uint8)
+    bits = np.unpackbits(packed.reshape(len(masked), -1), axis=1, count=logits.shape[1], bitorder="little")
+    admitted = torch.from_numpy(bits).to(logits.device).bool()
+    logits[masked] = logits[masked].masked_fill_(~admitted, float("-inf"))
 
 
 def describe(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[TokenLogprobs]:

@@ -169,6 +169,9 @@ class Scheduler:
             sequence = self.waiting.first(skipped=skipped)
             if sequence is None:
                 return
+            if not sequence.is_ready:
+                skipped.add(sequence)
+                continue
             if not all(adapter_id in self._residency for adapter_id in sequence.adapter_ids):
                 if self._clock() - sequence.arrival > self._limits.cold_patience:
                     return
@@ -192,9 +195,17 @@ class Scheduler:
             sampling = sequence.request.sampling
             room = min(plan.budget, sampling.max_tokens - sequence.num_generated - 1,
                        sequence.max_len - len(sequence.token_ids) - 1)  # fmt: skip
-            drafts = self.drafter.propose(sequence, room, len(plan.segments))
+            drafts = self._foreseen(sequence, room, len(plan.segments))
             if drafts and self._blocks.grow(sequence.block_table, sequence.num_computed + 1 + len(drafts)):
                 plan.extend(segment, drafts)
+
+    def _foreseen(self, sequence: Sequence, room: int, num_in_step: int) -> tuple[int, ...]:
+        if room <= 0 or sequence.constraint is None:
+            return self.drafter.propose(sequence, room, num_in_step)
+        if forced := sequence.constraint.forced() if self.drafter.max_tokens else []:
+            return tuple(forced[:room])
+        drafts = self.drafter.propose(sequence, room, num_in_step)
+        return drafts[: sequence.constraint.num_admitted(drafts)]
 
     def _coming_keys(self) -> set[bytes]:
         """Of the blocks that running sequences are about to fill with their prompts."""

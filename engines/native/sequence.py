@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from loraplex.engines.native.blocks import next_key, root_key, switched_key
 from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenLogprobs
+
+
+class Constraint(Protocol):
+    """What may follow in one answer, token by token."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow but the end."""
+        ...
+
+    def consume(self, token_id: int) -> None:
+        """The answer has one more token, an admitted one."""
+        ...
+
+    def forced(self) -> list[int]:
+        """The tokens that most likely follow because their text must."""
+        ...
+
+    def num_admitted(self, token_ids: SequenceOf[int]) -> int:
+        """How many of these may follow, in this order."""
+        ...
+
+    def masks(self, drafts: SequenceOf[int]) -> list[bytes]:
+        """One bit for each token id, lowest first, that may follow; then the same behind each draft.
+
+        Raises GenerationFailed.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -16,6 +46,7 @@ class Sequence:
     `num_cached_tokens` of the prompt were found in the prefix cache at the first admission. Its adapters are active
     from the positions `starts` on (an activated LoRA from its invocation); what lies before is the base's.
     `prompt_logprobs`, where asked for, are those of the prompt's tokens from the second on, as far as computed.
+    With a grammar it waits for its `constraint`.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
     """
 
@@ -33,6 +64,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    constraint: Constraint | None = None
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,6 +109,11 @@ class Sequence:
         return tuple(part.adapter.id for part in self.request.parts)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether all is there that it needs besides its adapters."""
+        return self.constraint is not None or self.request.sampling.grammar is None
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -92,6 +129,10 @@ class Sequence:
         is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
         if is_eos or token_id in sampling.stop_token_ids:
             return "stop"
+        if self.constraint is not None:
+            self.constraint.consume(token_id)
+            if self.constraint.is_over:
+                return "stop"
         if self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.max_len:
             return "length"
         return None

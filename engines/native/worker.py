@@ -48,7 +48,7 @@ from loraplex.engines.native.messages import (
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import AdapterCard
 
-# How long to sleep for a command, in milliseconds: while adapters are being read, while requests wait for room.
+# How long to sleep for a command, in milliseconds: while adapters are read or grammars compiled; while requests wait.
 _LOADING_MS = 2
 _WAITING_MS = 20
 
@@ -87,7 +87,7 @@ class Worker:
         """How long the loop may sleep for a command: not at all while something runs, for ever when idle."""
         if self._core.scheduler.running:
             return 0
-        if self._core.adapters.is_loading or self._num_inspecting:
+        if self._core.is_preparing or self._num_inspecting:
             return _LOADING_MS
         return _WAITING_MS if self._core.has_work else None
 

@@ -1,0 +1,203 @@
+"""Constrained answers: what comes is of the grammar, whatever the model would say; a bad grammar harms nobody else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from support.core import make_core, prompt_of, request, run, tokens
+from support.json_schemas import SCHEMAS
+from support.models import make_tokenizer
+from support.worlds import SmallWorld
+
+from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.grammar import Grammars
+from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.protocol import Grammar
+
+ARITHMETIC_LARK = """
+start: sum
+sum: product ("+" product)~0..3
+product: NUMBER ("*" NUMBER)~0..2
+NUMBER: /[1-9][0-9]{0,2}/
+"""
+ARITHMETIC_GBNF = """
+root ::= number (op number)?
+op ::= "+" | "-"
+number ::= [0-9] [0-9]?
+"""
+
+
+@pytest.fixture(scope="module")
+def core(small: SmallWorld) -> EngineCore:
+    return make_core(small)
+
+
+def closing_bias() -> dict[int, float]:
+    """Towards the characters that end strings, numbers, arrays and objects."""
+    tokenizer = make_tokenizer()
+    ids: Any = [tokenizer.convert_tokens_to_ids(symbol) for symbol in '"}],:']
+    return dict.fromkeys(ids, 5.0)
+
+
+def text_of(emissions: list[Emission]) -> str:
+    ids = [token for token in tokens(emissions) if token < 256]
+    return str(make_tokenizer().decode(ids))
+
+
+def json_request(name: str, schema: Any, **options: Any) -> Any:
+    grammar = Grammar(kind="json_schema", source=json.dumps(schema))
+    options = {"max_tokens": 600, "temperature": 1.0, "seed": 3, "logit_bias": closing_bias(), **options}
+    return request(name, prompt_of(len(name), 9), grammar=grammar, **options)
+
+
+def test_answers_to_fifty_schemas_at_once_are_of_their_schemas(core: EngineCore, small: SmallWorld) -> None:
+    """jsonschema decides, formats included. All in one batch with adapters, twice with different seeds."""
+    assert len(SCHEMAS) == 50
+    adapters = [None, *small.adapters.values()]
+    for seed in (1, 2):
+        for number, (name, schema) in enumerate(SCHEMAS.items()):
+            wanted = json_request(name, schema, seed=seed)
+            core.submit(type(wanted)(**{**_fields(wanted), "adapter": adapters[number % len(adapters)]}))
+        emissions = run(core, seconds=100)
+        for name, schema in SCHEMAS.items():
+            assert emissions[name][-1].error is None, (name, emissions[name][-1].error)
+            assert emissions[name][-1].finish_reason == "stop", (name, text_of(emissions[name]))
+            validator = jsonschema.Draft202012Validator(
+                schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+            )
+            validator.validate(json.loads(text_of(emissions[name])))
+    assert core.blocks.num_used == 0
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "form"),
+    [
+        ("regex", r"[a-f]{3}-(one|two)", r"[a-f]{3}-(one|two)"),
+        ("choice", json.dumps(["yes", "no", "per\"haps"]), r"yes|no|per\"haps"),
+        ("lark", ARITHMETIC_LARK, r"[1-9]\d{0,2}([+*][1-9]\d{0,2})*"),
+        ("gbnf", ARITHMETIC_GBNF, r"\d\d?([+-]\d\d?)?"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answer_has_the_form(core: EngineCore, kind: Any, source: str, form: str, temperature: float) -> None:
+    for seed in range(4):
+        grammar = Grammar(kind=kind, source=source)
+        core.submit(
+            request(str(seed), prompt_of(seed, 5), temperature=temperature, seed=seed, grammar=grammar, max_tokens=80)
+        )
+        core.submit(request(f"plain-{seed}", prompt_of(seed, 5)))
+    emissions = run(core)
+    for seed in range(4):
+        assert re.fullmatch(form, text_of(emissions[str(seed)])), text_of(emissions[str(seed)])
+        assert emissions[str(seed)][-1].finish_reason == "stop"
+        assert len(tokens(emissions[f"plain-{seed}"])) > 0
+
+
+def test_forced_tokens_are_drafted_and_change_nothing(small: SmallWorld) -> None:
+    schema = SCHEMAS["tool-call"]
+    answers, steps = [], []
+    for max_draft_tokens in (0, 8):
+        core = make_core(small, max_draft_tokens=max_draft_tokens)
+        core.submit(json_request("a", schema))
+        answers.append(tokens(run(core)["a"]))
+        steps.append(core.stats().num_steps)
+    assert answers[0] == answers[1]
+    assert steps[1] < steps[0] / 2
+
+
+def test_answer_that_ends_only_where_the_grammar_does_ignores_the_end_token(core: EngineCore) -> None:
+    """Neither `ignore_eos` nor `min_tokens` leads beyond the grammar's end."""
+    grammar = Grammar(kind="regex", source="abc")
+    core.submit(request("a", prompt_of(1, 5), grammar=grammar, ignore_eos=True, min_tokens=10))
+    core.submit(request("b", prompt_of(1, 5), grammar=Grammar(kind="regex", source="(ab)*"), min_tokens=4))
+    emissions = run(core)
+    assert text_of(emissions["a"]) == "abc"
+    assert re.fullmatch("(ab)*", text_of(emissions["b"]))
+
+
+def test_preempted_answer_keeps_its_place_in_the_grammar(small: SmallWorld) -> None:
+    core = make_core(small, kv_cache_bytes=20 * 4 * 3 * 2 * 32 * 4, max_batch_tokens=20)
+    grammar = Grammar(kind="regex", source="([a-d][0-9]){12}")
+    for number in range(6):
+        core.submit(request(str(number), prompt_of(number, 18), grammar=grammar, temperature=1.0, max_tokens=40))
+    emissions = run(core)
+    assert core.stats().total_preemptions > 0
+    for number in range(6):
+        assert re.fullmatch("([a-d][0-9]){12}", text_of(emissions[str(number)]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "says"),
+    [
+        ("json_schema", "{", "json schema"),
+        ("json_schema", '{"type": "objekt"}', "objekt"),
+        ("json_schema", '{"$ref": "#/$defs/none"}', "none"),
+        ("json_schema", '{"type": "integer", "minimum": 3, "maximum": 2}', "json schema"),
+        ("regex", "(a", "unclosed group"),
+        ("regex", "a(?=b)", "look-around"),
+        ("choice", "[]", "choices"),
+        ("choice", '["a", 1]', "choices"),
+        ("choice", '"a"', "choices"),
+        ("lark", "start: missing", "missing"),
+        ("lark", "no start", "lark"),
+        ("gbnf", "root ::= (", "gbnf"),
+        ("gbnf", "root ::= other", "other"),
+    ],
+)
+def test_bad_grammar_is_its_requests_error_alone(core: EngineCore, kind: Any, source: str, says: str) -> None:
+    core.submit(request("bad", prompt_of(1, 5), grammar=Grammar(kind=kind, source=source)))
+    core.submit(request("fine", prompt_of(2, 5)))
+    emissions = run(core)
+    error = emissions["bad"][-1].error
+    assert isinstance(error, InvalidRequest)
+    assert error.param == "grammar"
+    assert "cannot be used" in str(error)
+    assert says in str(error)
+    assert tokens(emissions["fine"])
+    assert core.blocks.num_used == 0
+
+
+def test_grammar_that_nothing_can_follow_fails_alone(core: EngineCore) -> None:
+    letters = {make_tokenizer().convert_tokens_to_ids(letter) for letter in "ab"}
+    words = tuple((letter,) for letter in letters)
+    core.submit(request("a", prompt_of(1, 5), grammar=Grammar(kind="regex", source="[ab]+"), bad_words_ids=words))
+    core.submit(request("b", prompt_of(2, 5)))
+    emissions = run(core)
+    assert "nothing can follow" in str(emissions["a"][-1].error)
+    assert tokens(emissions["b"])
+
+
+def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld) -> None:
+    grammars = Grammars(small.directory, 320, frozenset([257]))
+    first = Grammar(kind="regex", source="a0")
+    for number in range(300):
+        grammars.begin(Grammar(kind="regex", source=f"a{number}"))
+        grammars.begin(first)
+    while grammars.is_compiling:
+        pass
+    grammars.begin(first)
+    assert len(grammars._compiled) == 256
+    assert first in grammars._compiled
+    one, other = grammars.constraint(first), grammars.constraint(first)
+    one.consume(one.forced()[0])
+    assert one.masks(()) != other.masks(())
+
+
+def test_model_without_tokenizer_json_refuses_grammars(tmp_path: Path) -> None:
+    grammars = Grammars(tmp_path, 320, frozenset([257]))
+    grammar = Grammar(kind="regex", source="a")
+    grammars.begin(grammar)
+    while not grammars.is_ready(grammar):
+        pass
+    with pytest.raises(InvalidRequest, match=r"no tokenizer\.json"):
+        grammars.constraint(grammar)
