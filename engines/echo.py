@@ -20,6 +20,7 @@ from loraplex.engines.errors import (
     EngineDied,
     EngineUnavailable,
     GenerationFailed,
+    InvalidRequest,
     PromptTooLong,
 )
 from loraplex.engines.protocol import (
@@ -96,6 +97,8 @@ class EchoEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self._state != "ready":
             raise EngineUnavailable(f"the engine is {self._state}")
+        if request.sampling.grammar is not None:
+            raise InvalidRequest("the echo engine follows no grammar", "grammar")
         room = self.info().max_model_len - len(request.prompt_token_ids)
         if room < 1:
             raise PromptTooLong(f"the prompt has {len(request.prompt_token_ids)} tokens; no room is left", "messages")
@@ -146,6 +149,7 @@ class EchoEngine:
                 step=self._steps,
                 finish_reason="stop" if token == EOS else "length" if count == limit else None,
                 logprobs=_certainty(request.sampling.num_logprobs, token),
+                prompt_logprobs=_prompt_certainty(request) if count == 1 else (),
             )
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
@@ -229,6 +233,12 @@ def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...
     if num_logprobs is None:
         return ()
     return (TokenLogprobs(0.0, ((token, 0.0),) if num_logprobs else ()),)
+
+
+def _prompt_certainty(request: GenerateRequest) -> tuple[TokenLogprobs | None, ...]:
+    wanted = request.sampling.num_prompt_logprobs
+    told = [one for token in request.prompt_token_ids[1:] for one in _certainty(wanted, token)]
+    return (None, *told) if told else ()
 
 
 def _whole_characters(data: bytes) -> tuple[bytes, str]:

@@ -131,7 +131,7 @@ class Meter:
 
 
 def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended: bool) -> list[GenerateRequest]:
-    """The requests as the caller's limits let them be: its weight, priority, and longest answer.
+    """The requests as the caller's limits let them be: its weight, priority, cache and longest answer.
 
     Raises MalformedRequest where the client itself asked for a longer one.
     """
@@ -140,13 +140,14 @@ def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended:
     cap = policy.max_tokens or longest
     if longest > cap and not is_open_ended:
         raise MalformedRequest(f"This key may ask for at most {cap} tokens; {longest} were asked for.", "max_tokens")
-    if longest <= cap and (policy.weight, policy.priority) == (1.0, 0):
+    if longest <= cap and (policy.weight, policy.priority, policy.shares_prefixes) == (1.0, 0, False):
         return list(choices)
     return [
         msgspec.structs.replace(
             choice,
             weight=policy.weight,
             priority=policy.priority,
+            shares_prefixes=policy.shares_prefixes,
             sampling=msgspec.structs.replace(choice.sampling, max_tokens=min(choice.sampling.max_tokens, cap)),
         )
         for choice in choices

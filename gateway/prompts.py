@@ -9,7 +9,7 @@ import msgspec
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.errors import PromptTooLong
-from loraplex.engines.protocol import ChatMessage, Engine, GenerateRequest, SamplingParams
+from loraplex.engines.protocol import ChatMessage, Engine, GenerateRequest, SamplingParams, Tokenizer
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.health import require_ready
@@ -63,7 +63,7 @@ async def completion_requests(
     info = engine.info()
     length = len(prompt) if isinstance(prompt, str) else sum(len(part) for part in prompt if isinstance(part, str))
     prompts = await _tokenised(length, lambda: _prompt_tokens(prompt, engine, info.vocab_size))
-    if len(prompts) * (body.n or 1) > MAX_ANSWERS:
+    if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
@@ -120,17 +120,18 @@ def _choices(
     engine: Engine,
 ) -> list[GenerateRequest]:
     """(prompt, token limit) pairs -> `n` requests for each."""
-    vocab_size = engine.info().vocab_size
     return [
         GenerateRequest(
             request_id=f"{completion_id}-{place}-{number}",
             prompt_token_ids=tuple(prompt),
-            sampling=_reseeded(_sampling(body, limit, vocab_size), number),
+            sampling=_reseeded(_sampling(body, limit, engine), number),
             adapter=route.adapter,
             tenant=caller.tenant_id,
+            cache_salt=body.cache_salt or "",
+            timeout_seconds=body.timeout_seconds,
         )
         for place, (prompt, limit) in enumerate(prompts)
-        for number in range(body.n or 1)
+        for number in range(body.num_choices)
     ]
 
 
@@ -140,7 +141,8 @@ def _reseeded(sampling: SamplingParams, number: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=(sampling.seed + number + 2**63) % 2**64 - 2**63)  # of 64 bits still
 
 
-def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> SamplingParams:
+def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> SamplingParams:
+    vocab_size = engine.info().vocab_size
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if "" in stops:
         raise MalformedRequest("A stop string must not be empty.", "stop")
@@ -153,6 +155,7 @@ def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> Sampl
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
+    form = body.form()
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -165,9 +168,18 @@ def _sampling(body: GenerationFields, max_tokens: int, vocab_size: int) -> Sampl
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): value for token, value in bias.items()},
         num_logprobs=body.num_logprobs(),
+        num_prompt_logprobs=body.num_prompt_logprobs(),
+        grammar=form[1] if form else None,
+        bad_words_ids=_words(body.bad_words or [], engine.tokenizer),
         seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=min_tokens,
     )
+
+
+def _words(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each word, at a text's beginning and behind a space."""
+    spellings = [spelling for word in words for spelling in (word, f" {word}")]
+    return tuple(dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spellings))

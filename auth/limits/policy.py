@@ -22,7 +22,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `allowed_models` are names in which `*` stands for anything; `allowed_ips` are addresses or networks; `expires_at`
     is seconds since 1970. `max_tokens` bounds the answer of one request. `weight` is the tenant's share of a full
-    engine; a request of higher `priority` goes before others of its tenant.
+    engine; a request of higher `priority` goes before others of its tenant. Tenants that say `shares_prefixes` share
+    what the engine computed of prompts that begin alike; a first token's time may then tell one what others asked.
     """
 
     allowed_models: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
@@ -37,6 +38,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_tokens: Positive | None = None
     weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-100, le=100)] | None = None
+    shares_prefixes: bool | None = None
 
     def check(self) -> None:
         """Raises ValueError for an address that is none."""
@@ -94,6 +96,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def priority(self) -> int:
         return (self.key.priority if self.key.priority is not None else self.tenant.priority) or 0
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """A key can keep out of what its tenant shares."""
+        return bool(self.tenant.shares_prefixes) and self.key.shares_prefixes is not False
 
 
 NO_POLICY = Policy()

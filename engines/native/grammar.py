@@ -19,8 +19,8 @@ from loraplex.engines.errors import GenerationFailed, InvalidRequest
 from loraplex.engines.protocol import Grammar
 
 _MAX_KEPT = 256
-# A model left to itself may add white space for ever; this much is enough to indent.
-_WHITESPACE = r"[ \n\t]{0,32}"
+# A model left to itself may add white space for ever; this is enough to print with indentation.
+_WHITESPACE = r"( |\n[ \t]{0,32})?"
 
 
 class Constraint:

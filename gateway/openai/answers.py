@@ -8,6 +8,7 @@ from litestar.types import ASGIApp
 
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
+from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
@@ -57,13 +58,14 @@ class Answers:
         meter = await self._accounts.open(caller, _demand(request, body, choices))
         tell_limits(request, meter.headers())
         try:
-            answer = _Answer(choices, body.n or 1, wire)
+            answer = _Answer(choices, body.num_choices, wire)
             events = [meter.watch(self._metrics.watch(body.model, self._engine.generate(choice))) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, events, body, meter)
             collected = await unless_client_leaves(request.receive, answer.collect(events))
         except BaseException as error:
             meter.settle(error)
+            _name_as_asked(error, body)
             raise
         meter.settle()
         tell_limits(request, meter.headers())
@@ -90,6 +92,13 @@ class Answers:
         )
 
 
+def _name_as_asked(error: BaseException, body: GenerationFields) -> None:
+    """Let an engine's complaint of a grammar name the field that said it."""
+    form = body.form()
+    if isinstance(error, InvalidRequest) and error.param == "grammar" and form is not None:
+        error.param = form[0]
+
+
 def _demand(request: Request[Any, Any, Any], body: GenerationFields, choices: Sequence[GenerateRequest]) -> Demand:
     """All choices together; the choices of one prompt stand together, and count it once."""
     adapter = choices[0].adapter
@@ -99,7 +108,7 @@ def _demand(request: Request[Any, Any, Any], body: GenerationFields, choices: Se
         route=request.url.path,
         model=body.model,
         adapter_id=adapter.id if adapter else "",
-        num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.n or 1]),
+        num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
         max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),
         is_open_ended=_is_open_ended(body),
     )

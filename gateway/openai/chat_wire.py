@@ -50,9 +50,9 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
     # said about a request, without effect on its answer
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     store: Literal[False] | None = None
     # known, not offered
-    response_format: Raw | UnsetType = UNSET
     tools: Raw | UnsetType = UNSET
     tool_choice: Raw | UnsetType = UNSET
     parallel_tool_calls: Raw | UnsetType = UNSET
@@ -62,7 +62,6 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
     modalities: Raw | UnsetType = UNSET
     moderation: Raw | UnsetType = UNSET
     prediction: Raw | UnsetType = UNSET
-    prompt_cache_key: Raw | UnsetType = UNSET
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
     reasoning_effort: Raw | UnsetType = UNSET
@@ -72,7 +71,6 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
 
     # the values of those that ask for nothing we lack
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "response_format": ({"type": "text"},),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
@@ -82,7 +80,6 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": (),

@@ -1,5 +1,6 @@
 """POST /v1/completions: text continues, without a chat template."""
 
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import Engine, FinishReason, TokenEvent, Tokenizer
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
+from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.wire import LEAST_LOGPROB, GenerationFields, Usage
@@ -25,23 +27,42 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
 
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     # known, not offered
-    best_of: Raw | UnsetType = UNSET
-    echo: Raw | UnsetType = UNSET
     suffix: Raw | UnsetType = UNSET
 
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+
+    def check(self) -> None:
+        super().check()
+        if self.num_choices < (self.n or 1):
+            raise MalformedRequest("best_of must be at least n.", "best_of")
+        if self.is_contest and self.stream:
+            raise MalformedRequest("best_of is not possible with stream: the best is known at the end.", "best_of")
 
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.is_contest else self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    @property
+    def num_choices(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def is_contest(self) -> bool:
+        """Whether more answers are generated than told."""
+        return self.num_choices > (self.n or 1)
 
 
 class CompletionLogprobs(Struct):
-    """One entry a token; `text_offset` counts characters from the answer's start."""
+    """One entry a token; `text_offset` counts characters from the text's start. A prompt's first token has None."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -77,7 +98,7 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         route = await catalogue.route(body.model, caller)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
         choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
-        return await answers.respond(request, body, choices, _CompletionWire(completion_id, body, engine.tokenizer))
+        return await answers.respond(request, body, choices, _CompletionWire(completion_id, body, choices, engine))
 
     return [create_completion]
 
@@ -85,22 +106,26 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
 class _CompletionWire:
     """Implements `Wire`."""
 
-    def __init__(self, completion_id: str, body: CompletionRequest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, completion_id: str, body: CompletionRequest, choices: Sequence[GenerateRequest], engine: Engine
+    ) -> None:
         self._id = completion_id
-        self._model = body.model
+        self._body = body
         self._created = int(time.time())
-        self._tokenizer = tokenizer
+        self._tokenizer = engine.tokenizer
         self._null_usage: UnsetType | None = None if body.includes_usage else UNSET
+        self._prompts = [choice.prompt_token_ids for choice in choices] if body.echo else []
         self._offsets: dict[int, int] = {}
 
     def begin(self, number: int) -> bytes:
         return b""
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
+        text = self._echoed(number) + event.text
         logprobs = self._logprobs(number, [event])
-        if not event.text and logprobs is None:
+        if not text and logprobs is None:
             return b""
-        return self._frame([CompletionChoice(event.text, number, logprobs, None)], self._null_usage)
+        return self._frame([CompletionChoice(text, number, logprobs, None)], self._null_usage)
 
     def finish(self, number: int, reason: FinishReason) -> bytes:
         return self._frame([CompletionChoice("", number, None, reason)], self._null_usage)
@@ -111,37 +136,75 @@ class _CompletionWire:
     def whole(self, choices: Sequence[Sequence[TokenEvent]], usage: Usage) -> bytes:
         answers = [
             CompletionChoice(
-                "".join(event.text for event in events),
-                number,
-                self._logprobs(number, events),
-                events[-1].finish_reason,
+                self._echoed(number) + "".join(event.text for event in choices[number]),
+                place,
+                self._logprobs(number, choices[number]),
+                choices[number][-1].finish_reason,
             )
-            for number, events in enumerate(choices)
+            for place, number in enumerate(self._told(choices))
         ]
         return self._encode(answers, usage)
+
+    def _told(self, choices: Sequence[Sequence[TokenEvent]]) -> list[int]:
+        """Of each prompt's answers the `n` best, by the mean log-probability of their tokens."""
+        size, num_told = self._body.num_choices, self._body.n or 1
+        if not self._body.is_contest:
+            return list(range(len(choices)))
+        groups = [range(first, first + size) for first in range(0, len(choices), size)]
+        return [number for group in groups
+                for number in sorted(group, key=lambda number: -_mean_logprob(choices[number]))[:num_told]]  # fmt: skip
+
+    def _echoed(self, number: int) -> str:
+        """The prompt, before the first text of its answer."""
+        if number in self._offsets or not self._body.echo:
+            return ""
+        return self._tokenizer.decode(self._prompts[number])
 
     def _frame(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
         return b"data: " + self._encode(choices, usage) + b"\n\n"
 
     def _encode(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
+        model = self._body.model
         return msgspec.json.encode(
-            Completion(self._id, self._created, self._model, choices, object="text_completion", usage=usage)
+            Completion(self._id, self._created, model, choices, object="text_completion", usage=usage)
         )
 
     def _logprobs(self, number: int, events: Sequence[TokenEvent]) -> CompletionLogprobs | None:
-        """None where the request did not ask."""
+        """None where the request did not ask. Counts the text that was told."""
         described = CompletionLogprobs([], [], [], [])
+        if number not in self._offsets:
+            self._offsets[number] = 0
+            self._describe_prompt(number, events[0].prompt_logprobs, described)
         for event in told_tokens(events):
-            offset = self._offsets.get(number, 0)
             for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=False):
-                described.tokens.append(self._text(token_id))
-                described.token_logprobs.append(max(logprobs.logprob, LEAST_LOGPROB))
-                described.top_logprobs.append(
-                    {self._text(other): max(logprob, LEAST_LOGPROB) for other, logprob in logprobs.top}
-                )
-                described.text_offset.append(offset)
-            self._offsets[number] = offset + len(event.text)
-        return described if described.tokens else None
+                self._describe(described, token_id, logprobs, self._offsets[number])
+            self._offsets[number] += len(event.text)
+        return described if described.tokens and self._body.logprobs is not None else None
+
+    def _describe_prompt(
+        self, number: int, logprobs: Sequence[TokenLogprobs | None], described: CompletionLogprobs
+    ) -> None:
+        if not self._body.echo:
+            return
+        for token_id, told in zip(self._prompts[number], logprobs, strict=False):
+            self._describe(described, token_id, told, self._offsets[number])
+            self._offsets[number] += len(self._text(token_id))
+        self._offsets[number] = len(self._tokenizer.decode(self._prompts[number]))
+
+    def _describe(
+        self, described: CompletionLogprobs, token_id: int, logprobs: TokenLogprobs | None, offset: int
+    ) -> None:
+        described.tokens.append(self._text(token_id))
+        described.text_offset.append(offset)
+        described.token_logprobs.append(None if logprobs is None else max(logprobs.logprob, LEAST_LOGPROB))
+        described.top_logprobs.append(
+            None if logprobs is None else {self._text(other): max(told, LEAST_LOGPROB) for other, told in logprobs.top}
+        )
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+
+
+def _mean_logprob(events: Sequence[TokenEvent]) -> float:
+    found = [one.logprob for event in told_tokens(events) for one in event.logprobs]
+    return sum(found) / len(found) if found else -math.inf

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.openai.forms import FormFields
 
 # JSON has no -inf; OpenAI's own answers say this instead.
 LEAST_LOGPROB = -9999.0
@@ -21,7 +22,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
+class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     """Fields that are honoured wherever text is generated.
 
     A route adds its own, and those it knows and does not offer: these may only have a value without effect, listed in
@@ -52,6 +53,9 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: Natural | None = None
+    bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
 
     def check(self) -> None:
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
@@ -62,6 +66,15 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens to tell beside each; None where nothing is asked for."""
         raise NotImplementedError
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are generated for each prompt."""
+        return self.n or 1
 
     @property
     def includes_usage(self) -> bool:

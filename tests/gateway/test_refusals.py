@@ -124,13 +124,11 @@ def test_field_unknown_is_refused_by_name(gateway: Gateway, field: str, param: s
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
         ("audio", {"voice": "x", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}),
-        ("prompt_cache_key", "x"),
         ("reasoning_effort", "high"),
         ("service_tier", "priority"),
         ("verbosity", "low"),
@@ -149,6 +147,44 @@ def test_fields_not_offered_are_harmless_at_their_defaults(gateway: Gateway) -> 
         "metadata": {"a": "b"}, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False,
     }  # fmt: skip
     assert post(gateway, {**GOOD, **harmless}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}}, None),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"], "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
+        ({"guided_choice": "a"}, "guided_choice"),
+        ({"bad_words": [""]}, None),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+    ],
+    ids=str,
+)
+def test_form_that_cannot_be_is_refused_by_name(gateway: Gateway, fields: dict[str, Any], param: str | None) -> None:
+    answer = post(gateway, {**GOOD, **fields})
+    assert answer.status_code == 400, answer.text
+    assert param in (None, answer.json()["error"]["param"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_json": {"type": "integer"}}, "guided_json"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_engines_complaint_of_a_grammar_names_the_field_that_said_it(
+    gateway: Gateway, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    answer = post(gateway, {**GOOD, **fields, "stream": stream})
+    assert "echo engine follows no grammar" in assert_problem(answer, 400, "invalid_request", param)
 
 
 def test_prompt_too_long_is_400(gateway: Gateway) -> None:

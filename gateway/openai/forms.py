@@ -1,0 +1,111 @@
+"""What an answer must look like: OpenAI's `response_format` and vLLM's fields for the same, as one grammar."""
+
+import json
+from typing import Any, TypeAlias
+
+from msgspec import UNSET, Struct, UnsetType
+
+from loraplex.engines.protocol import Grammar
+from loraplex.gateway.errors import MalformedRequest
+
+Schema: TypeAlias = dict[str, Any]
+
+
+class Text(Struct, forbid_unknown_fields=True, tag="text"):
+    """Any text."""
+
+
+class JsonObject(Struct, forbid_unknown_fields=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(Struct, forbid_unknown_fields=True):
+    """`strict` changes nothing: an answer is always of the schema. `name` and `description` are for people."""
+
+    name: str
+    schema: Schema | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Struct, forbid_unknown_fields=True, tag="json_schema"):
+    json_schema: NamedSchema
+
+
+ResponseFormat: TypeAlias = Text | JsonObject | JsonSchema
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    """vLLM's; exactly one field says the form."""
+
+    json: Schema | str | UnsetType | None = UNSET
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The fields of a request, of which at most one may say a form."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def form(self) -> tuple[str, Grammar] | None:
+        """The field that says it, and what it says. Raises MalformedRequest where two do."""
+        found = [*_of_format(self.response_format), *self._of_guided(), *_of_outputs(self.structured_outputs)]
+        if len(found) > 1:
+            (first, _), (second, _) = found[:2]
+            raise MalformedRequest(f"{first} and {second} both say what the answer looks like; set one.", second)
+        return found[0] if found else None
+
+    def _of_guided(self) -> list[tuple[str, Grammar]]:
+        found = _forms(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return [(f"guided_{name}", grammar) for name, grammar in found]
+
+
+def _of_format(said: ResponseFormat | None) -> list[tuple[str, Grammar]]:
+    match said:
+        case JsonObject():
+            return [("response_format", _schema({"type": "object"}))]
+        case JsonSchema(named):
+            return [("response_format", _schema(named.schema or {"type": "object"}))]
+        case _:
+            return []
+
+
+def _of_outputs(said: StructuredOutputs | None) -> list[tuple[str, Grammar]]:
+    if said is None:
+        return []
+    found = _forms(None if said.json is UNSET else said.json, said.regex, said.choice, said.grammar)
+    if said.json_object:
+        found.append(("json_object", _schema({"type": "object"})))
+    if not found:
+        raise MalformedRequest("It must say one of json, json_object, regex, choice, grammar.", "structured_outputs")
+    return [(f"structured_outputs.{name}", grammar) for name, grammar in found]
+
+
+def _forms(
+    schema: Schema | str | None, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> list[tuple[str, Grammar]]:
+    found = []
+    if schema is not None:
+        found.append(
+            ("json", Grammar(kind="json_schema", source=schema) if isinstance(schema, str) else _schema(schema))
+        )
+    if regex is not None:
+        found.append(("regex", Grammar(kind="regex", source=regex)))
+    if choice is not None:
+        found.append(("choice", Grammar(kind="choice", source=json.dumps(choice, ensure_ascii=False))))
+    if grammar is not None:
+        found.append(("grammar", Grammar(kind="gbnf" if "::=" in grammar else "lark", source=grammar)))
+    return found
+
+
+def _schema(schema: Schema | str) -> Grammar:
+    source = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    return Grammar(kind="json_schema", source=source)
