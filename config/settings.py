@@ -86,6 +86,10 @@ class Adapters(_Section, frozen=True):
     max_bytes: Annotated[int, Help(ge=1, description="Largest adapter accepted, all files together.")] = 4 * 2**30
     fetch_timeout_seconds: Annotated[float, Help(gt=0, description="Deadline of one fetch.")] = 600.0
     max_fetches: Annotated[int, Help(ge=1, le=64, description="Adapters fetched at the same time; others queue.")] = 4
+    request_trust_seconds: Annotated[
+        float,
+        Help(ge=0, description="How long the revision of an adapter that requests name is trusted, unregistered ones."),
+    ] = 60.0
     hub_endpoint: Annotated[
         str | None, Help(description="Address of the hub behind hf://; the public one if unset.")
     ] = None

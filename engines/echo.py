@@ -1,9 +1,9 @@
 """An engine that can be computed by hand: it answers with the prompt's own bytes.
 
-One token is one UTF-8 byte. With an adapter the answer begins with the adapter's name and a colon. Every step
-gives each running request one token, so interleaving, aborts and counts can be predicted exactly. Three words in
-a prompt make faults on demand: `<fail>` fails this request after four tokens, `<die>` ends every request in
-flight as a crash would, `<slow>` stretches this request's steps to 50 ms.
+One token is one UTF-8 byte. With an adapter the answer begins with the adapter's name and a colon, with several with
+their names and weights. Every step gives each running request one token, so interleaving, aborts and counts can be
+predicted exactly. Three words in a prompt make faults on demand: `<fail>` fails this request after four tokens,
+`<die>` ends every request in flight as a crash would, `<slow>` stretches this request's steps to 50 ms.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class EchoEngine:
         room = self.info().max_model_len - len(request.prompt_token_ids)
         if room < 1:
             raise PromptTooLong(f"the prompt has {len(request.prompt_token_ids)} tokens; no room is left", "messages")
-        if request.adapter is not None:
-            await self.load(request.adapter)
+        for part in request.parts:
+            await self.load(part.adapter)
         self._in_flight[request.request_id] = request
         self._prompt_tokens += len(request.prompt_token_ids)
         finished = False
@@ -123,8 +123,8 @@ class EchoEngine:
     async def _answer(self, request: GenerateRequest, room: int) -> AsyncIterator[TokenEvent]:
         prompt = self.tokenizer.decode(request.prompt_token_ids)
         tokens = list(request.prompt_token_ids)
-        if request.adapter is not None:
-            tokens = [*f"{request.adapter.name}: ".encode(), *tokens]
+        if request.parts:
+            tokens = [*f"{_composed(request)}: ".encode(), *tokens]
         limit = min(request.sampling.max_tokens, room)
         whole = self.tokenizer.decode(tokens)
         cut = min((at for stop in request.sampling.stop if (at := whole.find(stop)) >= 0), default=len(whole))
@@ -172,7 +172,7 @@ class EchoEngine:
         self._adapters[adapter.id] = adapter
 
     async def unload(self, adapter_id: str) -> None:
-        if any(request.adapter and request.adapter.id == adapter_id for request in self._in_flight.values()):
+        if self._num_naming(adapter_id):
             raise AdapterInUse(f"adapter {adapter_id} serves requests")
         self._adapters.pop(adapter_id, None)
         self._pinned.discard(adapter_id)
@@ -189,12 +189,14 @@ class EchoEngine:
                 tier="device",
                 pinned=adapter.id in self._pinned,
                 num_bytes=0,
-                num_requests=sum(
-                    bool(request.adapter and request.adapter.id == adapter.id) for request in self._in_flight.values()
-                ),
+                num_requests=self._num_naming(adapter.id),
             )
             for adapter in self._adapters.values()
         ]
+
+    def _num_naming(self, adapter_id: str) -> int:
+        requests = self._in_flight.values()
+        return sum(any(part.adapter.id == adapter_id for part in request.parts) for request in requests)
 
     async def stats(self) -> EngineStats:
         return EngineStats(
@@ -226,6 +228,13 @@ class EchoEngine:
         while self._in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
         self._deaths += 1
+
+
+def _composed(request: GenerateRequest) -> str:
+    """The adapter's name, or those of a composition with their weights: `one*0.5+two*2`."""
+    if request.adapter is not None:
+        return request.adapter.name
+    return "+".join(f"{part.adapter.name}*{part.weight:g}" for part in request.composition)
 
 
 def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...]:

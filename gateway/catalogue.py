@@ -21,7 +21,7 @@ from loraplex.auth.caller import Caller
 from loraplex.auth.store.tables import adapters as table
 from loraplex.auth.tenants import require_tenant
 from loraplex.engines.errors import EngineError
-from loraplex.engines.protocol import Adapter, AdapterCard, Engine
+from loraplex.engines.protocol import Adapter, AdapterCard, Engine, WeightedAdapter
 from loraplex.gateway.errors import (
     AdapterNameTaken,
     AdapterNotRegistered,
@@ -50,14 +50,19 @@ class Stored(Protocol):
 class Store(Protocol):
     """Brings an adapter's files to this machine. Raises AdapterError."""
 
-    async def fetch(self, uri: str, name: str) -> Stored: ...
+    async def address(self, uri: str) -> str:
+        """The normal form of an address, fit to be shown."""
+        ...
+
+    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> Stored: ...
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model name leads: a base model and perhaps an adapter."""
+    """Where a model name leads: a base model and perhaps an adapter, or several that are added up."""
 
     base: str
     adapter: Adapter | None
+    composition: tuple[WeightedAdapter, ...] = ()
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +87,7 @@ class Catalogue:
 
     def __init__(self, database: AsyncEngine, store: Store, engine: Engine, base: str) -> None:
         self._database = database
-        self._store = store
+        self.store = store
         self._engine = engine
         self.base = base
         self._snapshot: Mapping[tuple[str, str], Registered] = {}
@@ -96,7 +101,7 @@ class Catalogue:
                 found = [_registered(row._mapping) for row in rows]
             self._snapshot = {(entry.tenant_id, entry.name): entry for entry in found}
 
-    async def route(self, model: str, caller: Caller) -> Route:
+    async def route(self, model: str, caller: Caller, *, user: str | None = None) -> Route:
         """Raises ModelNotFound, also for another tenant's adapter, ModelNotAllowed where the caller's limits leave it
         out, or AdapterError if its files are gone for good."""
         entry = self._find(model, caller)
@@ -109,6 +114,15 @@ class Catalogue:
         if not Path(entry.path).is_dir():  # noqa: ASYNC240  a stat of a local disk
             entry = await self._restore(entry)
         return Route(base=self.base, adapter=entry.adapter())
+
+    def composed(self, parts: tuple[WeightedAdapter, ...]) -> Route:
+        """The base with the weighted sum of what these adapters add."""
+        return Route(base=self.base, adapter=None, composition=parts)
+
+    def source_of(self, model: str, caller: Caller) -> str | None:
+        """The source of an adapter this caller may know of; "" for the base; None where there is no such model."""
+        entry = self._find(model, caller)
+        return entry.source if entry is not None else "" if model == self.base else None
 
     def visible(self, caller: Caller) -> list[Registered]:
         """The adapters this caller may use, oldest first."""
@@ -132,7 +146,7 @@ class Catalogue:
         Raises MalformedRequest, AdapterNameTaken, TenantNotFound or AdapterError; the catalogue is then as it was.
         """
         self._check_name(name, tenant_id)
-        stored = await self._store.fetch(source, name)
+        stored = await self.store.fetch(source, name)
         card = await self._engine.inspect(stored.adapter)
         entry = Registered(
             name=name,
@@ -189,7 +203,7 @@ class Catalogue:
 
     async def _restore(self, entry: Registered) -> Registered:
         """Fetch the files of a registered adapter again, because the cache lost them."""
-        stored = await self._store.fetch(entry.source, entry.name)
+        stored = await self.store.fetch(entry.source, entry.name)
         mine = (table.c.tenant_id == entry.tenant_id) & (table.c.name == entry.name)
         card = entry.card
         if stored.adapter.id != entry.adapter_id:  # the source has other files by now

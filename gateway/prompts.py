@@ -126,6 +126,7 @@ def _choices(
             prompt_token_ids=tuple(prompt),
             sampling=_reseeded(_sampling(body, limit, engine), number),
             adapter=route.adapter,
+            composition=route.composition,
             tenant=caller.tenant_id,
             cache_salt=body.cache_salt or "",
             timeout_seconds=body.timeout_seconds,

@@ -24,6 +24,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     is seconds since 1970. `max_tokens` bounds the answer of one request. `weight` is the tenant's share of a full
     engine; a request of higher `priority` goes before others of its tenant. Tenants that say `shares_prefixes` share
     what the engine computed of prompts that begin alike; a first token's time may then tell one what others asked.
+    `request_adapters` are addresses, `*` for anything, of which a request may name adapters that nobody registered:
+    `hf://acme/*`, `s3://bucket/*`, `file:///srv/adapters/*`. Without any, none may be named.
     """
 
     allowed_models: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
@@ -39,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-100, le=100)] | None = None
     shares_prefixes: bool | None = None
+    request_adapters: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
 
     def check(self) -> None:
         """Raises ValueError for an address that is none."""
@@ -65,6 +68,20 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         return all(
             limits.allowed_models is None or any(fnmatchcase(model, _literal(it)) for it in limits.allowed_models)
             for limits in (self.tenant, self.key)
+        )
+
+    @property
+    def request_adapters(self) -> tuple[str, ...]:
+        """The tenant's patterns of addresses that requests may fetch adapters from."""
+        return self.tenant.request_adapters or ()
+
+    def may_fetch(self, address: str) -> bool:
+        """Whether the tenant's patterns allow an adapter from this address, and the key's, if it has its own."""
+        lists = [self.request_adapters, self.key.request_adapters]
+        return all(
+            any(fnmatchcase(address, _literal(pattern)) for pattern in patterns)
+            for patterns in lists
+            if patterns is not None
         )
 
     def admits(self, address: str | None) -> bool:

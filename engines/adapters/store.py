@@ -104,6 +104,10 @@ class AdapterStore:
             num_bytes=stored.num_bytes,
         )
 
+    async def address(self, uri: str) -> str:
+        """The normal form of an address, without any query. Raises AdapterInvalid, AdapterSourceForbidden."""
+        return (await asyncio.to_thread(self._sources.find, uri))[1].shown
+
     @contextmanager
     def hold(self, adapter_id: str) -> Iterator[Path]:
         """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone; fetch again then."""

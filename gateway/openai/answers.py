@@ -1,5 +1,6 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
@@ -101,17 +102,24 @@ def _name_as_asked(error: BaseException, body: GenerationFields) -> None:
 
 def _demand(request: Request[Any, Any, Any], body: GenerationFields, choices: Sequence[GenerateRequest]) -> Demand:
     """All choices together; the choices of one prompt stand together, and count it once."""
-    adapter = choices[0].adapter
     return Demand(
         request_id=choices[0].request_id.removesuffix("-0-0"),
         trace_id=request_id_of(request),
         route=request.url.path,
         model=body.model,
-        adapter_id=adapter.id if adapter else "",
+        adapter_id=_adapter_id(choices[0]),
         num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
         max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),
         is_open_ended=_is_open_ended(body),
     )
+
+
+def _adapter_id(request: GenerateRequest) -> str:
+    """The content hash of what the answer is computed with: of a composition, the hash of its parts and weights."""
+    if request.adapter is not None or not request.composition:
+        return request.adapter.id if request.adapter else ""
+    parts = sorted(f"{part.adapter.id} {part.weight!r}" for part in request.composition)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _is_open_ended(body: GenerationFields) -> bool:

@@ -24,6 +24,7 @@ from loraplex.gateway.openai.chat_wire import (
     TokenLogprob,
     TopLogprob,
 )
+from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import LEAST_LOGPROB, Usage
 from loraplex.gateway.prompts import chat_requests
 
@@ -38,7 +39,7 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers) -> list[
         body = await _body.of(request)
         body.check()
         caller = caller_of(request)
-        route = await catalogue.route(body.model, caller)
+        route = await route_of(body, caller, catalogue)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
         choices = await chat_requests(body, completion_id, route, caller, engine)
         return await answers.respond(request, body, choices, _ChatWire(completion_id, body, engine.tokenizer))

@@ -18,6 +18,7 @@ from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.openai.answers import Answers, told_tokens
+from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import LEAST_LOGPROB, GenerationFields, Usage
 from loraplex.gateway.prompts import completion_requests
 
@@ -95,7 +96,7 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         body = await _body.of(request)
         body.check()
         caller = caller_of(request)
-        route = await catalogue.route(body.model, caller)
+        route = await route_of(body, caller, catalogue)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
         choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
         return await answers.respond(request, body, choices, _CompletionWire(completion_id, body, choices, engine))

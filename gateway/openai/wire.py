@@ -22,6 +22,13 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] | None = None
 
 
+class AdapterPart(Struct, forbid_unknown_fields=True):
+    """One adapter of a composition: what it adds to each layer counts `weight` times."""
+
+    model: str
+    weight: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 1.0
+
+
 class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     """Fields that are honoured wherever text is generated.
 
@@ -46,6 +53,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     # said about a request, without effect on its answer
     user: str | None = None
     # common extensions
+    adapters: Annotated[list[AdapterPart], msgspec.Meta(min_length=1, max_length=16)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Unit | None = None
     typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None

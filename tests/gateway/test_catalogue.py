@@ -43,7 +43,10 @@ class Shelf:
         self.version = version
         self.num_fetches = 0
 
-    async def fetch(self, uri: str, name: str) -> Fetched:
+    async def address(self, uri: str) -> str:
+        return uri
+
+    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> Fetched:
         self.num_fetches += 1
         await asyncio.sleep(0)
         if not Path(uri).is_dir():  # noqa: ASYNC240  a stat of a local disk
@@ -189,7 +192,7 @@ async def test_tenant_deleted_during_the_fetch_gets_no_adapter(
 ) -> None:
     fetch = shelf.fetch
 
-    async def fetch_meanwhile(uri: str, name: str) -> Fetched:
+    async def fetch_meanwhile(uri: str, name: str, *, token: str | None = None) -> Fetched:
         async with database.begin() as connection:
             await connection.execute(delete(tenants).where(tenants.c.id == "t1"))
         return await fetch(uri, name)
