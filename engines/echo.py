@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loraplex.config.settings import Settings
 from loraplex.engines.errors import (
@@ -43,9 +44,11 @@ FAULT_AFTER = 4
 
 
 class EchoTokenizer:
-    """UTF-8 bytes as token ids; a chat is its contents, one a line."""
+    """UTF-8 bytes as token ids; a chat is its contents, one a line, and neither tools nor variables show in it."""
 
     eos_token_ids = frozenset({EOS})
+    chat_template: str | None = ""
+    template_variables = frozenset({"tools", "enable_thinking", "reasoning_effort"})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -56,8 +59,16 @@ class EchoTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<eos>"
 
-    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
-        return self.encode("\n".join(message.content for message in messages))
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        return self.encode("\n".join(message.content for message in messages if message.content))
 
 
 class EchoEngine:

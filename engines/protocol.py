@@ -6,8 +6,8 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -79,7 +79,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
     of that form; `bad_words_ids` are token sequences that never appear in the answer.
     With `seed`, the same request draws the same tokens whatever shares its batch.
-    `stop` strings end generation and are not part of the text; `stop_token_ids` likewise.
+    `stop` strings end generation and are not part of the text; `stop_token_ids` likewise. Special tokens leave no text
+    unless `skip_special_tokens` is off.
     """
 
     max_tokens: int
@@ -101,6 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    skip_special_tokens: bool = True
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,12 +231,23 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     fraction: float
 
 
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One call that an earlier answer made; `arguments` is the JSON text the model wrote, valid or not."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a conversation, as chat templates see it."""
+    """One message of a conversation, as chat templates see it. A tool's result says which call it answers."""
 
     role: str
-    content: str
+    content: str | None
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class Tokenizer(Protocol):
@@ -253,8 +266,30 @@ class Tokenizer(Protocol):
         """What one token stands for, as bytes; a special token's name."""
         ...
 
-    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation under the model's chat template. Raises InvalidRequest where it refuses."""
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the model's chat template, or None."""
+        ...
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads beside the messages: `tools`, `enable_thinking` and the like."""
+        ...
+
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template. Raises InvalidRequest where it refuses.
+
+        `tools` are as OpenAI writes them; `variables` are further names the template may read. With
+        `continue_final_message` the last message's text is left open, for the answer to go on with.
+        """
         ...
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from loraplex.engines.chat_template import read_chat_template
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
 from loraplex.engines.protocol import ChatMessage
 
@@ -46,8 +43,8 @@ class HubTokenizer:
         self._special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         config_path = directory / "tokenizer_config.json"
-        self._config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
-        self._template = _chat_template(directory, self._config)
+        config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        self._template = read_chat_template(directory, config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The only form that lets go of the interpreter's lock while it works, so a thread may take a long text."""
@@ -67,33 +64,46 @@ class HubTokenizer:
             return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
         return name.replace("▁", " ").encode()
 
-    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+    @property
+    def chat_template(self) -> str | None:
+        return None if self._template is None else self._template.source
 
-    def render_chat(self, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises InvalidRequest where the template refuses it."""
+    @property
+    def template_variables(self) -> frozenset[str]:
+        return frozenset() if self._template is None else self._template.variables
+
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         if self._template is None:
             raise InvalidRequest("this model has no chat template", "messages")
-        try:
-            return self._template(
-                messages=[_as_dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token")},
-            )
-        except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses this conversation: {error}", "messages") from error
+        text = self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
+        )
+        return self.encode(text, add_special_tokens=False)
 
-    def stream(self) -> TextStream:
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""
-        return TextStream(self._tokenizer)
+        return TextStream(self._tokenizer, skip_special_tokens)
 
 
 class TextStream:
     """Token ids in, the text they complete out; a character whose bytes are incomplete waits."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skips_special = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
         self._length = 0
 
@@ -105,37 +115,5 @@ class TextStream:
 
     def flush(self) -> str:
         """What is left at the end: incomplete characters as U+FFFD."""
-        whole: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        whole: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skips_special)
         return whole[self._length :]
-
-
-def _chat_template(directory: Path, config: dict[str, Any]) -> Callable[..., str] | None:
-    path = directory / "chat_template.jinja"
-    source = path.read_text() if path.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several named templates: the default one
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if not isinstance(source, str):
-        return None
-    # The environment that transformers renders templates in, so that they mean the same here.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source).render
-
-
-def _as_dict(message: ChatMessage) -> dict[str, str]:
-    named = {"name": message.name} if message.name is not None else {}
-    return {"role": message.role, "content": message.content, **named}
-
-
-def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _token_text(token: object) -> object:
-    return token.get("content") if isinstance(token, dict) else token

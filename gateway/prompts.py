@@ -39,7 +39,7 @@ async def chat_requests(
         )
         for message in body.messages
     ]
-    length = sum(len(message.content) for message in messages)
+    length = sum(len(message.content or "") for message in messages)
     prompt = await _tokenised(length, lambda: engine.tokenizer.encode_chat(messages))
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -95,7 +95,8 @@ class NativeEngine:
         worker = self._worker
         answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
         worker.answers[request.request_id] = answers
-        detokenizer = Detokenizer(self.tokenizer.stream(), request.sampling.stop)
+        text = self.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
+        detokenizer = Detokenizer(text, request.sampling.stop)
         ends = self.tokenizer.eos_token_ids.union(request.sampling.stop_token_ids)
         is_over = False
         try:
