@@ -37,6 +37,7 @@ from loraplex.engines.protocol import (
     Progress,
     TokenEvent,
     TokenLogprobs,
+    TokenSpan,
 )
 
 EOS = 256
@@ -46,15 +47,20 @@ FAULT_AFTER = 4
 class EchoTokenizer:
     """UTF-8 bytes as token ids; a chat is its contents, one a line, and neither tools nor variables show in it."""
 
-    eos_token_ids = frozenset({EOS})
+    eos_token_ids = special_token_ids = frozenset({EOS})
     chat_template: str | None = ""
     template_variables = frozenset({"tools", "enable_thinking", "reasoning_effort"})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token for token in token_ids if token < EOS).decode(errors="replace")
+    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """Every byte of a character stands where the character does."""
+        return [TokenSpan(byte, at, at + 1) for at, character in enumerate(text) for byte in character.encode()]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        kept = (token for token in token_ids if token < EOS or not skip_special_tokens)
+        return b"".join(self.token_bytes(token) for token in kept).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<eos>"
@@ -138,8 +144,9 @@ class EchoEngine:
             tokens = [*f"{_composed(request)}: ".encode(), *tokens]
         limit = min(request.sampling.max_tokens, room)
         whole = self.tokenizer.decode(tokens)
-        cut = min((at for stop in request.sampling.stop if (at := whole.find(stop)) >= 0), default=len(whole))
-        tokens = [*whole[:cut].encode(), EOS]
+        cuts = [(at, len(stop)) for stop in request.sampling.stop if (at := whole.find(stop)) >= 0]
+        cut, length = min(cuts, default=(len(whole), 0))
+        tokens = [*whole[: cut + length * request.sampling.includes_stop].encode(), EOS]
         pending = b""
         deaths = self._deaths
         for count, token in enumerate(tokens[:limit], start=1):

@@ -79,8 +79,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
     of that form; `bad_words_ids` are token sequences that never appear in the answer.
     With `seed`, the same request draws the same tokens whatever shares its batch.
-    `stop` strings end generation and are not part of the text; `stop_token_ids` likewise. Special tokens leave no text
-    unless `skip_special_tokens` is off.
+    `stop` strings end generation and are not part of the text, unless it `includes_stop`; `stop_token_ids` never are.
+    Special tokens leave no text unless `skip_special_tokens` is off.
     """
 
     max_tokens: int
@@ -100,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    includes_stop: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
@@ -250,16 +251,33 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_content: str | None = None
 
 
+class TokenSpan(msgspec.Struct, frozen=True):
+    """One token of a text, and where it stands there in characters; a special token that was added stands nowhere."""
+
+    token_id: int
+    start: int
+    stop: int
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back, in the gateway's process."""
 
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a text: ends, beginnings, marks of a chat template."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of whole tokens; special tokens left out, broken UTF-8 as U+FFFD."""
+    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens that `encode` gives, with their places."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of whole tokens, special tokens left out or as their names; broken UTF-8 as U+FFFD."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

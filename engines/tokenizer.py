@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from loraplex.engines.chat_template import read_chat_template
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
-from loraplex.engines.protocol import ChatMessage
+from loraplex.engines.protocol import ChatMessage, TokenSpan
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -40,7 +40,8 @@ class HubTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_token_ids = eos_token_ids
-        self._special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_token_ids = frozenset(token_id for token_id, token in added if token.special)
         self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         config_path = directory / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
@@ -51,12 +52,16 @@ class HubTokenizer:
         [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoded.ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+        [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return [TokenSpan(token_id, *place) for token_id, place in zip(encoded.ids, encoded.offsets, strict=True)]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
         name = self._tokenizer.id_to_token(token_id)
-        if name is None or token_id in self._special:
+        if name is None or token_id in self.special_token_ids:
             return (name or "").encode()
         if match := _BYTE_TOKEN.fullmatch(name):  # SentencePiece's fallback for single bytes
             return bytes([int(match[1], 16)])

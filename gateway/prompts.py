@@ -175,6 +175,7 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> Sampli
         seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),
+        includes_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=min_tokens,
     )

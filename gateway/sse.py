@@ -7,7 +7,7 @@ written together. `StreamResponse` is sse-starlette's response on a shorter path
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from litestar.types import Receive
@@ -29,6 +29,16 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def error_frame(error: Exception) -> bytes:
     """What ends a stream instead of [DONE]; clients raise it."""
     return b"data: " + problem_of(error).body() + b"\n\n"
+
+
+class Framing(NamedTuple):
+    """How an API ends a stream: what follows the last frame, and the frame of an error instead."""
+
+    done: bytes
+    error: Callable[[Exception], bytes]
+
+
+OPENAI = Framing(DONE, error_frame)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -76,12 +86,14 @@ class Relay:
         end: Callable[[], bytes],
         request_id: str = "-",
         on_end: Callable[[BaseException | None], None] = lambda error: None,
+        framing: Framing = OPENAI,
     ) -> None:
         self._choices = choices
         self._encode = encode
         self._end = end
         self._request_id = request_id
         self._on_end = on_end
+        self._framing = framing
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
         self._is_over = False
@@ -111,7 +123,7 @@ class Relay:
                 break
         if self._error is not None:
             report(self._request_id, self._error)
-            yield error_frame(self._error)
+            yield self._framing.error(self._error)
 
     async def close(self) -> None:
         """Abort the answer, if it is not complete."""

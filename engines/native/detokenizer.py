@@ -1,4 +1,4 @@
-"""Tokens of one answer -> its text: whole characters, stop strings cut, nothing of a possible stop string too early."""
+"""Tokens of one answer -> its text: whole characters, cut at a stop string, nothing of a possible one too early."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from loraplex.engines.tokenizer import TextStream
 class Detokenizer:
     """`feed` each token, then `finish`. After `is_stopped` the answer is complete: a stop string was met."""
 
-    def __init__(self, stream: TextStream, stops: Sequence[str]) -> None:
+    def __init__(self, stream: TextStream, stops: Sequence[str], *, includes_stop: bool = False) -> None:
+        """The text ends before the stop string, or with it where it `includes_stop`."""
         self._stream = stream
+        self._includes_stop = includes_stop
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.is_stopped = False
@@ -31,11 +33,12 @@ class Detokenizer:
         if not self._stops:
             return text
         held = self._held + text
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self.is_stopped = True
             self._held = ""
-            return held[: min(found)]
+            at, length = min(found)
+            return held[: at + length * self._includes_stop]
         keep = max(_overlap(held, stop) for stop in self._stops)
         certain = len(held) - keep
         self._held = held[certain:]

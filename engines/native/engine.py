@@ -95,9 +95,10 @@ class NativeEngine:
         worker = self._worker
         answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
         worker.answers[request.request_id] = answers
-        text = self.tokenizer.stream(skip_special_tokens=request.sampling.skip_special_tokens)
-        detokenizer = Detokenizer(text, request.sampling.stop)
-        ends = self.tokenizer.eos_token_ids.union(request.sampling.stop_token_ids)
+        sampling = request.sampling
+        text = self.tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
+        detokenizer = Detokenizer(text, sampling.stop, includes_stop=sampling.includes_stop)
+        ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
         is_over = False
         try:
             worker.send(Submit(request))

@@ -1,7 +1,7 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from litestar import Request, Response
@@ -10,13 +10,37 @@ from litestar.types import ASGIApp
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
 from loraplex.engines.errors import InvalidRequest
-from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
-from loraplex.gateway.openai.wire import GenerationFields, PromptTokensDetails, Usage
-from loraplex.gateway.sse import DONE, Relay, StreamResponse, error_frame, together, unless_client_leaves
+from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
+from loraplex.gateway.sse import OPENAI, Framing, Relay, StreamResponse, together, unless_client_leaves
+
+
+class Asked(Protocol):
+    """What any route's body says of its answer as a whole."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def stream(self) -> bool | None: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def num_choices(self) -> int:
+        """How many answers are generated for each prompt."""
+        ...
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream tells the usage in a frame of its own."""
+        ...
+
+    def form(self) -> tuple[str, Grammar] | None:
+        """The field that says what the answer must look like, and what it says."""
+        ...
 
 
 class Wire(Protocol):
@@ -51,18 +75,27 @@ class Answers:
         self._server = server
 
     async def respond(
-        self, request: Request[Any, Any, Any], body: GenerationFields, choices: list[GenerateRequest], wire: Wire
+        self,
+        request: Request[Any, Any, Any],
+        body: Asked,
+        choices: list[GenerateRequest],
+        wire: Wire,
+        framing: Framing = OPENAI,
+        on_event: Callable[[TokenEvent], None] = lambda event: None,
     ) -> ASGIApp:
-        """The response. Raises what the engine raises before its first token, and ClientLeft."""
+        """The response; `on_event` sees every event as it comes.
+
+        Raises what the engine raises before its first token, and ClientLeft.
+        """
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
         meter = await self._accounts.open(caller, _demand(request, body, choices))
         tell_limits(request, meter.headers())
         try:
-            answer = _Answer(choices, body.num_choices, wire)
+            answer = _Answer(choices, body.num_choices, wire, on_event)
             events = [meter.watch(self._metrics.watch(body.model, self._engine.generate(choice))) for choice in choices]
             if body.stream:
-                return await self._stream(request, answer, events, body, meter)
+                return await self._stream(request, answer, events, body, meter, framing)
             collected = await unless_client_leaves(request.receive, answer.collect(events))
         except BaseException as error:
             meter.settle(error)
@@ -77,10 +110,11 @@ class Answers:
         request: Request[Any, Any, Any],
         answer: "_Answer",
         events: Sequence[AsyncIterator[TokenEvent]],
-        body: GenerationFields,
+        body: Asked,
         meter: Meter,
+        framing: Framing,
     ) -> ASGIApp:
-        relay = answer.relay(events, request_id_of(request), include_usage=body.includes_usage, meter=meter)
+        relay = answer.relay(events, request_id_of(request), framing, include_usage=body.includes_usage, meter=meter)
         try:
             await unless_client_leaves(request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
@@ -93,14 +127,14 @@ class Answers:
         )
 
 
-def _name_as_asked(error: BaseException, body: GenerationFields) -> None:
+def _name_as_asked(error: BaseException, body: Asked) -> None:
     """Let an engine's complaint of a grammar name the field that said it."""
     form = body.form()
     if isinstance(error, InvalidRequest) and error.param == "grammar" and form is not None:
         error.param = form[0]
 
 
-def _demand(request: Request[Any, Any, Any], body: GenerationFields, choices: Sequence[GenerateRequest]) -> Demand:
+def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest]) -> Demand:
     """All choices together; the choices of one prompt stand together, and count it once."""
     return Demand(
         request_id=choices[0].request_id.removesuffix("-0-0"),
@@ -122,7 +156,7 @@ def _adapter_id(request: GenerateRequest) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _is_open_ended(body: GenerationFields) -> bool:
+def _is_open_ended(body: Asked) -> bool:
     """Whether the client named no limit."""
     return body.max_tokens is None and getattr(body, "max_completion_tokens", None) is None
 
@@ -130,8 +164,15 @@ def _is_open_ended(body: GenerationFields) -> bool:
 class _Answer:
     """One answer in the making: its choices, and what they have used so far."""
 
-    def __init__(self, choices: list[GenerateRequest], num_per_prompt: int, wire: Wire) -> None:
+    def __init__(
+        self,
+        choices: list[GenerateRequest],
+        num_per_prompt: int,
+        wire: Wire,
+        on_event: Callable[[TokenEvent], None],
+    ) -> None:
         self._wire = wire
+        self._on_event = on_event
         # the choices of one prompt stand together, and count it once
         self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
         self._num_tokens = 0
@@ -146,11 +187,12 @@ class _Answer:
         self,
         events: Sequence[AsyncIterator[TokenEvent]],
         request_id: str,
+        framing: Framing,
         *,
         include_usage: bool,
         meter: Meter,
     ) -> Relay:
-        """The answer as frames, [DONE] last, or why it was cut short."""
+        """The answer as frames, and at its end what the API ends it with, or why it was cut short."""
         begun: set[int] = set()
 
         def encode(number: int, event: TokenEvent) -> bytes:
@@ -164,9 +206,9 @@ class _Answer:
 
         def end() -> bytes:
             usage = self._wire.usage(self._usage()) if include_usage else b""
-            return usage + (DONE if meter.refusal is None else error_frame(meter.refusal))
+            return usage + (framing.done if meter.refusal is None else framing.error(meter.refusal))
 
-        return Relay(events, encode, end, request_id, meter.settle)
+        return Relay(events, encode, end, request_id, meter.settle, framing)
 
     async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
         collected = []
@@ -176,6 +218,7 @@ class _Answer:
         return collected
 
     def _count(self, event: TokenEvent) -> None:
+        self._on_event(event)
         self._num_tokens += len(event.token_ids)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
 

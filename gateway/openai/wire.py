@@ -60,6 +60,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     min_tokens: Natural | None = None
     bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None

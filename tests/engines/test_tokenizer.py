@@ -33,6 +33,28 @@ def test_encode_chat_equals_transformers(tmp_path: Path, template: str) -> None:
     assert HubTokenizer(tmp_path).encode_chat(CHAT) == expected
 
 
+@pytest.mark.parametrize("text", ["Grüße 🦜 and more", "<|end|>a<|end|>", "", " leading"])
+def test_spans_equal_transformers(tmp_path: Path, text: str) -> None:
+    theirs = make_tokenizer()
+    theirs.save_pretrained(tmp_path)
+    ours = HubTokenizer(tmp_path)
+    expected = theirs(text, return_offsets_mapping=True)
+    found = ours.spans(text)
+    assert [span.token_id for span in found] == expected["input_ids"] == ours.encode(text)
+    assert [(span.start, span.stop) for span in found] == expected["offset_mapping"]
+
+
+def test_decode_tells_special_tokens_where_asked(tmp_path: Path) -> None:
+    theirs = make_tokenizer()
+    theirs.save_pretrained(tmp_path)
+    ours = HubTokenizer(tmp_path)
+    token_ids = theirs("a<|end|>b")["input_ids"]
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True) == "ab"
+    assert ours.decode(token_ids, skip_special_tokens=False) == theirs.decode(token_ids) == "a<|end|>b"
+    assert ours.special_token_ids >= set(theirs.all_special_ids)
+    assert ours.encode("a")[0] not in ours.special_token_ids
+
+
 def test_encode_chat_template_that_raises_is_the_requests_error(tmp_path: Path) -> None:
     theirs = make_tokenizer()
     theirs.chat_template = "{{ raise_exception('no system role here') }}"

@@ -107,3 +107,11 @@ def test_prompts_beyond_the_limit_are_refused_before_any_runs(gateway: Gateway) 
             response = client.post("/v1/completions", json={"model": BASE, "prompt": prompt, "n": n})
             assert "2048" in assert_problem(response, 400, "invalid_request", "prompt")
     assert gateway.stats().total_prompt_tokens == before
+
+
+def test_stop_is_cut_or_included(client: OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt="one. two", stop=".")
+    assert answer.choices[0].text == "one"
+    extra = {"include_stop_str_in_output": True}
+    answer = client.completions.create(model=BASE, prompt="one. two", stop=".", extra_body=extra)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one.", "stop")

@@ -17,9 +17,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
 
 
-def feed(tokenizer: Tokenizer, text: str, stops: list[str]) -> tuple[list[str], bool]:
+def feed(tokenizer: Tokenizer, text: str, stops: list[str], *, includes_stop: bool = False) -> tuple[list[str], bool]:
     """(what each token released, and the end), whether a stop was met. One token is one byte."""
-    detokenizer = Detokenizer(TextStream(tokenizer), stops)
+    detokenizer = Detokenizer(TextStream(tokenizer), stops, includes_stop=includes_stop)
     released = []
     for token in tokenizer.encode(text).ids:
         released.append(detokenizer.feed(token))
@@ -42,6 +42,13 @@ def test_feed_possible_stop_is_held_until_decided(tokenizer: Tokenizer) -> None:
 def test_feed_stop_cuts_and_ends(tokenizer: Tokenizer) -> None:
     released, stopped = feed(tokenizer, "xENDy", ["END"])
     assert ("".join(released), stopped) == ("x", True)
+
+
+def test_feed_stop_that_is_included_ends_the_text(tokenizer: Tokenizer) -> None:
+    released, stopped = feed(tokenizer, "xENDy", ["END"], includes_stop=True)
+    assert ("".join(released), stopped) == ("xEND", True)
+    released, stopped = feed(tokenizer, "xENy", ["END"], includes_stop=True)
+    assert ("".join(released), stopped) == ("xENy", False)
 
 
 def test_finish_incomplete_character_is_a_replacement(tokenizer: Tokenizer) -> None:
