@@ -58,3 +58,7 @@ class QuotaSpent(LimitReached):
 
 class LimitsUnavailable(AuthError):
     """The store that gateways share limits through does not answer."""
+
+
+class UsageUnrecorded(AuthError):
+    """What requests use cannot be written down at the moment, so that no request is taken on."""

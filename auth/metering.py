@@ -9,6 +9,7 @@ import msgspec
 RUNNING = "running"
 COMPLETED = "completed"
 ABORTED = "aborted"  # the client left
+INTERRUPTED = "interrupted"  # the gateway's process ended
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +33,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One request and what it used. Times are seconds since 1970.
 
-    `outcome` is RUNNING, COMPLETED, ABORTED, or the class of the error that ended it.
+    `outcome` is RUNNING, COMPLETED, ABORTED, INTERRUPTED, or the class of the error that ended it. `ended_at` is None
+    while it runs, and where nobody saw the end.
     """
 
     request_id: str
@@ -55,11 +57,11 @@ class Books(Protocol):
     """Where usage is written down. Each request is begun once and settled once; nothing here waits for a disk."""
 
     def begin(self, record: UsageRecord) -> None:
-        """The request was admitted; nothing has been generated."""
+        """The request was admitted; nothing has been generated. Raises UsageUnrecorded."""
         ...
 
-    def progress(self, request_id: str, num_completion_tokens: int) -> None:
-        """So many tokens in all are about to be given to the client."""
+    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
+        """So many tokens in all are about to be given to the client, and so many of the prompt's were cached."""
         ...
 
     def settle(self, record: UsageRecord) -> None:
@@ -67,7 +69,10 @@ class Books(Protocol):
         ...
 
     async def spent(self, tenant_id: str, key_id: str | None, since: float) -> int:
-        """Tokens, prompt and completion, of requests that began at or after `since`, of one key or of all keys."""
+        """Tokens, prompt and completion, of requests that began at or after `since`, of one key or of all keys.
+
+        `since` is midnight, UTC. Raises LimitsUnavailable where the books cannot be read.
+        """
         ...
 
 
@@ -76,7 +81,7 @@ class NoBooks:
 
     def begin(self, record: UsageRecord) -> None: ...
 
-    def progress(self, request_id: str, num_completion_tokens: int) -> None: ...
+    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None: ...
 
     def settle(self, record: UsageRecord) -> None: ...
 

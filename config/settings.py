@@ -152,6 +152,16 @@ class LimitSettings(_Section, frozen=True):
     ] = "open"
 
 
+class UsageSettings(_Section, frozen=True):
+    journal_dir: Annotated[
+        str | None,
+        Help(
+            description="Local directory where gateways record what running requests use, so that no kill loses it; "
+            "unset: named like the database, beside an SQLite file."
+        ),
+    ] = None
+
+
 class Settings(_Section, frozen=True):
     """The whole file: one attribute a table."""
 
@@ -162,6 +172,7 @@ class Settings(_Section, frozen=True):
     database: Database = Database()
     auth: Auth = Auth()
     limits: LimitSettings = LimitSettings()
+    usage: UsageSettings = UsageSettings()
 
 
 def load_settings(path: Path) -> Settings:

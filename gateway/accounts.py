@@ -75,7 +75,7 @@ class Meter:
                     self._first_token_at = time.time()
                 self._num_tokens += len(event.token_ids)
                 self._num_cached = max(self._num_cached, event.num_cached_tokens)
-                self._books.progress(self._record.request_id, self._num_tokens)
+                self._books.progress(self._record.request_id, self._num_tokens, self._num_cached)
                 yield event
 
     async def _covers(self, num_more: int) -> bool:
@@ -100,20 +100,22 @@ class Meter:
         outcome = _outcome(error or self.refusal)
         has_failed = self._first_token_at is None and outcome not in (COMPLETED, ABORTED)
         num_prompt = 0 if has_failed else self._record.num_prompt_tokens
-        self._reservation.settle(num_prompt, self._num_tokens)
+        try:
+            self._books.settle(
+                msgspec.structs.replace(
+                    self._record,
+                    num_prompt_tokens=num_prompt,
+                    num_cached_tokens=self._num_cached,
+                    num_completion_tokens=self._num_tokens,
+                    first_token_at=self._first_token_at,
+                    ended_at=time.time(),
+                    outcome=outcome,
+                )
+            )
+        finally:  # after it is written down, and whatever becomes of that: a reservation never stays
+            self._reservation.settle(num_prompt, self._num_tokens)
         if outcome == COMPLETED:
             self._admission.learn(self._record.key_id, self._record.model, self._num_tokens)
-        self._books.settle(
-            msgspec.structs.replace(
-                self._record,
-                num_prompt_tokens=num_prompt,
-                num_cached_tokens=self._num_cached,
-                num_completion_tokens=self._num_tokens,
-                first_token_at=self._first_token_at,
-                ended_at=time.time(),
-                outcome=outcome,
-            )
-        )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """`x-ratelimit-*` of the limits that hold, and why the answer was cut short, if it was by now."""

@@ -49,6 +49,7 @@ TABLE: dict[type[Exception], Row] = {
     auth.TokensLimited: Row(429, "tokens", "rate_limit_exceeded"),
     auth.QuotaSpent: Row(429, "insufficient_quota", "insufficient_quota"),
     auth.LimitsUnavailable: Row(503, _SERVER, "limits_unavailable", 1.0),
+    auth.UsageUnrecorded: Row(503, _SERVER, "usage_unrecorded", 1.0),
     auth.SecretUnreadable: Row(500, _SERVER, "secret_unreadable"),
     auth.NameTaken: Row(409, _INVALID, "name_taken"),
     engines.EngineError: Row(500, _SERVER, "engine_error"),

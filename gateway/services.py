@@ -7,13 +7,15 @@ from pathlib import Path
 import msgspec
 from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.keys import load_pepper
+from loraplex.auth.ledger.ledger import open_ledger
 from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
-from loraplex.auth.metering import Books, NoBooks
+from loraplex.auth.metering import Books
 from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import LimitSettings, Settings, environment
@@ -54,17 +56,35 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     try:
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
-        books = NoBooks()
-        admission = _admission(settings.limits, books)
         catalogue = Catalogue(database, store, engine, settings.model.name)
         await catalogue.reload()
-        try:
-            yield Services(engine, tenants, catalogue, Accounts(admission, books), made)
-        finally:
-            await admission.close()
+        async with _accounts(settings, database) as accounts:
+            yield Services(engine, tenants, catalogue, accounts, made)
     finally:
         await store.close()
         await database.dispose()
+
+
+@asynccontextmanager
+async def _accounts(settings: Settings, database: AsyncEngine) -> AsyncIterator[Accounts]:
+    """The limits over the books, closed first. Raises CannotOpen."""
+    try:
+        ledger = await open_ledger(database, _journal_dir(settings, database))
+    except (SQLAlchemyError, OSError) as error:
+        raise CannotOpen(f"usage.journal_dir: {error}") from error
+    try:
+        admission = _admission(settings.limits, ledger)
+        try:
+            yield Accounts(admission, ledger)
+        finally:
+            await admission.close()
+    finally:
+        await ledger.close()
+
+
+def _journal_dir(settings: Settings, database: AsyncEngine) -> Path:
+    """Each database has one of its own, so that nothing is settled in another's books."""
+    return Path(settings.usage.journal_dir or f"{database.url.database}.journal").expanduser()
 
 
 def _admission(settings: LimitSettings, books: Books) -> Admission:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, MetaData, String, Table
+from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, Index, MetaData, String, Table
 
 metadata = MetaData()
 
@@ -57,4 +57,41 @@ adapters = Table(
     Column("num_bytes", BigInteger, nullable=False),
     Column("card", JSON, nullable=False),
     Column("created_at", Float, nullable=False),
+)
+
+# One row a request, written once when it is over. Rows refer to nothing: a bill outlives its tenant.
+usage_records = Table(
+    "usage_records",
+    metadata,
+    Column("request_id", String(64), primary_key=True),
+    Column("trace_id", String(128), nullable=False),
+    Column("route", String(128), nullable=False),
+    Column("tenant_id", String(32), nullable=False),
+    Column("key_id", String(32), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("adapter_id", String(64), nullable=False),
+    Column("num_prompt_tokens", BigInteger, nullable=False),
+    Column("num_cached_tokens", BigInteger, nullable=False),
+    Column("num_completion_tokens", BigInteger, nullable=False),
+    Column("began_at", Float, nullable=False),
+    Column("first_token_at", Float, nullable=True),
+    Column("ended_at", Float, nullable=True),
+    Column("outcome", String(64), nullable=False),
+    Index("ix_usage_records_began_at", "began_at", "request_id"),
+    Index("ix_usage_records_tenant_id", "tenant_id", "began_at"),
+)
+
+# What the rows above come to, kept when they are pruned. `day` is the UTC date that the requests began on: 2027-01-31.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("day", String(10), primary_key=True),
+    Column("tenant_id", String(32), primary_key=True),
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(256), primary_key=True),
+    Column("num_requests", BigInteger, nullable=False),
+    Column("num_prompt_tokens", BigInteger, nullable=False),
+    Column("num_cached_tokens", BigInteger, nullable=False),
+    Column("num_completion_tokens", BigInteger, nullable=False),
+    Index("ix_usage_days_tenant_id", "tenant_id", "day"),
 )

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from support.services import own_postgres_database
 
 from loraplex.auth.authentication import REMEMBERED_SECONDS
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
@@ -33,23 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest_asyncio.fixture(params=["sqlite", "postgresql"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    """An empty database of the test's own."""
-    if request.param == "sqlite":
-        yield f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-        return
-    async with own_postgres_database() as url:
-        yield url
-
-
-@pytest_asyncio.fixture
-async def database(url: str) -> AsyncIterator[AsyncEngine]:
-    engine = await open_database(url)
-    yield engine
-    await engine.dispose()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ class Witness:
     def begin(self, record: UsageRecord) -> None:
         self.begun.append(record)
 
-    def progress(self, request_id: str, num_completion_tokens: int) -> None:
+    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
         self.told[request_id] = num_completion_tokens
 
     def settle(self, record: UsageRecord) -> None:

@@ -1,0 +1,30 @@
+"""Databases for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
+from support.services import own_postgres_database
+
+from loraplex.auth.store.database import open_database
+
+
+@pytest_asyncio.fixture(params=["sqlite", "postgresql"])
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """An empty database of the test's own."""
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+        return
+    async with own_postgres_database() as url:
+        yield url
+
+
+@pytest_asyncio.fixture
+async def database(url: str) -> AsyncIterator[AsyncEngine]:
+    engine = await open_database(url)
+    yield engine
+    await engine.dispose()
