@@ -2,14 +2,17 @@
 
 One token is one UTF-8 byte. With an adapter the answer begins with the adapter's name and a colon, with several with
 their names and weights. Every step gives each running request one token, so interleaving, aborts and counts can be
-predicted exactly. Three words in a prompt make faults on demand: `<fail>` fails this request after four tokens,
-`<die>` ends every request in flight as a crash would, `<slow>` stretches this request's steps to 50 ms.
+predicted exactly. The hidden state of a token is its byte's eight bits, lowest first, then the sum of the bytes of the
+adapters' names, times their weights. Three words in a prompt make faults on demand: `<fail>` fails this request after
+four tokens, `<die>` ends every request in flight as a crash would, `<slow>` stretches this request's steps to 50 ms; an
+embedding is one step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from loraplex.engines.protocol import (
     AdapterCard,
     AdapterResidency,
     ChatMessage,
+    Embedding,
+    EmbedRequest,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -42,6 +47,7 @@ from loraplex.engines.protocol import (
 
 EOS = 256
 FAULT_AFTER = 4
+EMBEDDING_WIDTH = 9
 
 
 class EchoTokenizer:
@@ -84,7 +90,7 @@ class EchoEngine:
         self._settings = settings
         self._step_seconds = step_seconds
         self._state: HealthState = "starting"
-        self._in_flight: dict[str, GenerateRequest] = {}
+        self._in_flight: dict[str, GenerateRequest | EmbedRequest] = {}
         self._adapters: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._deaths = 0
@@ -109,6 +115,7 @@ class EchoEngine:
             kv_block_size=1,
             num_kv_blocks=0,
             max_lora_rank=self._settings.adapters.max_rank,
+            embedding_width=EMBEDDING_WIDTH,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
@@ -169,6 +176,39 @@ class EchoEngine:
                 logprobs=_certainty(request.sampling.num_logprobs, token),
                 prompt_logprobs=_prompt_certainty(request) if count == 1 else (),
             )
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        if self._state != "ready":
+            raise EngineUnavailable(f"the engine is {self._state}")
+        length, limit = len(request.prompt_token_ids), self.info().max_model_len
+        if length > limit:
+            raise PromptTooLong(f"the prompt has {length} tokens; at most {limit} fit", "input")
+        if not length:
+            raise InvalidRequest("the prompt has no tokens", "prompt")
+        for part in request.parts:
+            await self.load(part.adapter)
+        self._in_flight[request.request_id] = request
+        self._prompt_tokens += length
+        deaths = self._deaths
+        prompt = self.tokenizer.decode(request.prompt_token_ids)
+        finished = False
+        try:
+            await asyncio.sleep(max(self._step_seconds, 0.05 * ("<slow>" in prompt)))
+            self._steps += 1
+            self._deaths += "<die>" in prompt
+            if self._deaths != deaths:
+                raise EngineDied("the engine process ended; it is being restarted")
+            finished = True
+            if "<fail>" in prompt:
+                raise GenerationFailed("this request was asked to fail")
+            return Embedding(request_id=request.request_id, values=_pooled(request))
+        except GenerationFailed:
+            self._failed += 1
+            raise
+        finally:
+            del self._in_flight[request.request_id]
+            self._finished += finished
+            self._aborted += not finished
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
         try:
@@ -266,6 +306,17 @@ def _prompt_certainty(request: GenerateRequest) -> tuple[TokenLogprobs | None, .
     wanted = request.sampling.num_prompt_logprobs
     told = [one for token in request.prompt_token_ids[1:] for one in _certainty(wanted, token)]
     return (None, *told) if told else ()
+
+
+def _pooled(request: EmbedRequest) -> tuple[float, ...]:
+    """The hidden states, pooled and normalised as asked for."""
+    name = sum(sum(part.adapter.name.encode()) * part.weight for part in request.parts)
+    hidden = [[float(token >> bit & 1) for bit in range(EMBEDDING_WIDTH - 1)] + [name]
+              for token in request.prompt_token_ids]  # fmt: skip
+    chosen = {"mean": hidden, "last": hidden[-1:], "cls": hidden[:1]}[request.pooling]
+    mean = [sum(column) / len(chosen) for column in zip(*chosen, strict=True)]
+    length = math.hypot(*mean) if request.normalize else 1.0
+    return tuple(value / (length or 1.0) for value in mean)
 
 
 def _whole_characters(data: bytes) -> tuple[bytes, str]:

@@ -13,6 +13,7 @@ import msgspec
 
 FinishReason = Literal["stop", "length"]
 Variant = Literal["lora", "rslora", "dora"]
+Pooling = Literal["mean", "last", "cls"]
 HealthState = Literal["starting", "ready", "restarting", "draining", "failed"]
 
 
@@ -106,7 +107,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What every request may be computed with: one adapter, or a composition of several."""
+
+    adapter: Adapter | None = None
+    composition: tuple[WeightedAdapter, ...] = ()
+
+    @property
+    def parts(self) -> tuple[WeightedAdapter, ...]:
+        """Its adapters, however it names them."""
+        return (WeightedAdapter(self.adapter, 1.0),) if self.adapter is not None else self.composition
+
+
+class GenerateRequest(_Request, frozen=True, kw_only=True):
     """One generation. `request_id` is unique among the requests in flight.
 
     `tenant` has a fair share of the engine in proportion to `weight`; among its own requests those of higher
@@ -119,8 +132,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    adapter: Adapter | None = None
-    composition: tuple[WeightedAdapter, ...] = ()
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
@@ -128,10 +139,30 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     timeout_seconds: float | None = None
 
-    @property
-    def parts(self) -> tuple[WeightedAdapter, ...]:
-        """Its adapters, however it names them."""
-        return (WeightedAdapter(self.adapter, 1.0),) if self.adapter is not None else self.composition
+
+class EmbedRequest(_Request, frozen=True, kw_only=True):
+    """One text to be made a vector: its final hidden states, pooled. The fields it shares are those of a generation.
+
+    `mean` is that of all tokens' hidden states, `last` that of the last token, `cls` that of the first; with
+    `normalize` the vector is divided by its Euclidean length.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    timeout_seconds: float | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """The vector of one request. `num_cached_tokens` of its prompt came from the prefix cache."""
+
+    request_id: str
+    values: tuple[float, ...]
+    num_cached_tokens: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -162,7 +193,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine serves. Lengths are tokens, `kv_block_size` tokens a block."""
+    """What an engine serves. Lengths are tokens, `kv_block_size` tokens a block.
+
+    `embedding_width` is the length of an embedding, 0 where the model gives none.
+    """
 
     engine: str
     base_model: str
@@ -175,6 +209,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_block_size: int
     num_kv_blocks: int
     max_lora_rank: int
+    embedding_width: int = 0
 
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -330,6 +365,13 @@ class Engine(Protocol):
 
         Raises InvalidRequest, EngineUnavailable or EngineOverloaded before the first event; EngineDied,
         AdapterError, DeadlineExceeded or GenerationFailed at any time.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        """The pooled hidden states of one text, computed beside the generations. Cancelling aborts the request.
+
+        Raises what `generate` raises; InvalidRequest also where the model gives no embeddings.
         """
         ...
 

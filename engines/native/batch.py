@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loraplex.engines.errors import EngineError
 from loraplex.engines.native.sequence import Sequence
@@ -37,6 +41,12 @@ class Segment:
         return range(max(self.start, len(sequence.prompt_logprobs)), end)
 
     @property
+    def pooled(self) -> range:
+        """The positions whose hidden states are wanted for an embedding."""
+        pool = self.sequence.pool
+        return pool.missing(self.start, self.start + self.num_tokens) if pool is not None else range(0)
+
+    @property
     def num_sampled(self) -> int:
         """At how many of its last positions a token is sampled."""
         return len(self.drafts) + 1 if self.samples else 0
@@ -58,9 +68,13 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one segment gave: a token for each position that samples, the prompt's log-probabilities, or an error."""
+    """What one segment gave: a token for each position that samples, the prompt's log-probabilities, or an error.
+
+    `hidden` are the hidden states of the positions that are pooled, each: Shape [H].
+    """
 
     sampled: tuple[Sampled, ...] = ()
+    hidden: Iterable[NDArray[np.float32]] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: EngineError | None = None
 

@@ -27,11 +27,12 @@ from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.deadlines import Deadlines
 from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.native.loading import Machine
+from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.native.stopwatch import DurationCounts
-from loraplex.engines.protocol import EngineStats, GenerateRequest
+from loraplex.engines.protocol import EmbedRequest, EngineStats, GenerateRequest, SamplingParams
 
 
 class EngineCore:
@@ -65,10 +66,23 @@ class EngineCore:
 
         Where the queue is full, the tenant with most requests in it loses its last one to EngineOverloaded.
         """
+        self._enqueue(request, self._machine.info.max_model_len - 1)
+
+    def embed(self, request: EmbedRequest) -> None:
+        """Queue a text to be embedded; everything else is as for `submit`. It never samples."""
         info = self._machine.info
-        if len(request.prompt_token_ids) >= info.max_model_len:
-            length = len(request.prompt_token_ids)
-            raise PromptTooLong(f"the prompt has {length} tokens; at most {info.max_model_len - 1} fit", "messages")
+        if not info.embedding_width:
+            raise InvalidRequest(f"{info.architecture} gives no embeddings: it has no decoder of its own", "model")
+        pool = Pool(request.pooling, request.normalize, len(request.prompt_token_ids))
+        self._enqueue(_as_generation(request), info.max_model_len, pool)
+
+    def _enqueue(self, request: GenerateRequest, max_prompt: int, pool: Pool | None = None) -> None:
+        info = self._machine.info
+        if len(request.prompt_token_ids) > max_prompt:
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt_token_ids)} tokens; at most {max_prompt} fit",
+                "messages" if pool is None else "input",
+            )
         _check_token_ids(request, info.vocab_size)
         _check_composition(request)
         seed = request.sampling.seed
@@ -78,6 +92,7 @@ class EngineCore:
             eos_token_ids=self._machine.eos_token_ids,
             arrival=self._clock(),
             max_len=info.max_model_len,
+            pool=pool,
         )
         self._sequences[request.request_id] = sequence
         self._prompt_tokens += sequence.num_prompt_tokens
@@ -157,7 +172,7 @@ class EngineCore:
     def _record(self, emissions: list[Emission]) -> list[Emission]:
         for emission in emissions:
             self._generated += emission.sampled is not None
-            if emission.finish_reason or emission.error:
+            if emission.is_last:
                 self._forget(emission.sequence)
                 self._num_finished += emission.error is None
                 self._num_failed += emission.error is not None
@@ -226,6 +241,21 @@ class EngineCore:
         self._forget(sequence)
         self._num_failed += 1
         self._failed.append(Emission(sequence=sequence, error=error))
+
+
+def _as_generation(request: EmbedRequest) -> GenerateRequest:
+    """As the scheduler knows it."""
+    return GenerateRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=SamplingParams(max_tokens=1, temperature=0.0),
+        adapter=request.adapter,
+        composition=request.composition,
+        tenant=request.tenant,
+        weight=request.weight,
+        priority=request.priority,
+        timeout_seconds=request.timeout_seconds,
+    )
 
 
 def _check_composition(request: GenerateRequest) -> None:

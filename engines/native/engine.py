@@ -19,6 +19,7 @@ from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable
 from loraplex.engines.native.detokenizer import Detokenizer
 from loraplex.engines.native.messages import (
     Command,
+    Embed,
     End,
     GetResidency,
     GetStats,
@@ -34,6 +35,8 @@ from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
     AdapterResidency,
+    Embedding,
+    EmbedRequest,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -90,8 +93,8 @@ class NativeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         self._require_ready()
-        if request.adapter is not None:
-            self._known[request.adapter.id] = request.adapter
+        for part in request.parts:
+            self._known[part.adapter.id] = part.adapter
         worker = self._worker
         answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
         worker.answers[request.request_id] = answers
@@ -117,6 +120,22 @@ class NativeEngine:
             del worker.answers[request.request_id]
             if not is_over:
                 worker.send(End(request.request_id, aborted=True))
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        self._require_ready()
+        worker = self._worker
+        for part in request.parts:
+            self._known[part.adapter.id] = part.adapter
+        embedding: asyncio.Future[Embedding] = asyncio.get_running_loop().create_future()
+        worker.embeddings[request.request_id] = embedding
+        try:
+            worker.send(Embed(request))
+            return await embedding
+        except asyncio.CancelledError:
+            worker.send(End(request.request_id, aborted=True))
+            raise
+        finally:
+            del worker.embeddings[request.request_id]
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
         reply = await self._call(lambda call: Inspect(call, adapter))
@@ -245,7 +264,7 @@ def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:
 
 
 async def _drained(worker: WorkerProcess) -> None:
-    while worker.answers:
+    while worker.is_busy:
         await asyncio.sleep(0.02)
 
 

@@ -70,6 +70,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         kv_block_size=block_size,
         num_kv_blocks=num_blocks,
         max_lora_rank=settings.adapters.max_rank,
+        embedding_width=trial.embedding_width,
     )
     base = base_of(model, trial, settings.adapters.max_rank)
     runner = Runner(model, trial, attention, arena, num_blocks, block_size)

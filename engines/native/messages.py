@@ -15,6 +15,8 @@ from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
     AdapterResidency,
+    Embedding,
+    EmbedRequest,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -36,6 +38,10 @@ class Configure(_Message, frozen=True):
 
 class Submit(_Message, frozen=True):
     request: GenerateRequest
+
+
+class Embed(_Message, frozen=True):
+    request: EmbedRequest
 
 
 class End(_Message, frozen=True):
@@ -123,6 +129,7 @@ class Stepped(_Message, frozen=True):
     step: int
     tokens: list[Token]
     failed: list[Failed]
+    embeddings: list[Embedding] = []
 
 
 class Reply(_Message, frozen=True):
@@ -135,7 +142,7 @@ class Reply(_Message, frozen=True):
     stats: EngineStats | None = None
 
 
-Command: TypeAlias = Configure | Submit | End | Inspect | Load | Unload | Pin | GetResidency | GetStats
+Command: TypeAlias = Configure | Submit | Embed | End | Inspect | Load | Unload | Pin | GetResidency | GetStats
 Report: TypeAlias = Hello | Loading | Ready | StartFailed | Stepped | Reply
 
 encode = msgspec.msgpack.Encoder().encode

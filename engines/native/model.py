@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Trial:
 
     `layers` are those a LoRA may stand beside, in the model's order; `unfit` says why another linear layer is none.
     `passages` are those of the modules with parameters of their own. `stateful` are the layers without attention.
+    `decoder` gives the final hidden states, `embedding_width` numbers a token; None and 0 where there is none.
     """
 
     selects: bool
@@ -80,6 +82,8 @@ class Trial:
     unfit: dict[str, str]
     passages: dict[str, Passage]
     stateful: tuple[int, ...]
+    decoder: nn.Module | None
+    embedding_width: int
 
 
 def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
@@ -89,8 +93,11 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     linear = linear_layers(model)
     owners = {name: module for name, module in model.named_modules() if [*module.parameters(recurse=False)]} | linear
     passages: dict[str, Passage | None] = {}
+    decoder, hidden = _decoder(model), [0]
     hooks = [module.register_forward_hook(_note(passages, name, ids.shape[1]), with_kwargs=True)
              for name, module in owners.items()]  # fmt: skip
+    if decoder is not None:
+        hooks.append(decoder.register_forward_hook(lambda *call: hidden.append(_hidden_width(call[-1], ids.shape[1]))))
     try:
         with torch.inference_mode():
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits
@@ -113,7 +120,22 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         passages={name: passage for name, passage in passages.items()
                   if passage is not None and not _has_linear_inside(owners[name])},
         stateful=tuple(sorted(set(range(num_layers)) - set(attention.layers))),
+        decoder=decoder if hidden[-1] else None,
+        embedding_width=hidden[-1],
     )  # fmt: skip
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module | None:
+    """What makes the hidden states that the head makes logits of: `AutoModel`, where it is another model."""
+    decoder: nn.Module = model.base_model
+    return decoder if decoder is not model else None
+
+
+def _hidden_width(output: Any, num_tokens: int) -> int:
+    """Of one row for each token as a model's first output; 0 where it is something else."""
+    hidden = output[0] if not isinstance(output, Tensor) else output
+    is_hidden = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == (1, num_tokens)
+    return int(hidden.shape[2]) if is_hidden else 0
 
 
 def _note(passages: dict[str, Passage | None], name: str, num_tokens: int) -> Callable[..., None]:

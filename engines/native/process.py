@@ -30,7 +30,7 @@ from loraplex.engines.native.messages import (
     decode_report,
     encode,
 )
-from loraplex.engines.protocol import AdapterResidency, Progress
+from loraplex.engines.protocol import AdapterResidency, Embedding, Progress
 
 _HEARTBEAT_SECONDS = 2.0
 
@@ -66,6 +66,7 @@ class WorkerProcess:
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_numbers = itertools.count()
         self.answers: dict[str, asyncio.Queue[Arrived | EngineError]] = {}
+        self.embeddings: dict[str, asyncio.Future[Embedding]] = {}
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.was_ready = False
         self.inherited = self.residents = tuple(inherited)
@@ -95,6 +96,11 @@ class WorkerProcess:
             await waiter
             self._socket.close(linger=0)
             self._fail_all(error)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are in flight."""
+        return bool(self.answers or self.embeddings)
 
     def send(self, command: Command) -> None:
         """Hand a command to the socket's own thread; never waits (no high-water mark), lost if the worker is gone."""
@@ -135,9 +141,11 @@ class WorkerProcess:
         while True:
             report = decode_report(await self._socket.recv())
             match report:
-                case Stepped(step, tokens, failed):
+                case Stepped(step, tokens, failed, embeddings):
                     for token in tokens:
                         self._deliver(token.request_id, Arrived(step, token))
+                    for embedding in embeddings:
+                        self._deliver(embedding.request_id, embedding)
                     for failure in failed:
                         self._deliver(failure.request_id, _error(failure.failure))
                 case Reply(call):
@@ -153,13 +161,22 @@ class WorkerProcess:
                 case StartFailed(failure):
                     return _error(failure)
 
-    def _deliver(self, request_id: str, arrived: Arrived | EngineError) -> None:
-        if (answers := self.answers.get(request_id)) is not None:
+    def _deliver(self, request_id: str, arrived: Arrived | Embedding | EngineError) -> None:
+        """To whom it concerns; a request that was aborted meanwhile concerns nobody."""
+        if (answers := self.answers.get(request_id)) is not None and not isinstance(arrived, Embedding):
             answers.put_nowait(arrived)
+        if (embedding := self.embeddings.get(request_id)) is not None and not embedding.done():
+            if isinstance(arrived, Embedding):
+                embedding.set_result(arrived)
+            elif isinstance(arrived, EngineError):
+                embedding.set_exception(arrived)
 
     def _fail_all(self, error: EngineError) -> None:
         for answers in self.answers.values():
             answers.put_nowait(error)
+        for embedding in self.embeddings.values():
+            if not embedding.done():
+                embedding.set_exception(error)
         for answer in self._calls.values():
             if not answer.done():
                 answer.set_exception(error)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.engines.adapters.arena import Arena
@@ -47,6 +49,9 @@ class Runner:
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
         self._effects = Effects(model, trial, arena)
+        self._hidden: Tensor | None = None
+        if trial.decoder is not None:
+            trial.decoder.register_forward_hook(self._keep_hidden)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Outcome]:
@@ -54,7 +59,8 @@ class Runner:
         with self.stopwatch.phase("forward"):
             logits = self.logits(batch)
         with self.stopwatch.phase("sample"):
-            return _outcomes(batch.segments, logits)
+            outcomes = _outcomes(batch.segments, logits)
+            return self._with_hidden(batch.segments, outcomes) if any(s.pooled for s in batch.segments) else outcomes
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -76,6 +82,24 @@ class Runner:
             logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
         ).logits[0]
         return logits if self._selects else logits[sampled]
+
+    def _with_hidden(self, segments: Sequence[Segment], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes with the hidden states of what is pooled."""
+        assert self._hidden is not None
+        found, begin = [], 0
+        for segment, outcome in zip(segments, outcomes, strict=True):
+            if segment.pooled:
+                first = begin + segment.pooled.start - segment.start
+                rows = self._hidden[first : first + len(segment.pooled)].float().cpu().numpy()
+                outcome = replace(outcome, hidden=rows)
+            found.append(outcome)
+            begin += segment.num_tokens
+        self._hidden = None
+        return found
+
+    def _keep_hidden(self, module: nn.Module, inputs: object, output: Any) -> None:
+        """Of the step's tokens. Shape [T, H]."""
+        self._hidden = output[0][0]
 
     def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep:
         new_slots: list[int] = []

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from loraplex.engines.errors import EngineError
+from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.drafting import Drafter
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
+from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.native.stopwatch import DurationCounts
@@ -37,16 +38,21 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """What a step gave one sequence: one token, perhaps its last; or the error that ended it.
+    """What a step gave one sequence: one token, perhaps its last; its embedding; or the error that ended it.
 
     With its first token come the prompt's log-probabilities, where asked for.
     """
 
     sequence: Sequence
+    embedding: tuple[float, ...] | None = None
     sampled: Sampled | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return bool(self.finish_reason or self.error or self.embedding is not None)
 
 
 class Scheduler:
@@ -104,10 +110,12 @@ class Scheduler:
             sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
             if outcome.error is not None:
                 taken = [Emission(sequence=sequence, error=outcome.error)]
+            elif sequence.pool is not None:
+                taken = self._pool(segment, sequence.pool, outcome)
             else:
                 taken = self._take(segment, outcome.sampled)
                 self._advance(segment, max(len(taken) - 1, 0))
-            if taken and (taken[-1].finish_reason or taken[-1].error):
+            if taken and taken[-1].is_last:
                 self.remove(sequence)
             emissions += taken
         return emissions
@@ -126,6 +134,16 @@ class Scheduler:
         if drafts:
             self.drafter.learn(sequence, len(drafts), len(taken) - 1)
         return taken
+
+    def _pool(self, segment: Segment, pool: Pool, outcome: Outcome) -> list[Emission]:
+        """Add a segment's hidden states to its pool, which may complete it."""
+        pool.add(outcome.hidden)
+        self._advance(segment, 0)
+        if not pool.is_complete:
+            return []
+        values = pool.values
+        error = None if values is not None else GenerationFailed("the model's output is not finite for this request")
+        return [Emission(sequence=segment.sequence, embedding=values, error=error)]
 
     def _continue(self, sequence: Sequence, plan: _Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
@@ -230,6 +248,8 @@ class Scheduler:
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
         """Of the blocks it could share; at least one token is left to compute, and those whose logits are wanted."""
         size, end = self._blocks.block_size, len(sequence.token_ids) - 1
+        if sequence.pool is not None:
+            end = min(end, sequence.pool.next_position)
         if sequence.request.sampling.num_prompt_logprobs is not None:
             end = min(end, len(sequence.prompt_logprobs))
         return sequence.block_keys(end // size, size)
@@ -260,7 +280,7 @@ class _Plan:
 
     def add(self, sequence: Sequence) -> None:
         num_tokens = self.chunk(sequence)
-        samples = num_tokens == sequence.num_uncomputed
+        samples = num_tokens == sequence.num_uncomputed and sequence.pool is None
         segment = Segment(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens, samples=samples)
         self.segments[sequence] = segment
         self.budget -= segment.num_tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loraplex.engines.native.blocks import next_key, root_key, switched_key
+from loraplex.engines.native.pooling import Pool
 from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenLogprobs
 
 
@@ -46,7 +47,8 @@ class Sequence:
     `num_cached_tokens` of the prompt were found in the prefix cache at the first admission. Its adapters are active
     from the positions `starts` on (an activated LoRA from its invocation); what lies before is the base's.
     `prompt_logprobs`, where asked for, are those of the prompt's tokens from the second on, as far as computed.
-    With a grammar it waits for its `constraint`.
+    With a grammar it waits for its `constraint`. With a `pool` it is there for an embedding: it never samples, and is
+    over when the pool has all it needs.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
     """
 
@@ -65,6 +67,7 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     constraint: Constraint | None = None
+    pool: Pool | None = None
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from loraplex.engines.native.loading import load_machine
 from loraplex.engines.native.messages import (
     Command,
     Configure,
+    Embed,
     End,
     Failed,
     Failure,
@@ -46,7 +47,7 @@ from loraplex.engines.native.messages import (
     encode,
 )
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.protocol import AdapterCard
+from loraplex.engines.protocol import AdapterCard, Embedding
 
 # How long to sleep for a command, in milliseconds: while adapters are read or grammars compiled; while requests wait.
 _LOADING_MS = 2
@@ -103,11 +104,9 @@ class Worker:
         core = self._core
         match command:
             case Submit(request):
-                try:
-                    core.submit(request)
-                except EngineError as error:
-                    failed = Failed(request.request_id, _failure(error))
-                    self._send(Stepped(core.scheduler.num_steps, [], [failed]))
+                self._try(request.request_id, lambda: core.submit(request))
+            case Embed(wanted):
+                self._try(wanted.request_id, lambda: core.embed(wanted))
             case End(request_id, aborted):
                 core.end(request_id, aborted=aborted)
             case Inspect(call, adapter):
@@ -127,6 +126,13 @@ class Worker:
                 self._send(Reply(call, residency=core.adapters.residents()))
             case GetStats(call):
                 self._send(Reply(call, stats=core.stats()))
+
+    def _try(self, request_id: str, submit: Callable[[], None]) -> None:
+        try:
+            submit()
+        except EngineError as error:
+            failed = Failed(request_id, _failure(error))
+            self._send(Stepped(self._core.scheduler.num_steps, [], [failed]))
 
     def _replier(self, call: int) -> Callable[[AdapterError | None], None]:
         return lambda error: self._send(Reply(call, failure=_failure(error) if error else None))
@@ -161,7 +167,12 @@ def _stepped(step: int, emissions: list[Emission]) -> Stepped:
         if (s := e.sampled) is not None
     ]
     failed = [Failed(e.sequence.request_id, _failure(e.error)) for e in emissions if e.error is not None]
-    return Stepped(step, tokens, failed)
+    embeddings = [
+        Embedding(request_id=e.sequence.request_id, values=e.embedding, num_cached_tokens=e.sequence.num_cached_tokens)
+        for e in emissions
+        if e.embedding is not None
+    ]
+    return Stepped(step, tokens, failed, embeddings)
 
 
 def _exit_with_parent() -> None:

@@ -12,8 +12,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
+import torch
 from support.models import AdapterSpec, llama_config, make_adapter, make_model
 from support.worlds import SmallWorld
 
@@ -23,11 +25,12 @@ from loraplex.engines.errors import (
     AdapterMismatch,
     EngineDied,
     EngineUnavailable,
+    InvalidRequest,
     ModelNotServable,
     PromptTooLong,
 )
 from loraplex.engines.native.engine import NativeEngine
-from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams, TokenEvent
+from loraplex.engines.protocol import Adapter, EmbedRequest, GenerateRequest, SamplingParams, TokenEvent
 
 PROMPT = tuple(range(40, 60))
 
@@ -86,7 +89,7 @@ def text(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 100.0) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.02)
@@ -254,3 +257,29 @@ async def test_start_model_missing_raises_not_servable(tmp_path: Path) -> None:
     with pytest.raises(ModelNotServable, match=r"holds no tokenizer\.json"):
         await engine.start(lambda progress: None)
     await engine.close()
+
+
+async def test_embedding_crosses_the_process_and_ends_with_it(engine: NativeEngine, small: SmallWorld) -> None:
+    def wanted(name: str, prompt: tuple[int, ...] = PROMPT) -> EmbedRequest:
+        adapter = small.adapters["rank-32-dora"]
+        return EmbedRequest(request_id=name, prompt_token_ids=prompt, adapter=adapter, pooling="last", normalize=False)
+
+    model, ids = small.oracle.model(small.adapters["rank-32-dora"]), torch.tensor([PROMPT])
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1].tolist()
+    found = await engine.embed(wanted("one"))
+    assert found.request_id == "one"
+    assert found.values == pytest.approx(expected, rel=1e-4, abs=1e-4 * max(map(abs, expected)))
+    assert engine.info().embedding_width == len(found.values)
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        await engine.embed(wanted("empty", ()))
+    os.kill(worker_pid(), signal.SIGSTOP)
+    lost, left = (asyncio.create_task(engine.embed(wanted(name))) for name in ("lost", "left"))
+    await asyncio.sleep(0)
+    left.cancel()
+    os.kill(worker_pid(), signal.SIGKILL)
+    with pytest.raises(EngineDied):
+        await lost
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    await until(lambda: is_ready(engine))
+    assert await engine.embed(wanted("again")) == msgspec.structs.replace(found, request_id="again")
