@@ -1,10 +1,13 @@
-"""From an API key to its Caller, on every request."""
+"""From an API key to its Caller, on every request.
+
+Look-ups are remembered, the good ones apart from the bad, so that nobody can push a tenant's key out by guessing.
+"""
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import msgspec
@@ -12,12 +15,13 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.keys import has_key_form
+from loraplex.auth.keys import ADMIN_PREFIX, has_key_form
 from loraplex.auth.limits.policy import Limits, Policy
 from loraplex.auth.peppers import Peppers
-from loraplex.auth.store.tables import api_keys, tenants
+from loraplex.auth.store.tables import admin_keys, api_keys, tenants
 
-# How long, in seconds, a key's look-up may be remembered; what changes in another process shows after this at most.
+# How long, in seconds, a key's look-up may be remembered where nobody says that something has changed. Changes made by
+# other processes are noticed sooner (`store/changes.py`); this bounds what a database that cannot be asked can hide.
 REMEMBERED_SECONDS = 1.0
 _MAX_REMEMBERED = 10_000
 
@@ -32,13 +36,15 @@ class Authenticator:
         self._peppers = peppers
         self._defaults = defaults
         self._clock = clock
-        self._remembered: dict[str, tuple[float, Caller | None]] = {}  # by digest: until when, and who
-        self._num_changes = 0
+        self._remembered: dict[str, tuple[float, Caller]] = {}  # by digest: until when, and who
+        self._refused: dict[str, float] = {}  # by digest: until when
+        self.num_changes = 0
 
     def forget(self) -> None:
         """Something about a key or a tenant has changed."""
         self._remembered.clear()
-        self._num_changes += 1
+        self._refused.clear()
+        self.num_changes += 1
 
     async def look_up(self, key: str) -> Caller | None:
         """None for a key that is mistyped, unknown, revoked or expired."""
@@ -49,21 +55,64 @@ class Authenticator:
         known = self._remembered.get(hashed)
         if known is not None and now < known[0]:
             return known[1]
-        changes = self._num_changes
-        row = await self._read(self._peppers.digests(key))
-        until, caller = self._judge(row, now)
-        if caller is not None and row.digest != hashed and row.digest in self._peppers.digests(key):
-            await self._renew(row.digest, hashed)
-        if len(self._remembered) >= _MAX_REMEMBERED:
-            self._remembered.clear()
-        if changes == self._num_changes:  # else the row may have been read before a key was revoked
-            self._remembered[hashed] = (until, caller)
+        if now < self._refused.get(hashed, 0.0):
+            return None
+        changes = self.num_changes
+        until, caller = await self._find(key, hashed, now)
+        if caller is not None:
+            caller = msgspec.structs.replace(caller, as_of=changes)
+        if changes == self.num_changes:  # else the row may have been read before a key was revoked
+            self._remember(hashed, until, caller)
         return caller
+
+    async def living(self, key_ids: Set[str]) -> set[str]:
+        """Those of these keys, admins' among them, that are not revoked and whose tenant is there."""
+        wanted = list(key_ids)
+        found: set[str] = set()
+        async with self._database.connect() as connection:
+            for start in range(0, len(wanted), 500):  # SQLite bounds the parameters of a statement
+                some = wanted[start : start + 500]
+                for table in (api_keys, admin_keys):
+                    query = select(table.c.id).where(table.c.id.in_(some) & table.c.revoked_at.is_(None))
+                    found.update((await connection.execute(query)).scalars())
+        return found
+
+    def _remember(self, hashed: str, until: float, caller: Caller | None) -> None:
+        remembered: dict[str, Any] = self._refused if caller is None else self._remembered
+        if len(remembered) >= _MAX_REMEMBERED:
+            remembered.clear()
+        remembered[hashed] = until if caller is None else (until, caller)
+
+    async def _find(self, key: str, hashed: str, now: float) -> tuple[float, Caller | None]:
+        """Until when this may be remembered, and who it is."""
+        digests = self._peppers.digests(key)
+        if key.startswith(ADMIN_PREFIX):
+            return now + REMEMBERED_SECONDS, await self._find_admin(digests)
+        row = await self._read(digests)
+        until, caller = self._judge(row, now)
+        if caller is not None and row.digest != hashed and row.digest in digests:
+            await self._renew(row.digest, hashed)
+        return until, caller
+
+    async def _find_admin(self, digests: list[str]) -> Caller | None:
+        query = select(admin_keys).where(admin_keys.c.digest.in_(digests))
+        async with self._database.connect() as connection:
+            row = (await connection.execute(query)).first()
+        if row is None or row.revoked_at is not None:
+            return None
+        if not any(hmac.compare_digest(row.digest, each) for each in digests):
+            return None
+        return Caller(tenant_id="", tenant_name="", key_id=row.id, role="admin")
 
     async def _read(self, digests: list[str]) -> Any:
         """The key's row with its tenant's, or None."""
         query = (
-            select(api_keys, tenants.c.name.label("tenant_name"), tenants.c.limits.label("tenant_limits"))
+            select(
+                api_keys,
+                tenants.c.name.label("tenant_name"),
+                tenants.c.limits.label("tenant_limits"),
+                tenants.c.log_prompts,
+            )
             .join(tenants, tenants.c.id == api_keys.c.tenant_id)
             .where(or_(api_keys.c.digest.in_(digests), api_keys.c.previous_digest.in_(digests)))
         )
@@ -89,7 +138,12 @@ class Authenticator:
             return until, None
         ends += [row.previous_until] if row.previous_until is not None and row.previous_until > now else []
         caller = Caller(
-            tenant_id=row.tenant_id, tenant_name=row.tenant_name, key_id=row.id, role=row.role, policy=policy
+            tenant_id=row.tenant_id,
+            tenant_name=row.tenant_name,
+            key_id=row.id,
+            role=row.role,
+            policy=policy,
+            logs_prompts=row.log_prompts,
         )
         return min([until, *ends]), caller
 

@@ -14,10 +14,15 @@ KeyRole = Literal["tenant-admin", "inference"]
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """One authenticated caller. An admin belongs to no tenant: its `tenant_id` is empty."""
+    """One authenticated caller. An admin belongs to no tenant: its `tenant_id` is empty.
+
+    `as_of` is the number of changes known when the key was looked up (`Tenants.num_changes`).
+    """
 
     tenant_id: str
     tenant_name: str
     key_id: str
     role: Role
     policy: Policy = NO_POLICY
+    logs_prompts: bool = False
+    as_of: int = 0

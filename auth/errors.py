@@ -31,6 +31,14 @@ class NameTaken(AuthError):
     """Something else has this name already."""
 
 
+class SecretNotFound(AuthError):
+    """The tenant has no secret of this name."""
+
+
+class LastAdminKey(AuthError):
+    """Without this key nobody could manage the server any more."""
+
+
 class SecretUnreadable(AuthError):
     """A secret in the database cannot be decrypted under any known pepper."""
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from loraplex.auth.caller import Role
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_PREFIXES: dict[Role, str] = {"inference": "sk-loraplex", "tenant-admin": "sk-loraplex", "admin": "ak-loraplex"}
+ADMIN_PREFIX = "ak-loraplex"
+_PREFIXES: dict[Role, str] = {"inference": "sk-loraplex", "tenant-admin": "sk-loraplex", "admin": ADMIN_PREFIX}
 _FORM = re.compile(r"(?P<signed>(sk|ak)-loraplex-[0-9A-Za-z]{8}-[0-9A-Za-z]{43})-(?P<checksum>[0-9A-Za-z]{6})")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import Any
 
 import msgspec
@@ -14,13 +13,15 @@ from sqlalchemy import ColumnElement, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from loraplex.auth.admin_keys import FROM_ENVIRONMENT, AdminKeys
 from loraplex.auth.authentication import Authenticator
 from loraplex.auth.caller import Caller, KeyRole
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
 from loraplex.auth.keys import last_four, new_key
 from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.peppers import Peppers
-from loraplex.auth.store.tables import adapters, admin_keys, api_keys, tenants
+from loraplex.auth.store.changes import ACCESS, announce
+from loraplex.auth.store.tables import adapters, api_keys, tenants
 
 _ID = re.compile(r"(tenant|key)_[0-9a-f]{16}")  # other text is not asked for: PostgreSQL refuses some of it
 
@@ -30,6 +31,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     created_at: float
     limits: Limits = NO_LIMITS
+    log_prompts: bool = False
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,31 +67,40 @@ class Tenants:
         self._peppers = Peppers(pepper)
         self._clock = clock
         self._defaults = defaults
-        self._admin_digests: frozenset[str] = frozenset()
+        self._on_change: list[Callable[[], Awaitable[None]]] = []
         self._authenticator = Authenticator(database, self._peppers, defaults, clock)
+        self.admins = AdminKeys(database, self._peppers, clock, self.forget)
+
+    def on_change(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Called after each change of who may do what, here at once; `ChangeWatch` calls `forget` for others'."""
+        self._on_change.append(callback)
+
+    @property
+    def num_changes(self) -> int:
+        """Of who may do what, that this process knows of."""
+        return self._authenticator.num_changes
+
+    async def forget(self) -> None:
+        """Remember no look-up: something about a key or a tenant has changed."""
+        self._authenticator.forget()
+        for callback in self._on_change:
+            await callback()
+
+    async def living_keys(self, key_ids: Set[str]) -> set[str]:
+        """Those of these keys that are not revoked, and whose tenant is there."""
+        return await self._authenticator.living(key_ids) | ({FROM_ENVIRONMENT} & key_ids)
 
     async def bootstrap_admin(self, given: str | None) -> str | None:
-        """Let in the `given` admin key, or the one of an earlier start; where there is none, make and return one."""
-        if given is not None:
-            self._admin_digests = frozenset({self._peppers.digest(given)})
-            return None
-        async with self._database.begin() as connection:
-            known = [row.digest for row in await connection.execute(select(admin_keys.c.digest))]
-            made = None if known else new_key("admin")
-            if made is not None:
-                known = [self._peppers.digest(made)]
-                values = {"digest": known[0], "last_four": last_four(made), "created_at": self._clock()}
-                await connection.execute(insert(admin_keys).values(**values))
-        self._admin_digests = frozenset(known)
-        return made
+        """Let in the `given` admin key as well; where there is none at all, make and return one."""
+        return await self.admins.bootstrap(given)
 
     async def authenticate(self, key: str | None) -> Caller:
         """Who holds this key. Raises InvalidApiKey, the same for every kind of bad key."""
         if not key:
             raise InvalidApiKey("No API key was given: send it as `Authorization: Bearer KEY`.")
-        hashes = self._peppers.digests(key)
-        if any(hmac.compare_digest(hashed, known) for hashed in hashes for known in self._admin_digests):
-            return Caller(tenant_id="", tenant_name="", key_id="admin", role="admin")
+        if self.admins.is_given(key):
+            as_of = self.num_changes
+            return Caller(tenant_id="", tenant_name="", key_id=FROM_ENVIRONMENT, role="admin", as_of=as_of)
         caller = await self._authenticator.look_up(key)
         if caller is None:
             raise InvalidApiKey("The API key is not valid.")
@@ -133,17 +144,25 @@ class Tenants:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
             # after the tenant: whoever enters an adapter for it has locked its row until then
             await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
+            await announce(connection, ACCESS)
         if not result.rowcount:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
-        self._authenticator.forget()
+        await self.forget()
 
     async def set_tenant_limits(self, tenant_id: str, limits: Limits) -> Tenant:
-        """In force at once here, and in other processes within a second. Raises TenantNotFound."""
+        """In force at once here, and in other processes after `POLL_SECONDS`. Raises TenantNotFound."""
+        return await self._change_tenant(tenant_id, limits=_stored(limits))
+
+    async def set_log_prompts(self, tenant_id: str, log_prompts: bool) -> Tenant:
+        """Whether prompts and answers of this tenant are logged from now on. Raises TenantNotFound."""
+        return await self._change_tenant(tenant_id, log_prompts=log_prompts)
+
+    async def _change_tenant(self, tenant_id: str, **values: Any) -> Tenant:
         _require_tenant_id(tenant_id)
-        mine = tenants.c.id == tenant_id
         async with self._database.begin() as connection:
-            await connection.execute(update(tenants).where(mine).values(limits=_stored(limits)))
-        self._authenticator.forget()
+            await connection.execute(update(tenants).where(tenants.c.id == tenant_id).values(**values))
+            await announce(connection, ACCESS)
+        await self.forget()
         return await self.get_tenant(tenant_id)
 
     async def create_key(
@@ -200,7 +219,7 @@ class Tenants:
         return _api_key(row._mapping)
 
     async def set_key_limits(self, tenant_id: str, key_id: str, limits: Limits) -> ApiKey:
-        """In force at once here, and in other processes within a second. Raises KeyNotFound."""
+        """In force at once here, and in other processes after `POLL_SECONDS`. Raises KeyNotFound."""
         await self._change_key(tenant_id, key_id, limits=_stored(limits))
         return await self.get_key(tenant_id, key_id)
 
@@ -232,9 +251,10 @@ class Tenants:
             mine &= api_keys.c.revoked_at.is_(None)
         async with self._database.begin() as connection:
             result = await connection.execute(update(api_keys).where(mine).values(**values))
+            await announce(connection, ACCESS)
         if not result.rowcount:
             raise _no_such_key(tenant_id, key_id)
-        self._authenticator.forget()
+        await self.forget()
 
 
 async def require_tenant(connection: AsyncConnection, tenant_id: str) -> None:

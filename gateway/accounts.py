@@ -3,15 +3,17 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import QuotaSpent
+from loraplex.auth.errors import InvalidApiKey, QuotaSpent
 from loraplex.auth.limits.admission import Admission, Reservation
 from loraplex.auth.metering import ABORTED, COMPLETED, Books, Demand, UsageRecord
+from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
 
@@ -19,9 +21,22 @@ from loraplex.gateway.errors import ClientLeft, MalformedRequest
 class Accounts:
     """Opens a meter for each request that uses the engine."""
 
-    def __init__(self, admission: Admission, books: Books) -> None:
+    def __init__(self, admission: Admission, books: Books, tenants: Tenants) -> None:
         self._admission = admission
         self._books = books
+        self._tenants = tenants
+        self._open: set[Meter] = set()
+        tenants.on_change(self._end_requests_of_dead_keys)
+
+    async def _end_requests_of_dead_keys(self) -> None:
+        """Who may do what has changed: requests under keys that are revoked or gone end with InvalidApiKey."""
+        in_use = {meter.key_id for meter in self._open}
+        if not in_use:
+            return
+        dead = in_use - await self._tenants.living_keys(in_use)
+        for meter in list(self._open):
+            if meter.key_id in dead:
+                meter.end(InvalidApiKey("The API key was revoked while the request was running."))
 
     async def open(self, caller: Caller, demand: Demand) -> "Meter":
         """Whoever opens a meter settles it. Raises LimitReached or LimitsUnavailable."""
@@ -42,13 +57,31 @@ class Accounts:
         except BaseException:
             reservation.settle(0, 0)
             raise
-        return Meter(record, self._books, self._admission, reservation)
+        meter = Meter(record, self._books, self._admission, reservation, self._open.discard)
+        self._open.add(meter)
+        if caller.as_of != self._tenants.num_changes:  # it was let in before a change, which missed this meter
+            try:
+                await self._end_requests_of_dead_keys()
+            except BaseException as error:
+                meter.settle(error)
+                raise
+        return meter
 
 
 class Meter:
-    """What one request uses."""
+    """What one request uses. `on_settled` is called with it once it is over."""
 
-    def __init__(self, record: UsageRecord, books: Books, admission: Admission, reservation: Reservation) -> None:
+    def __init__(
+        self,
+        record: UsageRecord,
+        books: Books,
+        admission: Admission,
+        reservation: Reservation,
+        on_settled: "Callable[[Meter], None]",
+    ) -> None:
+        self._on_settled = on_settled
+        self._watchers: set[asyncio.Task[Any]] = set()
+        self._end: InvalidApiKey | None = None
         self._record = record
         self._books = books
         self._admission = admission
@@ -59,24 +92,52 @@ class Meter:
         self._is_settled = False
         self.refusal: QuotaSpent | None = None  # why the answer was cut short, if it was
 
+    @property
+    def key_id(self) -> str:
+        return self._record.key_id
+
+    def end(self, error: InvalidApiKey) -> None:
+        """Whoever watches events of this request gets the error instead of the next one, at once."""
+        self._end = error
+        for task in self._watchers:
+            task.cancel()
+
     async def watch(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
         """The same events, reserved and counted before anyone sees them.
 
         Where the budget is spent the last event is an empty one of the reason `length`, and `refusal` says why.
+        Raises the error of `end`.
         """
-        async with aclosing(events) as closing:  # type: ignore[type-var]
-            async for event in closing:
-                if not await self._covers(len(event.token_ids)):
-                    yield TokenEvent(
-                        request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length"
-                    )
-                    return
-                if self._first_token_at is None:
-                    self._first_token_at = time.time()
-                self._num_tokens += len(event.token_ids)
-                self._num_cached = max(self._num_cached, event.num_cached_tokens)
-                self._books.progress(self._record.request_id, self._num_tokens, self._num_cached)
-                yield event
+        task = asyncio.current_task()
+        assert task is not None, "events are watched in a task"
+        self._watchers.add(task)
+        try:
+            async with aclosing(events) as closing:  # type: ignore[type-var]
+                async for event in closing:
+                    if self._end is not None:
+                        break
+                    if not await self._covers(len(event.token_ids)):
+                        yield TokenEvent(
+                            request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length"
+                        )
+                        return
+                    self._count(event)
+                    yield event
+        except asyncio.CancelledError:
+            if self._end is None:
+                raise
+            task.uncancel()  # it was `end` that cancelled it
+        finally:
+            self._watchers.discard(task)
+        if self._end is not None:
+            raise self._end
+
+    def _count(self, event: TokenEvent) -> None:
+        if self._first_token_at is None:
+            self._first_token_at = time.time()
+        self._num_tokens += len(event.token_ids)
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        self._books.progress(self._record.request_id, self._num_tokens, self._num_cached)
 
     async def _covers(self, num_more: int) -> bool:
         """Whether so many more tokens are reserved, or can be."""
@@ -97,6 +158,7 @@ class Meter:
         if self._is_settled:
             return
         self._is_settled = True
+        self._on_settled(self)
         outcome = _outcome(error or self.refusal)
         has_failed = self._first_token_at is None and outcome not in (COMPLETED, ABORTED)
         num_prompt = 0 if has_failed else self._record.num_prompt_tokens

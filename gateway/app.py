@@ -5,16 +5,16 @@ import time
 from litestar import Litestar
 from litestar.types import ASGIApp
 
-from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Settings
-from loraplex.engines.protocol import Engine
-from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.admin.adapters import adapter_routes
+from loraplex.gateway.admin.admin_keys import admin_key_routes
+from loraplex.gateway.admin.audit import audit_routes
 from loraplex.gateway.admin.engine import engine_routes
 from loraplex.gateway.admin.keys import key_routes
 from loraplex.gateway.admin.limits import limit_routes
+from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
-from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.audit import end_actions
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
@@ -23,16 +23,16 @@ from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.problems import respond
+from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
 
 
-def create_app(
-    settings: Settings, engine: Engine, tenants: Tenants, catalogue: Catalogue, accounts: Accounts
-) -> ASGIApp:
+def create_app(settings: Settings, services: Services) -> ASGIApp:
     """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
+    engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     let_streams_drain()
     metrics = Metrics()
-    answers = Answers(engine, metrics, accounts, settings.server)
+    answers = Answers(engine, metrics, services.accounts, settings.server)
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
@@ -43,6 +43,9 @@ def create_app(
             *tenant_routes(tenants, catalogue),
             *key_routes(tenants),
             *limit_routes(tenants),
+            *secret_routes(tenants, services.secrets),
+            *admin_key_routes(tenants.admins),
+            *audit_routes(services.audit, tenants),
             *adapter_routes(catalogue, tenants, engine),
             *engine_routes(engine),
         ],
@@ -52,4 +55,6 @@ def create_app(
         logging_config=None,
     )
     routes.state.tenants = tenants
-    return identify_requests(routes)  # outside Litestar, so that a request that finds no route has an id as well
+    routes.state.audit = services.audit
+    # outside Litestar, so that a request that finds no route has an id as well
+    return identify_requests(end_actions(routes, services.audit))

@@ -41,6 +41,27 @@ class Body(Generic[T]):
             raise MalformedRequest(f"The body is not valid JSON: {error}") from error
 
 
+class Query(Generic[T]):
+    """What may stand in a route's query, each name at most once; numbers are read as such."""
+
+    def __init__(self, type: type[T]) -> None:
+        self._type = type
+
+    def of(self, request: Request[Any, Any, Any]) -> T:
+        """Raises MalformedRequest or UnknownParameter."""
+        given: dict[str, str] = {}
+        for name, value in request.query_params.multi_items():
+            if name in given:
+                raise MalformedRequest(f"{name} is given more than once.", name)
+            if not value.isprintable():
+                raise MalformedRequest(f"Invalid value for {name}: it has characters that cannot be printed.", name)
+            given[name] = value
+        try:
+            return msgspec.convert(given, self._type, strict=False)
+        except msgspec.ValidationError as error:
+            raise _explain(str(error)) from error
+
+
 def _explain(text: str) -> MalformedRequest | UnknownParameter:
     at = _AT.search(text)
     path = at["path"].lstrip(".") if at else ""

@@ -9,6 +9,7 @@ from litestar.handlers.base import BaseRouteHandler
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import AddressNotAllowed, InvalidApiKey, NotAllowed, TenantNotFound
 from loraplex.auth.tenants import Tenants
+from loraplex.gateway.audit import begin_action
 
 
 async def require_inference(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
@@ -16,17 +17,18 @@ async def require_inference(connection: ASGIConnection[Any, Any, Any, Any], _: B
     await _identify(connection)
 
 
-async def require_admin(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """An admin key. Raises InvalidApiKey, AddressNotAllowed or NotAllowed."""
+async def require_admin(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """An admin key; what it does is audited. Raises InvalidApiKey, AddressNotAllowed or NotAllowed."""
     caller = await _identify(connection)
     if caller.role != "admin":
         raise NotAllowed("This needs an admin key.")
+    await begin_action(connection, handler, caller)
 
 
-async def require_tenant_admin(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+async def require_tenant_admin(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """An admin key, or one that manages the tenant in the path; another tenant looks nonexistent.
 
-    Raises InvalidApiKey, AddressNotAllowed, NotAllowed or TenantNotFound.
+    What it does is audited. Raises InvalidApiKey, AddressNotAllowed, NotAllowed or TenantNotFound.
     """
     caller = await _identify(connection)
     if caller.role == "inference":
@@ -34,6 +36,7 @@ async def require_tenant_admin(connection: ASGIConnection[Any, Any, Any, Any], _
     tenant_id = connection.path_params.get("tenant_id")
     if caller.role != "admin" and tenant_id is not None and tenant_id != caller.tenant_id:
         raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
+    await begin_action(connection, handler, caller)
 
 
 def caller_of(request: Request[Any, Any, Any]) -> Caller:

@@ -11,6 +11,7 @@ from litestar.exceptions import HTTPException
 from loraplex.auth import errors as auth
 from loraplex.engines import errors as engines
 from loraplex.gateway import errors as gateway
+from loraplex.gateway.audit import tell_audit_of_refusal
 from loraplex.gateway.middleware import request_id_of
 
 _log = logging.getLogger("loraplex.gateway")
@@ -50,6 +51,8 @@ TABLE: dict[type[Exception], Row] = {
     auth.QuotaSpent: Row(429, "insufficient_quota", "insufficient_quota"),
     auth.LimitsUnavailable: Row(503, _SERVER, "limits_unavailable", 1.0),
     auth.UsageUnrecorded: Row(503, _SERVER, "usage_unrecorded", 1.0),
+    auth.SecretNotFound: Row(404, _INVALID, "secret_not_found"),
+    auth.LastAdminKey: Row(409, _INVALID, "last_admin_key"),
     auth.SecretUnreadable: Row(500, _SERVER, "secret_unreadable"),
     auth.NameTaken: Row(409, _INVALID, "name_taken"),
     engines.EngineError: Row(500, _SERVER, "engine_error"),
@@ -109,6 +112,7 @@ def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     """Litestar's handler for every exception."""
     problem = problem_of(error)
     report(request_id_of(request), error)
+    tell_audit_of_refusal(request, problem.row.code)
     headers = {}
     retry_after = getattr(error, "retry_after", problem.row.retry_after)
     if retry_after is not None:

@@ -74,7 +74,7 @@ async def serve(
 
     Raises ModelNotServable if the engine cannot start, and whatever `on_ready` raises.
     """
-    app = create_app(settings, services.engine, services.tenants, services.catalogue, services.accounts)
+    app = create_app(settings, services)
     server = _Server(
         uvicorn.Config(
             app,

@@ -9,13 +9,16 @@ from redis.asyncio import Redis
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from loraplex.auth.audit import AuditLog
 from loraplex.auth.keys import load_pepper
 from loraplex.auth.ledger.ledger import open_ledger
 from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
-from loraplex.auth.metering import Books
+from loraplex.auth.metering import Books, NoBooks
+from loraplex.auth.secrets import TenantSecrets
+from loraplex.auth.store.changes import ACCESS, ChangeWatch
 from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import LimitSettings, Settings, environment
@@ -37,6 +40,8 @@ class Services(msgspec.Struct, frozen=True):
     tenants: Tenants
     catalogue: Catalogue
     accounts: Accounts
+    secrets: TenantSecrets
+    audit: AuditLog
     new_admin_key: str | None
 
 
@@ -58,15 +63,17 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
         catalogue = Catalogue(database, store, engine, settings.model.name)
         await catalogue.reload()
-        async with _accounts(settings, database) as accounts:
-            yield Services(engine, tenants, catalogue, accounts, made)
+        secrets = TenantSecrets(database, pepper)
+        async with _accounts(settings, database, tenants) as accounts, ChangeWatch(database) as watch:
+            watch.on(ACCESS, tenants.forget)
+            yield Services(engine, tenants, catalogue, accounts, secrets, AuditLog(database), made)
     finally:
         await store.close()
         await database.dispose()
 
 
 @asynccontextmanager
-async def _accounts(settings: Settings, database: AsyncEngine) -> AsyncIterator[Accounts]:
+async def _accounts(settings: Settings, database: AsyncEngine, tenants: Tenants) -> AsyncIterator[Accounts]:
     """The limits over the books, closed first. Raises CannotOpen."""
     try:
         ledger = await open_ledger(database, _journal_dir(settings, database))
@@ -75,7 +82,7 @@ async def _accounts(settings: Settings, database: AsyncEngine) -> AsyncIterator[
     try:
         admission = _admission(settings.limits, ledger)
         try:
-            yield Accounts(admission, ledger)
+            yield Accounts(admission, ledger, tenants)
         finally:
             await admission.close()
     finally:

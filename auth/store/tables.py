@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, Index, MetaData, String, Table
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    false,
+)
 
 metadata = MetaData()
 
@@ -13,6 +27,7 @@ tenants = Table(
     Column("name", String(128), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
     Column("limits", JSON, nullable=False, server_default="{}"),
+    Column("log_prompts", Boolean, nullable=False, server_default=false()),
 )
 
 # A key that was rotated has two digests until `previous_until`. `pepper` is the fingerprint of the version that the
@@ -42,6 +57,48 @@ admin_keys = Table(
     Column("digest", String(64), primary_key=True),
     Column("last_four", String(4), nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("id", String(32), nullable=False, unique=True),
+    Column("name", String(128), nullable=False, server_default="first"),
+    Column("revoked_at", Float, nullable=True),
+)
+
+# Encrypted; `pepper` is the fingerprint of the version that the key to them comes from.
+tenant_secrets = Table(
+    "tenant_secrets",
+    metadata,
+    Column("tenant_id", String(32), ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("encrypted", Text, nullable=False),
+    Column("pepper", String(8), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+)
+
+# No foreign keys: what was done outlives whom it was done to, and by. `tenant_id` is the tenant acted on, "" for none.
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False, index=True),
+    Column("key_id", String(32), nullable=False, index=True),
+    Column("role", String(16), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("object", String(512), nullable=False),
+    Column("tenant_id", String(64), nullable=False, index=True),
+    Column("details", JSON, nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("request_id", String(128), nullable=False),
+    Column("outcome", String(64), nullable=False),
+    Column("status", Integer, nullable=True),
+    Column("ended_at", Float, nullable=True),
+)
+
+# A number for each topic, raised with every change that other processes must learn of.
+changes = Table(
+    "changes",
+    metadata,
+    Column("topic", String(32), primary_key=True),
+    Column("number", BigInteger, nullable=False),
 )
 
 # tenant_id is "" for an adapter that every tenant may use, so that it can be part of the key.

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import AdapterCard, Engine
+from loraplex.gateway.audit import tell_audit, without_credentials
 from loraplex.gateway.catalogue import SHARED, Catalogue, Registered
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
@@ -67,6 +68,8 @@ def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> li
     @post("/admin/v1/adapters", guards=[require_admin])
     async def register_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_adapter.of(request)
+        source = without_credentials(wanted.source)
+        tell_audit(request, f"adapters/{wanted.name}", tenant_id=wanted.tenant_id, source=source)
         if wanted.base not in (None, catalogue.base):
             raise MalformedRequest(f"This server's base model is {catalogue.base!r}.", "base")
         if wanted.tenant_id is not None:
@@ -84,6 +87,7 @@ def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> li
 
     @delete("/admin/v1/adapters/{name:path}", guards=[require_admin])
     async def delete_adapter(request: Request[Any, Any, Any]) -> None:
+        tell_audit(request, tenant_id=_key(request)[0])
         await catalogue.remove(*_key(request))
 
     return [register_adapter, list_adapters, get_adapter, delete_adapter]

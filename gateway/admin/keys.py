@@ -11,6 +11,7 @@ from loraplex.auth.caller import KeyRole
 from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.tenants import ApiKey, Tenants
 from loraplex.gateway.admin.limits import LimitsView, checked, decode_limits
+from loraplex.gateway.audit import tell_audit, told
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import require_tenant_admin
 from loraplex.gateway.replies import json_reply
@@ -54,7 +55,9 @@ def key_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
         wanted = await _new_key.of(request)
         limits = checked(wanted.limits, "limits.")
         tenant_id = request.path_params["tenant_id"]
-        return json_reply(await tenants.create_key(tenant_id, wanted.name, wanted.expires_at, wanted.role, limits), 201)
+        key = await tenants.create_key(tenant_id, wanted.name, wanted.expires_at, wanted.role, limits)
+        tell_audit(request, f"tenants/{tenant_id}/keys/{key.id}", **told(wanted), last_four=key.last_four)
+        return json_reply(key, 201)
 
     @get(_KEYS, guards=[require_tenant_admin])
     async def list_keys(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -70,8 +73,9 @@ def key_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
 
     @post(_KEY + "/rotate", status_code=200, guards=[require_tenant_admin])
     async def rotate_key(request: Request[Any, Any, Any]) -> Response[bytes]:
-        overlap = (await _rotation.of(request)).overlap_seconds
-        return json_reply(await tenants.rotate_key(*ids(request), overlap))
+        wanted = await _rotation.of(request)
+        tell_audit(request, **told(wanted))
+        return json_reply(await tenants.rotate_key(*ids(request), wanted.overlap_seconds))
 
     @get(_KEY + "/limits", guards=[require_tenant_admin])
     async def get_key_limits(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -82,6 +86,7 @@ def key_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
     @put(_KEY + "/limits", guards=[require_tenant_admin])
     async def set_key_limits(request: Request[Any, Any, Any]) -> Response[bytes]:
         limits = await decode_limits(request)
+        tell_audit(request, limits=told(limits))
         tenant = await tenants.get_tenant(request.path_params["tenant_id"])
         key = await tenants.set_key_limits(*ids(request), limits)
         return json_reply(LimitsView(key.limits, key.limits.over(tenants.effective(tenant))))

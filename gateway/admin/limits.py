@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.tenants import Tenants
+from loraplex.gateway.audit import tell_audit, told
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import require_admin, require_tenant_admin
@@ -51,6 +52,7 @@ def limit_routes(tenants: Tenants) -> list[HTTPRouteHandler]:
     @put(_LIMITS, guards=[require_admin])
     async def set_limits(request: Request[Any, Any, Any]) -> Response[bytes]:
         limits = await decode_limits(request)
+        tell_audit(request, limits=told(limits))
         tenant = await tenants.set_tenant_limits(request.path_params["tenant_id"], limits)
         return json_reply(LimitsView(tenant.limits, tenants.effective(tenant)))
 

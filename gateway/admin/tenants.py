@@ -10,6 +10,7 @@ from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.tenants import Tenant, Tenants
 from loraplex.gateway.admin.keys import Name
 from loraplex.gateway.admin.limits import checked
+from loraplex.gateway.audit import tell_audit, told
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import require_admin, require_tenant_admin
@@ -34,7 +35,9 @@ def tenant_routes(tenants: Tenants, catalogue: Catalogue) -> list[HTTPRouteHandl
     @post("/admin/v1/tenants", guards=[require_admin])
     async def create_tenant(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_tenant.of(request)
-        return json_reply(await tenants.create_tenant(wanted.name, checked(wanted.limits, "limits.")), 201)
+        tenant = await tenants.create_tenant(wanted.name, checked(wanted.limits, "limits."))
+        tell_audit(request, f"tenants/{tenant.id}", tenant_id=tenant.id, **told(wanted))
+        return json_reply(tenant, 201)
 
     @get("/admin/v1/tenants", guards=[require_admin])
     async def list_tenants() -> Response[bytes]:

@@ -1,4 +1,4 @@
-"""Databases for the tests of this folder."""
+"""A database of each kind, of the test's own, and a clock set by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
+from support.clock import Clock
 from support.services import own_postgres_database
 
 from loraplex.auth.store.database import open_database
@@ -28,3 +29,8 @@ async def database(url: str) -> AsyncIterator[AsyncEngine]:
     engine = await open_database(url)
     yield engine
     await engine.dispose()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

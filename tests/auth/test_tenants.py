@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from support.clock import Clock
 
 from loraplex.auth.authentication import REMEMBERED_SECONDS
 from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
@@ -20,21 +21,6 @@ from loraplex.auth.limits.policy import Limits, Policy
 from loraplex.auth.store.database import downgrade, open_database, upgrade
 from loraplex.auth.store.tables import metadata
 from loraplex.auth.tenants import Tenants
-
-
-class Clock:
-    """A clock set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -179,8 +165,9 @@ async def test_admin_key_is_made_once_and_remembered(database: AsyncEngine, tena
     given = Tenants(database, b"pepper", clock)
     assert await given.bootstrap_admin("chosen") is None
     assert (await given.authenticate("chosen")).role == "admin"
+    assert (await given.authenticate(made)).role == "admin"  # until it is revoked
     with pytest.raises(InvalidApiKey):
-        await given.authenticate(made)
+        await again.authenticate("chosen")
 
 
 async def test_migrations_make_what_the_tables_say_and_can_be_undone(database: AsyncEngine) -> None:
