@@ -16,7 +16,7 @@ from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
-from loraplex.auth.metering import Books, NoBooks
+from loraplex.auth.metering import Books
 from loraplex.auth.secrets import TenantSecrets
 from loraplex.auth.store.changes import ACCESS, ChangeWatch
 from loraplex.auth.store.database import open_database
