@@ -16,6 +16,7 @@ from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.audit import end_actions
 from loraplex.gateway.health import health_routes
+from loraplex.gateway.lorax.routes import lorax_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
 from loraplex.gateway.openai.answers import Answers
@@ -23,6 +24,7 @@ from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.problems import respond
+from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
 
@@ -33,6 +35,7 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
     let_streams_drain()
     metrics = Metrics()
     answers = Answers(engine, metrics, services.accounts, settings.server)
+    adapters = RequestAdapters(catalogue, settings.adapters.request_trust_seconds)
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
@@ -40,6 +43,7 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
             *chat_routes(engine, catalogue, answers),
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
+            *lorax_routes(settings, engine, catalogue, adapters, answers),
             *tenant_routes(tenants, catalogue),
             *key_routes(tenants),
             *limit_routes(tenants),

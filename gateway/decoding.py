@@ -7,7 +7,7 @@ import msgspec
 from litestar import Request
 from litestar.exceptions import InternalServerException
 
-from loraplex.gateway.errors import ClientLeft, MalformedRequest, UnknownParameter
+from loraplex.gateway.errors import ClientLeft, MalformedRequest, NotJson, UnknownParameter
 
 T = TypeVar("T")
 
@@ -32,13 +32,13 @@ class Body(Generic[T]):
 
     def decode(self, raw: bytes) -> T:
         if not raw.strip():
-            raise MalformedRequest("The request has no body; send a JSON object.")
+            raise NotJson("The request has no body; send a JSON object.")
         try:
             return self._decoder.decode(raw)
         except msgspec.ValidationError as error:
             raise _explain(str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MalformedRequest(f"The body is not valid JSON: {error}") from error
+            raise NotJson(f"The body is not valid JSON: {error}") from error
 
 
 class Query(Generic[T]):

@@ -10,7 +10,11 @@ class GatewayError(Exception):
 
 
 class MalformedRequest(GatewayError):
-    """The body is not JSON, or a field has the wrong type or an impossible value."""
+    """A field has the wrong type or an impossible value."""
+
+
+class NotJson(MalformedRequest):
+    """The body is missing, or not JSON at all."""
 
 
 class UnknownParameter(GatewayError):

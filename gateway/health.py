@@ -1,11 +1,21 @@
 """GET /health and /ping: for load balancers, without a key; and what routes ask before they use the engine."""
 
-from litestar import Response, get
+from litestar import Response, get, post
 from litestar.handlers import HTTPRouteHandler
+from msgspec import UNSET, Struct, UnsetType
 
 from loraplex.engines.errors import EngineUnavailable
-from loraplex.engines.protocol import Engine
+from loraplex.engines.protocol import Engine, HealthState
 from loraplex.gateway.replies import json_reply
+
+
+class HealthView(Struct):
+    """The engine's state, and the reason where it is not ready; `error` and `error_type` then, as LoRAX tells it."""
+
+    state: HealthState
+    detail: str
+    error: str | UnsetType = UNSET
+    error_type: str | UnsetType = UNSET
 
 
 def health_routes(engine: Engine) -> list[HTTPRouteHandler]:
@@ -13,11 +23,21 @@ def health_routes(engine: Engine) -> list[HTTPRouteHandler]:
 
     @get(["/health", "/ping"])
     async def health() -> Response[bytes]:
-        found = engine.health()
-        status = 200 if found.state == "ready" else 503
-        return json_reply(found, status)
+        return health_reply(engine)
 
-    return [health]
+    @post("/ping", status_code=200)
+    async def ping() -> Response[bytes]:
+        return health_reply(engine)
+
+    return [health, ping]
+
+
+def health_reply(engine: Engine) -> Response[bytes]:
+    """What every route that asks after the server's health says."""
+    found = engine.health()
+    if found.state == "ready":
+        return json_reply(HealthView(found.state, found.detail))
+    return json_reply(HealthView(found.state, found.detail, "unhealthy", "healthcheck"), 503)
 
 
 def require_ready(engine: Engine) -> None:

@@ -22,6 +22,11 @@ def tell_limits(request: Request[Any, Any, Any], headers: list[tuple[bytes, byte
     request.scope["limit_headers"] = headers  # type: ignore[typeddict-unknown-key]
 
 
+def tell(request: Request[Any, Any, Any], headers: list[tuple[bytes, bytes]]) -> None:
+    """These headers join those about limits."""
+    tell_limits(request, [*request.scope.get("limit_headers", []), *headers])  # type: ignore[misc]
+
+
 def identify_requests(app: ASGIApp) -> ASGIApp:
     """Adds `x-request-id` (the client's own, if it sent a sane one), `openai-processing-ms`, and `x-ratelimit-*`."""
 

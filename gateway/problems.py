@@ -32,6 +32,7 @@ class Row(NamedTuple):
 TABLE: dict[type[Exception], Row] = {
     gateway.GatewayError: Row(400, _INVALID, "invalid_request"),
     gateway.MalformedRequest: Row(400, _INVALID, "invalid_request"),
+    gateway.NotJson: Row(400, _INVALID, "invalid_request"),
     gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
@@ -113,6 +114,13 @@ def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     problem = problem_of(error)
     report(request_id_of(request), error)
     tell_audit_of_refusal(request, problem.row.code)
+    headers = headers_of(error)
+    return Response(problem.body(), status_code=problem.row.status, media_type="application/json", headers=headers)
+
+
+def headers_of(error: Exception) -> dict[str, str]:
+    """Whether and when another try makes sense, and what a request without a key lacked."""
+    problem = problem_of(error)
     headers = {}
     retry_after = getattr(error, "retry_after", problem.row.retry_after)
     if retry_after is not None:
@@ -122,4 +130,4 @@ def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
         headers["x-should-retry"] = "false"
     if problem.row.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(problem.body(), status_code=problem.row.status, media_type="application/json", headers=headers)
+    return headers

@@ -1,0 +1,109 @@
+"""POST /, /invocations, /generate and /generate_stream."""
+
+from typing import Any
+
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
+from msgspec import Struct
+
+from loraplex.auth.caller import Caller
+from loraplex.engines.protocol import Engine, Grammar
+from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.decoding import Body
+from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.lorax.headers import Stopwatch, stream_headers, whole_headers
+from loraplex.gateway.lorax.problems import FRAMING, respond_flat
+from loraplex.gateway.lorax.replies import LoraxWire
+from loraplex.gateway.lorax.requests import lorax_requests
+from loraplex.gateway.lorax.wire import LoraxRequest, Parameters
+from loraplex.gateway.middleware import tell
+from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.request_adapters import RequestAdapters
+
+_body = Body(LoraxRequest)
+_options: dict[str, Any] = {
+    "status_code": 200,
+    "guards": [require_inference],
+    "exception_handlers": {Exception: respond_flat},
+}
+
+
+class _Asked(Struct, frozen=True, kw_only=True):
+    """Implements `Asked`."""
+
+    model: str
+    stream: bool
+    max_tokens: int | None
+    num_choices: int
+    grammar: Grammar | None
+    includes_usage: bool = False
+
+    def form(self) -> tuple[str, Grammar] | None:
+        return None if self.grammar is None else ("response_format", self.grammar)
+
+
+def generate_routes(
+    engine: Engine, catalogue: Catalogue, adapters: RequestAdapters, answers: Answers
+) -> list[HTTPRouteHandler]:
+    """The handlers of this resource."""
+
+    async def answer(request: Request[Any, Any, Any], body: LoraxRequest, *, streams: bool, as_list: bool) -> ASGIApp:
+        watch = Stopwatch()
+        parameters = body.check(streams=streams)
+        caller = caller_of(request)
+        route = await adapters.route(
+            caller,
+            adapter_id=parameters.adapter_id,
+            adapter_source=parameters.adapter_source,
+            api_token=parameters.api_token,
+            merged=parameters.merged_adapters,
+        )
+        tells_tokens = streams or parameters.wants_details
+        choices = await lorax_requests(
+            body.inputs, parameters, tells_tokens=tells_tokens, route=route, caller=caller, engine=engine
+        )
+        watch.validated()
+        wire = LoraxWire(body.inputs, parameters, choices, engine.tokenizer, as_list=as_list)
+        asked = _Asked(
+            model=_label(parameters, catalogue, caller),
+            stream=streams,
+            max_tokens=parameters.max_new_tokens,
+            num_choices=len(choices),
+            grammar=choices[0].sampling.grammar,
+        )
+        response = await answers.respond(request, asked, choices, wire, FRAMING, watch.see)
+        tell(request, stream_headers(body.inputs, parameters, engine.info()))
+        if not streams:
+            tell(request, whole_headers(watch, wire.best, len(choices[0].prompt_token_ids)))
+        return response
+
+    @post(["/", "/invocations"], **_options)
+    async def generate_either(request: Request[Any, Any, Any]) -> ASGIApp:
+        body = await _body.of(request)
+        return await answer(request, body, streams=bool(body.stream), as_list=True)
+
+    @post("/generate", **_options)
+    async def generate(request: Request[Any, Any, Any]) -> ASGIApp:
+        body = await _body.of(request)
+        if body.stream:
+            raise MalformedRequest("`stream` is for /generate_stream and /", "stream")
+        return await answer(request, body, streams=False, as_list=False)
+
+    @post("/generate_stream", **_options)
+    async def generate_stream(request: Request[Any, Any, Any]) -> ASGIApp:
+        body = await _body.of(request)
+        if body.stream is False:
+            raise MalformedRequest("`stream` cannot be false here; use /generate", "stream")
+        return await answer(request, body, streams=True, as_list=False)
+
+    return [generate_either, generate, generate_stream]
+
+
+def _label(parameters: Parameters, catalogue: Catalogue, caller: Caller) -> str:
+    """The model's name in metrics and books: one of the catalogue's, or what kind of adapter the request named."""
+    if parameters.merged_adapters is not None:
+        return "merged-adapters"
+    name = parameters.adapter_id or catalogue.base
+    return name if catalogue.source_of(name, caller) is not None else "request-adapter"

@@ -1,0 +1,18 @@
+"""Everything of LoRAX's API."""
+
+from litestar.handlers import HTTPRouteHandler
+
+from loraplex.config.settings import Settings
+from loraplex.engines.protocol import Engine
+from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.lorax.generate import generate_routes
+from loraplex.gateway.lorax.info import info_routes
+from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.request_adapters import RequestAdapters
+
+
+def lorax_routes(
+    settings: Settings, engine: Engine, catalogue: Catalogue, adapters: RequestAdapters, answers: Answers
+) -> list[HTTPRouteHandler]:
+    """The handlers of this folder."""
+    return [*generate_routes(engine, catalogue, adapters, answers), *info_routes(engine, settings.engine)]
