@@ -1,4 +1,4 @@
-"""Before anything is imported: without a GPU the Triton kernels are interpreted, which is decided when they are defined."""
+"""Before anything else is imported: without a GPU Triton interprets kernels, as it decides when they are defined."""
 
 import os
 

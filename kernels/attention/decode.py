@@ -8,7 +8,7 @@ a softmax of its own; their results are then weighed by what each softmax was di
     out  = Σ_s exp(m[s] − M) · o[s] / (Σ_s exp(m[s] − M) · l[s] + exp(sink − M))      M = max over m and the sink
 
     q: Shape [B, H, D].   keys: Shape [S, Hk, D].   values: Shape [S, Hk, Dv].
-    block_tables: Shape [B, W], int32; position j of sequence b lies in row block_tables[b, j // block] · block + j % block.
+    block_tables: Shape [B, W], int32. Position j of sequence b is row block_tables[b, j // size] · size + j % size.
     lengths: Shape [B], int32: positions to look at, the token's own included; 0 for a row that pads.
     out: Shape [B, H, Dv]; zeros where the length is 0.
 """

@@ -131,9 +131,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         most = new_most
     places = out + tokens[:, None] * o_row + head * o_head + value_numbers[None, :]
     shown = result / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(
-        places, shown.to(out.dtype.element_ty), mask=is_query[:, None] & (value_numbers < value_width)[None, :]
-    )
+    tl.store(places, shown.to(out.dtype.element_ty), mask=is_query[:, None] & (value_numbers < value_width)[None, :])
 
 
 def attend_paged_prefill_reference(

@@ -65,7 +65,7 @@ def _expand(  # type: ignore[no-untyped-def]
         ranks = first + tl.arange(0, BLOCK_RANK)
         is_number = is_pair[:, None] & (ranks < rank)[None, :]
         rows = tl.zeros((BLOCK_TOKENS, BLOCK_RANK), dtype=tl.float32)
-        for split in range(0, splits):
+        for split in range(splits):
             row = (split * num_pairs + pairs).to(tl.int64)
             rows += tl.load(h + row[:, None] * max_rank + ranks[None, :], mask=is_number, other=0.0)
         columns = tl.load(

@@ -28,8 +28,10 @@ def test_expand_equals_the_formula(mix: str, dtype: torch.dtype, module: int) ->
     table = random_table(RANKS, WIDTHS, dtype, dora=[3, 5])
     owner = owners(mix, len(RANKS), 23)
     tiles = Tiles.of(owner, [1.0 + token / 8 for token in range(23)], 16, DEVICE, room=(9, 30))
-    y, h, bias = filled((23, WIDTHS[module][1]), dtype, 3), filled((2, 30, 256), torch.float32, 4), filled(
-        (WIDTHS[module][1],), dtype, 5
+    y, h, bias = (
+        filled((23, WIDTHS[module][1]), dtype, 3),
+        filled((2, 30, 256), torch.float32, 4),
+        filled((WIDTHS[module][1],), dtype, 5),
     )
     expected = y.cpu()
     expand_reference(expected, h.cpu(), table.to("cpu"), module, tiles.to("cpu"), bias.cpu())
