@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> 
     where a query may look; None: everywhere. Result: Shape [B, H, N, Dv].
     """
     if form.softcap is not None or form.sinks is not None:
-        return _attend_eagerly(q, k, v, mask, form)
+        return attend_reference(q, k, v, mask, form)
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=form.scale, enable_gqa=grouped)
 
@@ -47,7 +47,7 @@ def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: Form) -> 
     batch, heads, width = q.shape
     key_heads = k.shape[2]
     if form.softcap is not None or form.sinks is not None:
-        out = _attend_eagerly(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None], form)
+        out = attend_reference(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None], form)
         return out[:, :, 0]
     out = functional.scaled_dot_product_attention(
         q.view(batch, key_heads, heads // key_heads, width),
@@ -59,7 +59,7 @@ def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: Form) -> 
     return out.reshape(batch, heads, v.shape[-1])
 
 
-def _attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> Tensor:
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> Tensor:
     """The formula with caps and sinks, softmax in float32."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

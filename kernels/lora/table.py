@@ -93,8 +93,11 @@ class Tiles:
         tiles += [(NOBODY, 0, 0)] * (room[0] - len(tiles))
         padding = max(room[1] - len(tokens), 0)
         columns = torch.tensor(tiles or [(NOBODY, 0, 0)], dtype=torch.int32).T.contiguous().to(device)
+        slots, begins, sizes = columns.unbind()
         return cls(
-            *columns.unbind(),
+            slots,
+            begins,
+            sizes,
             torch.tensor(tokens + [0] * padding, dtype=torch.int32, device=device),
             torch.tensor(factors + [0.0] * padding, dtype=torch.float32, device=device),
             block,
@@ -102,8 +105,8 @@ class Tiles:
 
     def to(self, device: str) -> Tiles:
         """A copy elsewhere."""
-        tensors = (self.slot, self.begin, self.size, self.token, self.weight)
-        return Tiles(*(tensor.to(device) for tensor in tensors), self.block)
+        place = {name: getattr(self, name).to(device) for name in ("slot", "begin", "size", "token", "weight")}
+        return Tiles(**place, block=self.block)
 
     @property
     def num_tiles(self) -> int:

@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from loraplex.kernels.fused.rms_norm import rms_norm, rms_norm_reference
 
-# One rounding of y: half a unit in the last place; float32 adds in another order. Triton's interpreter cuts bfloat16 off
-# where the GPU rounds it, which makes one unit of it for s, and another for y.
+# One rounding of y: half a unit in the last place; float32 adds in another order. Triton's interpreter cuts bfloat16
+# off where the GPU rounds it, which makes one unit of it for s, and another for y.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-10}
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
+from support.mixes import MIXES, owners
 
 from loraplex.kernels.lora.grouped import add_grouped_reference, add_masked, add_run, owner_mask
 
@@ -14,23 +13,11 @@ RANKS = (1, 8, 0, 64, 5)  # 0: an adapter that does not touch this layer
 SCALES = (2.0, 0.5, 1.0, 0.25, 1.5)
 
 
-def owners(mix: str) -> list[int]:
-    """Which adapter each token belongs to; −1 is the base."""
-    rng = random.Random(3)
-    groups = [-1, *range(len(RANKS))]
-    if mix == "distinct":
-        return [groups[token % len(groups)] for token in range(TOKENS)]
-    if mix == "identical":
-        return [3] * TOKENS
-    exponent = {"uniform": 0.0, "zipf": 1.0, "skewed": 1.5}[mix]
-    return rng.choices(groups, [1 / k**exponent for k in range(1, len(groups) + 1)], k=TOKENS)
-
-
 def runs_of(owner: list[int]) -> list[tuple[int, int, int]]:
     return [(token, token + 1, group) for token, group in enumerate(owner) if group >= 0]
 
 
-@pytest.mark.parametrize("mix", ["distinct", "uniform", "zipf", "identical", "skewed"])
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("form", ["masked", "run"])
 def test_form_equals_the_formula(mix: str, form: str) -> None:
     """float32: the forms differ from the formula only in the order of their sums."""
@@ -40,7 +27,7 @@ def test_form_equals_the_formula(mix: str, form: str) -> None:
         torch.randn(*shape, generator=generator)
         for shape in [(TOKENS, WIDTH_IN), (TOKENS, WIDTH_OUT), (rows, WIDTH_IN), (rows, WIDTH_OUT)]
     )
-    owner = owners(mix)
+    owner = owners(mix, len(RANKS), TOKENS)
     first = [sum(RANKS[:group]) for group in range(len(RANKS) + 1)]
     expected = y.clone()
     add_grouped_reference(expected, x, a, b, torch.tensor(owner), first, SCALES)

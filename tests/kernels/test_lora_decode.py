@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from support.mixes import MIXES, owners
 
 from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_grouped_reference
@@ -26,18 +26,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(1)
-
-
-def owners(mix: str) -> list[int]:
-    """Which adapter each token belongs to; −1 is the base."""
-    rng = random.Random(3)
-    groups = [-1, *range(len(RANKS))]
-    if mix == "distinct":
-        return [groups[token % len(groups)] for token in range(TOKENS)]
-    if mix == "identical":
-        return [3] * TOKENS
-    exponent = {"uniform": 0.0, "zipf": 1.0, "skewed": 1.5}[mix]
-    return rng.choices(groups, [1 / k**exponent for k in range(1, len(groups) + 1)], k=TOKENS)
 
 
 class Adapters:
@@ -68,7 +56,7 @@ class Adapters:
         return torch.cat(parts[0]), torch.cat(parts[1])
 
 
-@pytest.mark.parametrize("mix", ["distinct", "uniform", "zipf", "identical", "skewed"])
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("module", range(len(WIDTHS)))
 def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, threads: int) -> None:
@@ -76,7 +64,7 @@ def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, th
     adapters = Adapters(dtype)
     generator = torch.Generator().manual_seed(8)
     x, y = (torch.randn(TOKENS, width, generator=generator).to(dtype) for width in WIDTHS[module])
-    owner = owners(mix)
+    owner = owners(mix, len(RANKS), TOKENS)
     expected = y.double()
     first = [sum(RANKS[:group]) for group in range(len(RANKS) + 1)]
     add_grouped_reference(expected, x.double(), *adapters.stacked(module), torch.tensor(owner), first, SCALES)

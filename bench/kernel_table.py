@@ -1,0 +1,272 @@
+"""Each kernel by itself: microseconds, GB/s, and per cent of the bandwidth that a plain copy reaches here.
+
+    python bench/kernel_table.py [--ops lora/shrink,lora/expand] [--shape 8b] [--json FILE]
+
+On a GPU it times the Triton kernels, on a CPU the forms that run there. GB/s counts the bytes the operation must touch
+once: weights, keys and values, inputs and outputs. `padded` is the same kernel when every adapter has the largest rank,
+as engines store them that pad. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex.kernels.attention.decode import attend_paged_decode
+from loraplex.kernels.attention.paged import Form, attend_decode
+from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
+from loraplex.kernels.fused.gated import gated
+from loraplex.kernels.fused.rms_norm import rms_norm
+from loraplex.kernels.fused.truncation import truncate_logits
+from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode
+from loraplex.kernels.lora.expand import expand
+from loraplex.kernels.lora.grouped import add_masked, owner_mask
+from loraplex.kernels.lora.shrink import num_splits, shrink
+from loraplex.kernels.lora.table import AdapterTable, Tiles
+
+_ADDRESSED: list[object] = []  # whose memory a table points to
+RANKS = (8, 16, 32, 64)
+COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    width: int
+    vocab: int
+
+
+SHAPES = {"8b": Shape(4096, 14336, 32, 8, 128, 128256), "1.1b": Shape(2048, 5632, 32, 4, 64, 32000)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time. `num_bytes` is what it must read and write."""
+
+    name: str
+    run: Callable[[], object]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    op: str
+    case: str
+    microseconds: float
+    gigabytes_per_second: float
+    percent_of_copy: float
+
+
+class Adapters:
+    """So many adapters with these ranks in turn, on one module of the given sizes, in one buffer."""
+
+    def __init__(self, count: int, widths: tuple[int, int], ranks: tuple[int, ...], device: torch.device) -> None:
+        self.widths, self.ranks = widths, [ranks[number % len(ranks)] for number in range(count)]
+        size = sum(rank * sum(widths) for rank in self.ranks)
+        self.buffer = torch.randn(size, dtype=torch.bfloat16, device=device)
+        self.table = AdapterTable.empty(self.buffer, count, 1)
+        begins = np.cumsum([0, *(rank * sum(widths) for rank in self.ranks)])[:-1]
+        self.a, self.b = begins, begins + np.array(self.ranks) * widths[0]
+        self.table.a[:, 0] = torch.from_numpy(self.a)
+        self.table.b[:, 0] = torch.from_numpy(self.b)
+        self.table.rank[:, 0] = torch.tensor(self.ranks, dtype=torch.int32)
+        self.table.scale[:, 0] = 1.0
+        self.module = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def num_bytes(self, side: int) -> int:
+        return sum(self.ranks) * self.widths[side] * 2
+
+
+def _adapter_counts(shape: Shape, device: torch.device) -> Iterator[tuple[str, Adapters, Tiles, int]]:
+    """(name, adapters, a token of each, bytes of one side without padding), with mixed ranks and padded ones."""
+    for count in (1, 8, 32, 256):
+        mixed = Adapters(count, (shape.hidden, shape.hidden), RANKS, device)
+        padded = Adapters(count, (shape.hidden, shape.hidden), (max(RANKS),), device)
+        tiles = Tiles.of(range(count), None, 16, device)
+        yield f"{count} adapters, mixed", mixed, tiles, mixed.num_bytes(0)
+        yield f"{count} adapters, padded", padded, tiles, mixed.num_bytes(0)
+
+
+def lora_shrink(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for name, adapters, tiles, num_bytes in _adapter_counts(shape, device):
+        x = torch.randn(tiles.num_pairs, shape.hidden, dtype=torch.bfloat16, device=device)
+        splits = num_splits(shape.hidden, tiles.num_tiles, 1, max(RANKS))
+        run = partial(shrink, x, adapters.table, adapters.module, tiles, max(RANKS), splits)
+        cases.append(Case(name, run, num_bytes))
+    return cases
+
+
+def lora_expand(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for name, adapters, tiles, num_bytes in _adapter_counts(shape, device):
+        y = torch.zeros(tiles.num_pairs, shape.hidden, dtype=torch.bfloat16, device=device)
+        h = torch.randn(2, tiles.num_pairs, max(RANKS), device=device)
+        cases.append(Case(name, partial(expand, y, h, adapters.table, 0, tiles), num_bytes))
+    return cases
+
+
+def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    kept = _ADDRESSED
+    for count in (1, 4, 32):
+        adapters = Adapters(count, (shape.hidden, shape.hidden), RANKS, device)
+        rows = [
+            AdapterRows(
+                np.array([a * 2], dtype=np.uint64), np.array([b * 2], dtype=np.uint64),
+                np.array([rank], dtype=np.int32), np.ones(1, dtype=np.float32),
+            )
+            for a, b, rank in zip(adapters.a, adapters.b, adapters.ranks, strict=True)
+        ]  # fmt: skip
+        table = DecodeTable([shape.hidden], [shape.hidden], rows, [adapters.buffer.data_ptr()] * count)
+        x, y = (torch.randn(count, shape.hidden, dtype=torch.bfloat16) for _ in range(2))
+        run = partial(add_decode, y, x, table, 0, DecodeStep(table, range(count)))
+        kept.append(adapters)
+        cases.append(Case(f"{count} adapters", run, adapters.num_bytes(0) + adapters.num_bytes(1)))
+    return cases
+
+
+def lora_grouped(shape: Shape, device: torch.device) -> list[Case]:
+    count = 8
+    rows = torch.tensor([RANKS[number % len(RANKS)] for number in range(count)])
+    row_owner = torch.arange(count).repeat_interleave(rows).to(device)
+    a, b = (torch.randn(len(row_owner), shape.hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
+    x, y = (torch.randn(count, shape.hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
+    mask = owner_mask(torch.arange(count, device=device), row_owner, torch.ones_like(row_owner, dtype=torch.bfloat16))
+    return [Case(f"{count} adapters", lambda: add_masked(y, x, a, b, mask), 2 * a.numel() * 2)]
+
+
+def _cache(shape: Shape, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    size = batch * length
+    keys, values = (
+        torch.randn(size, shape.key_heads, shape.width, dtype=torch.bfloat16, device=device) for _ in range(2)
+    )
+    return keys, values, torch.arange(size // 16, dtype=torch.int32, device=device).view(batch, length // 16)
+
+
+def attention_decode(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for batch, length in ((1, 8192), (32, 2048), (128, 512)):
+        keys, values, table = _cache(shape, batch, length, device)
+        q = torch.randn(batch, shape.heads, shape.width, dtype=torch.bfloat16, device=device)
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+        run = partial(attend_paged_decode, q, keys, values, table, lengths, 16, Form(0.1))
+        cases.append(Case(f"{batch} × {length}", run, 2 * keys.numel() * 2))
+    return cases
+
+
+def attention_prefill(shape: Shape, device: torch.device) -> list[Case]:
+    length = 4096
+    keys, values, table = _cache(shape, 1, length, device)
+    q = torch.randn(length, shape.heads, shape.width, dtype=torch.bfloat16, device=device)
+    out, tiles = torch.empty_like(q), QueryTiles.of([(0, 0, length, 0)], device)
+    return [Case(f"1 × {length}", lambda: attend_paged_prefill(out, q, keys, values, table, tiles, 16, Form(0.1)),
+                 2 * (q.numel() * 2 + keys.numel() * 2))]  # fmt: skip
+
+
+def attention_paged(shape: Shape, device: torch.device) -> list[Case]:
+    batch, length = 8, 512
+    keys, values, _ = _cache(shape, batch, length, device)
+    q = torch.randn(batch, shape.heads, shape.width, dtype=torch.bfloat16, device=device)
+    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    k, v = (cache.view(batch, length, shape.key_heads, shape.width) for cache in (keys, values))
+    return [Case(f"{batch} × {length}", lambda: attend_decode(q, k, v, mask, Form(0.1)), 2 * keys.numel() * 2)]
+
+
+def fused_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
+    x, residual = (torch.randn(512, shape.hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
+    weight = torch.ones(shape.hidden, dtype=torch.bfloat16, device=device)
+    return [Case("512 tokens", lambda: rms_norm(x, weight, 1e-5, residual), 4 * x.numel() * 2)]
+
+
+def fused_gated(shape: Shape, device: torch.device) -> list[Case]:
+    gate, up = (torch.randn(512, shape.intermediate, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return [Case("512 tokens", lambda: gated(gate, up, "silu"), 3 * gate.numel() * 2)]
+
+
+def fused_truncation(shape: Shape, device: torch.device) -> list[Case]:
+    logits = torch.randn(32, shape.vocab, device=device)
+    k = torch.full((32,), 50, dtype=torch.int32, device=device)
+    p, floor = torch.full((32,), 0.9, device=device), torch.zeros(32, device=device)
+    return [
+        Case("32 rows", lambda: truncate_logits(logits, k, p, floor), 2 * logits.numel() * 4),
+        Case("32 rows, by sorting", lambda: logits.softmax(-1).sort(descending=True), 2 * logits.numel() * 4),
+    ]
+
+
+ON_CPU = {"lora/decode": lora_decode, "lora/grouped": lora_grouped, "attention/paged": attention_paged}
+ON_GPU = {
+    "lora/shrink": lora_shrink,
+    "lora/expand": lora_expand,
+    "attention/decode": attention_decode,
+    "attention/prefill": attention_prefill,
+    "fused/rms_norm": fused_rms_norm,
+    "fused/gated": fused_gated,
+    "fused/truncation": fused_truncation,
+}
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 50) -> float:
+    """Median of `rounds` calls after a few that warm up."""
+    for _ in range(5):
+        run()
+    found = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a plain copy."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / seconds_of(lambda: target.copy_(source), device, rounds=9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", help="which, separated by commas; all that run here if left out")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ops = ON_GPU if device.type == "cuda" else ON_CPU
+    bandwidth = copy_bandwidth(device)
+    print(f"{options.shape} on {device}: a copy moves {bandwidth / 1e9:.0f} GB/s, read and written")
+    figures = []
+    for op in options.ops.split(",") if options.ops else ops:
+        for case in ops[op](SHAPES[options.shape], device):
+            seconds = seconds_of(case.run, device)
+            rate = case.num_bytes / seconds
+            figures.append(Figure(op, case.name, seconds * 1e6, rate / 1e9, 100 * rate / bandwidth))
+            speed = f"{seconds * 1e6:10.1f} µs {rate / 1e9:8.1f} GB/s {100 * rate / bandwidth:5.0f} %"
+            print(f"{op:20} {case.name:24} {speed}")
+    if options.json:
+        options.json.write_text(json.dumps({"copy": bandwidth, "figures": [asdict(figure) for figure in figures]}))
+
+
+if __name__ == "__main__":
+    main()
