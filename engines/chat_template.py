@@ -105,7 +105,7 @@ class ChatTemplate:
 def read_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     """The template of a checkpoint's directory, whose `tokenizer_config.json` holds `config`."""
     said = config.get("chat_template")
-    named = said if isinstance(said, list) else [{"name": "default", "template": said}]
+    named: list[dict[str, Any]] = said if isinstance(said, list) else [{"name": "default", "template": said}]
     sources = {str(entry["name"]): entry["template"] for entry in named if isinstance(entry.get("template"), str)}
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
