@@ -45,6 +45,15 @@ class Model(_Section, frozen=True):
         PositiveInt | None, Help(description="Longest prompt plus answer in tokens; the model's own limit if unset.")
     ] = None
 
+    tool_parser: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "mistral_args", "deepseek", "deepseek_fenced"],
+        Help(description="How the model writes tool calls; auto goes by its chat template."),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "think", "mistral"],
+        Help(description="The tags a model reasons between; auto goes by its chat template."),
+    ] = "auto"
+
     @property
     def directory(self) -> Path:
         return Path(self.path).expanduser()

@@ -1,11 +1,11 @@
 """An engine that can be computed by hand: it answers with the prompt's own bytes.
 
 One token is one UTF-8 byte. With an adapter the answer begins with the adapter's name and a colon, with several with
-their names and weights. Every step gives each running request one token, so interleaving, aborts and counts can be
-predicted exactly. The hidden state of a token is its byte's eight bits, lowest first, then the sum of the bytes of the
-adapters' names, times their weights. Three words in a prompt make faults on demand: `<fail>` fails this request after
-four tokens, `<die>` ends every request in flight as a crash would, `<slow>` stretches this request's steps to 50 ms; an
-embedding is one step.
+their names and weights. A grammar is only checked: what is not of it, the echo refuses to say. Every step gives each
+running request one token, so interleaving, aborts and counts can be predicted exactly. The hidden state of a token is
+its byte's eight bits, lowest first, then the sum of the bytes of the adapters' names, times their weights. Three words
+in a prompt make faults on demand: `<fail>` fails this request after four tokens, `<die>` ends every request in flight
+as a crash would, `<slow>` stretches this request's steps to 50 ms; an embedding is one step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llguidance import LLTokenizer, TokenizerWrapper
+
 from loraplex.config.settings import Settings
 from loraplex.engines.errors import (
     AdapterInUse,
@@ -27,6 +29,7 @@ from loraplex.engines.errors import (
     InvalidRequest,
     PromptTooLong,
 )
+from loraplex.engines.native.grammar import match
 from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
@@ -37,6 +40,7 @@ from loraplex.engines.protocol import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Grammar,
     Health,
     HealthState,
     Progress,
@@ -96,6 +100,7 @@ class EchoEngine:
         self._deaths = 0
         self._steps = self._prompt_tokens = self._generated = self._finished = self._aborted = self._failed = 0
         self.tokenizer = EchoTokenizer()
+        self._matching: LLTokenizer | None = None
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
         on_progress(Progress(stage="ready", fraction=1.0))
@@ -121,13 +126,13 @@ class EchoEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self._state != "ready":
             raise EngineUnavailable(f"the engine is {self._state}")
-        if request.sampling.grammar is not None:
-            raise InvalidRequest("the echo engine follows no grammar", "grammar")
         room = self.info().max_model_len - len(request.prompt_token_ids)
         if room < 1:
             raise PromptTooLong(f"the prompt has {len(request.prompt_token_ids)} tokens; no room is left", "messages")
         for part in request.parts:
             await self.load(part.adapter)
+        if request.sampling.grammar is not None:
+            self._require_form(request, request.sampling.grammar)
         self._in_flight[request.request_id] = request
         self._prompt_tokens += len(request.prompt_token_ids)
         finished = False
@@ -143,6 +148,15 @@ class EchoEngine:
             del self._in_flight[request.request_id]
             self._finished += finished
             self._aborted += not finished
+
+    def _require_form(self, request: GenerateRequest, grammar: Grammar) -> None:
+        """The echo says what it says: where that is not of the grammar it refuses. Raises InvalidRequest."""
+        if self._matching is None:
+            self._matching = LLTokenizer(TokenizerWrapper(_ByteTokens()))
+        matcher = match(grammar, self._matching)
+        said = [*(f"{_composed(request)}: ".encode() if request.parts else b""), *request.prompt_token_ids]
+        if matcher.validate_tokens(said) < len(said) or not matcher.consume_tokens(said) or not matcher.is_accepting():
+            raise InvalidRequest("the echo engine follows no grammar, and would say what is not of this one", "grammar")
 
     async def _answer(self, request: GenerateRequest, room: int) -> AsyncIterator[TokenEvent]:
         prompt = self.tokenizer.decode(request.prompt_token_ids)
@@ -293,6 +307,18 @@ def _composed(request: GenerateRequest) -> str:
     if request.adapter is not None:
         return request.adapter.name
     return "+".join(f"{part.adapter.name}*{part.weight:g}" for part in request.composition)
+
+
+class _ByteTokens:
+    """The echo's vocabulary, as llguidance asks for it."""
+
+    eos_token_id = EOS
+    bos_token_id = None
+    tokens = (*(bytes([byte]) for byte in range(EOS)), b"<eos>")
+    special_token_ids = (EOS,)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
 
 
 def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...]:

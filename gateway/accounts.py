@@ -210,7 +210,7 @@ def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended:
         msgspec.structs.replace(
             choice,
             weight=policy.weight,
-            priority=policy.priority,
+            priority=policy.priority + choice.priority,
             shares_prefixes=policy.shares_prefixes,
             sampling=msgspec.structs.replace(choice.sampling, max_tokens=min(choice.sampling.max_tokens, cap)),
         )

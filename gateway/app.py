@@ -40,7 +40,7 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
         route_handlers=[
             *health_routes(engine),
             *metric_routes(metrics, engine, is_open=settings.server.open_metrics),
-            *chat_routes(engine, catalogue, answers),
+            *chat_routes(engine, catalogue, answers, settings.model),
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
             *lorax_routes(settings, engine, catalogue, adapters, answers),

@@ -9,11 +9,11 @@ import msgspec
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.errors import PromptTooLong
-from loraplex.engines.protocol import ChatMessage, Engine, GenerateRequest, SamplingParams, Tokenizer
+from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams, Tokenizer
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -25,26 +25,18 @@ T = TypeVar("T")
 
 
 async def chat_requests(
-    body: ChatRequest, completion_id: str, route: Route, caller: Caller, engine: Engine
+    dialogue: Dialogue, completion_id: str, route: Route, caller: Caller, engine: Engine
 ) -> list[GenerateRequest]:
     """One request for each of the `n` choices; a seed is counted up from choice to choice.
 
-    Raises PromptTooLong or MalformedRequest, naming the field, InvalidRequest where the template refuses, or
-    EngineUnavailable.
+    Raises PromptTooLong or MalformedRequest, naming the field, or InvalidRequest where the template refuses.
     """
-    require_ready(engine)
-    messages = [
-        ChatMessage(
-            role="system" if message.role == "developer" else message.role, content=message.text(), name=message.name
-        )
-        for message in body.messages
-    ]
-    length = sum(len(message.content or "") for message in messages)
-    prompt = await _tokenised(length, lambda: engine.tokenizer.encode_chat(messages))
+    body = dialogue.body
+    prompt = await _tokenised(dialogue.num_characters, dialogue.encode)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
-    return _choices(body, [(prompt, limit)], completion_id, route, caller, engine)
+    return dialogue.hold(_choices(body, [(prompt, limit)], completion_id, route, caller, engine))
 
 
 async def completion_requests(
@@ -178,6 +170,7 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> Sampli
         includes_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=min_tokens,
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 

@@ -93,17 +93,23 @@ class Grammars:
         return LLTokenizer(str(self._path), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        try:
-            source = _COMPILERS[grammar.kind](grammar.source)
-        except Exception as error:
-            raise _refusal(grammar, str(error)) from error
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise _refusal(grammar, matcher.get_error())
+        matcher = match(grammar, self._tokenizer, self._limits)
         matcher.compute_bitmask()  # what a first mask computes is kept for all copies
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())
         return matcher
+
+
+def match(grammar: Grammar, tokenizer: LLTokenizer, limits: LLParserLimits | None = None) -> LLMatcher:
+    """A matcher at the grammar's beginning. Raises InvalidRequest where it cannot be compiled."""
+    try:
+        source = _COMPILERS[grammar.kind](grammar.source)
+    except Exception as error:
+        raise _refusal(grammar, str(error)) from error
+    matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise _refusal(grammar, matcher.get_error())
+    return matcher
 
 
 def _json_schema(source: str) -> str:

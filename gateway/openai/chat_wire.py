@@ -1,61 +1,42 @@
 """The JSON of chat completions, in and out."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import FinishReason
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.openai.wire import Count, GenerationFields, Usage, refuse_what_matters
+from loraplex.gateway.openai.chat_messages import Message, check_messages
+from loraplex.gateway.openai.tool_wire import MadeCall, ToolFields
+from loraplex.gateway.openai.wire import Count, Usage
+
+Metadata: TypeAlias = Annotated[
+    dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=512)]],
+    msgspec.Meta(max_length=16),
+]
+ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority"]
 
 
-class TextPart(Struct, forbid_unknown_fields=True):
-    text: str
-    type: Literal["text"] = "text"
-
-
-class Message(Struct, forbid_unknown_fields=True):
-    """One message of the conversation. A developer's instructions reach the model as a system message."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    # what answers have beside their text, and clients send back with them
-    refusal: Raw | UnsetType = UNSET
-    annotations: Raw | UnsetType = UNSET
-    audio: Raw | UnsetType = UNSET
-    function_call: Raw | UnsetType = UNSET
-    tool_calls: Raw | UnsetType = UNSET
-
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
-        "tool_calls": ([],),
-    }
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
     """What is said of every generation, and what is special to a chat."""
 
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    service_tier: ServiceTier | None = None
+    # common extensions
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     # said about a request, without effect on its answer
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     store: Literal[False] | None = None
     # known, not offered
-    tools: Raw | UnsetType = UNSET
-    tool_choice: Raw | UnsetType = UNSET
-    parallel_tool_calls: Raw | UnsetType = UNSET
     functions: Raw | UnsetType = UNSET
     function_call: Raw | UnsetType = UNSET
     audio: Raw | UnsetType = UNSET
@@ -64,16 +45,12 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
     prediction: Raw | UnsetType = UNSET
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
-    reasoning_effort: Raw | UnsetType = UNSET
-    service_tier: Raw | UnsetType = UNSET
+    chat_template: Raw | UnsetType = UNSET
     verbosity: Raw | UnsetType = UNSET
     web_search_options: Raw | UnsetType = UNSET
 
     # the values of those that ask for nothing we lack
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "audio": (),
@@ -81,17 +58,18 @@ class ChatRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
         "moderation": (),
         "prediction": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "service_tier": ("auto", "default"),
-        "verbosity": (),
+        "prompt_cache_retention": ("in_memory",),
+        "chat_template": (),  # a client's template could run for ever in the gateway's process
+        "verbosity": ("medium",),
         "web_search_options": (),
     }
 
     def check(self) -> None:
         super().check()
-        for place, message in enumerate(self.messages):
-            refuse_what_matters(message, message.not_offered, f"messages[{place}].")
+        check_messages(self.messages)
+        self.check_tools()
+        if self.continue_final_message and self.add_generation_prompt:
+            raise MalformedRequest("It cannot be together with add_generation_prompt.", "continue_final_message")
         if self.top_logprobs and not self.logprobs:
             raise MalformedRequest("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
@@ -121,14 +99,18 @@ class ChoiceLogprobs(Struct):
 
 
 class AnswerMessage(Struct):
-    content: str
+    """`content` is null where the answer is calls alone."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
 class Choice(Struct):
     message: AnswerMessage
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     index: int
     logprobs: ChoiceLogprobs | None
 
@@ -142,5 +124,5 @@ class ChatCompletion(Struct):
     choices: list[Choice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
-    service_tier: Literal["default"] = "default"
+    service_tier: Literal["default", "flex", "priority"] = "default"
     system_fingerprint: None = None

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.forms import FormFields
@@ -61,6 +61,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     min_tokens: Natural | None = None
     bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
@@ -110,10 +111,15 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
-    """`cached_tokens` of the prompt were found in the prefix cache."""
+    """`cached_tokens` of the prompt were found in the prefix cache. `reasoning_tokens` only models that reason have."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET

@@ -46,7 +46,6 @@ class CallFormat(Struct, frozen=True, kw_only=True):
     opens_answer: tuple[str, ...] = ()
     opens_next: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()  # all of them in a chat template betray the family
-    has_special_tokens: bool = False  # calls are written with tokens that leave no text by themselves
     id_kind: Literal["openai", "short"] = "openai"
 
     def new_id(self) -> str:
@@ -75,7 +74,6 @@ LLAMA3 = CallFormat(
     closings=(";", "<|eom_id|>"),
     script=Script(first="", begin='{"name": %s, "parameters": ', end="}", joint="; "),
     markers=("<|python_tag|>",),
-    has_special_tokens=True,
 )
 MISTRAL = CallFormat(
     name="mistral",
@@ -89,7 +87,6 @@ MISTRAL = CallFormat(
     closings=(",", "]"),
     script=Script(first="[TOOL_CALLS][", begin='{"name": %s, "arguments": ', end="}", joint=", ", last="]"),
     markers=("[TOOL_CALLS]",),
-    has_special_tokens=True,
     id_kind="short",
 )
 MISTRAL_ARGS = replace(  # what it wrote later
@@ -111,7 +108,6 @@ DEEPSEEK = CallFormat(
         first="<｜tool▁calls▁begin｜>", begin=f"{_BEGIN}%s{_SEPARATOR}", end=_END, joint="", last="<｜tool▁calls▁end｜>"
     ),
     markers=("<｜tool▁calls▁begin｜>",),
-    has_special_tokens=True,
 )
 DEEPSEEK_FENCED = replace(  # what it wrote before
     DEEPSEEK,

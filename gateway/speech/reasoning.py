@@ -57,7 +57,8 @@ class ReasoningParser:
 
     def finish(self) -> tuple[str, str]:
         if self.place == "reasoning":
-            return self._take().strip(), ""
+            rest = self._take().rstrip()
+            return rest if self._has_told else rest.lstrip(), ""
         return "", "" if self.place == "between" else self._take()
 
     def _take(self) -> str:

@@ -28,7 +28,7 @@ def test_encode_chat_equals_transformers(tmp_path: Path, template: str) -> None:
     theirs.chat_template = TEMPLATES[template] or theirs.chat_template
     theirs.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": message.role, "content": message.content} for message in CHAT]
+    messages = [{"role": message.role, "content": message.content or ""} for message in CHAT]
     expected = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert HubTokenizer(tmp_path).encode_chat(CHAT) == expected
 

@@ -19,6 +19,14 @@ from loraplex.gateway.problems import TABLE
 
 ROUTE = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def _tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+TOOL = _tool({"type": "object"})
 
 
 def post(gateway: Gateway, body: Any = None, *, raw: bytes | None = None, key: str | None = None) -> Any:
@@ -107,6 +115,26 @@ def test_body_that_is_no_object_is_400(gateway: Gateway, raw: bytes) -> None:
         ({"stop_token_ids": [400]}, "stop_token_ids"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"metadata": {"a": 1}}, "metadata[...]"),
+        ({"metadata": {"a": "x" * 513}}, "metadata[...]"),
+        ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": [_tool({"type": "array"})]}, "tools[0].function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort"),
+        ({"service_tier": "fast"}, "service_tier"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}, *GOOD["messages"]]}, "messages[1]"),
+        ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages[0].role"),
     ],
     ids=str,
 )
@@ -122,14 +150,11 @@ def test_field_unknown_is_refused_by_name(gateway: Gateway, field: str, param: s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
         ("audio", {"voice": "x", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}),
-        ("reasoning_effort", "high"),
         ("service_tier", "priority"),
         ("verbosity", "low"),
         ("web_search_options", {}),
@@ -261,11 +286,9 @@ def test_table_has_a_row_for_every_error_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("refusal", "no"),
         ("annotations", [{}]),
         ("audio", {"id": "a"}),
         ("function_call", {"name": "f", "arguments": "{}"}),
-        ("tool_calls", [{"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
     ],
 )
 def test_message_field_not_offered_is_refused_by_name(gateway: Gateway, field: str, value: Any) -> None:

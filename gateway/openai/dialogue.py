@@ -1,0 +1,192 @@
+"""One chat request, read: what the model is told, what it may say, and how its answer is taken apart."""
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from loraplex.config.settings import Model
+from loraplex.engines.protocol import Engine, GenerateRequest, Grammar, Tokenizer
+from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.health import require_ready
+from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.toolless import without_tools
+from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
+from loraplex.gateway.speech.calls import CallParser
+from loraplex.gateway.speech.formats import HERMES, call_format
+from loraplex.gateway.speech.reasoning import ReasoningParser, reasoning_tags
+from loraplex.gateway.speech.speech import Speech
+
+_TAIL = 16  # tokens; the end of a prompt that may hold the tag that begins the reasoning
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
+
+
+class Dialogue:
+    """Made for one request, and what `Answers` is asked with.
+
+    Raises MalformedRequest or UnsupportedParameter naming the field, or EngineUnavailable.
+    """
+
+    def __init__(self, body: ChatRequest, engine: Engine, model: Model) -> None:
+        require_ready(engine)
+        self.body = body
+        self._tokenizer: Tokenizer = engine.tokenizer
+        self._names = body.callable_names()
+        tools = [tool.for_template() for tool in body.tools or []] if self._names else []
+        self._messages = [message.for_template() for message in body.messages]
+        knows_tools = "tools" in self._tokenizer.template_variables
+        is_about_tools = bool(tools) or any(message.role == "tool" for message in self._messages)
+        if is_about_tools and not knows_tools:
+            self._messages, self._tools = without_tools(self._messages, tools), []
+        else:
+            self._tools = tools
+        template = self._tokenizer.chat_template
+        self._tags = reasoning_tags(model.reasoning_parser, template)
+        self._form = call_format(model.tool_parser, template) if knows_tools or not self._names else HERMES
+        self._variables = _variables(body, self._tokenizer, may_reason=self._tags is not None)
+        self._is_begun = False
+
+    @property
+    def model(self) -> str:
+        return self.body.model
+
+    @property
+    def stream(self) -> bool | None:
+        return self.body.stream
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.body.max_tokens if self.body.max_completion_tokens is None else self.body.max_completion_tokens
+
+    @property
+    def num_choices(self) -> int:
+        return self.body.num_choices
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.body.includes_usage
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all of the answer is text."""
+        return not self._names and self._tags is None
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(message.content or "") for message in self._messages)
+
+    def encode(self) -> list[int]:
+        """The prompt's tokens. Raises InvalidRequest where the template refuses."""
+        continues = bool(self.body.continue_final_message)
+        prompt = self._tokenizer.encode_chat(
+            self._messages,
+            add_generation_prompt=not continues and self.body.add_generation_prompt is not False,
+            continue_final_message=continues,
+            tools=self._tools,
+            variables=self._variables,
+        )
+        if self._tags is not None:
+            end = b"".join(self._tokenizer.token_bytes(token) for token in prompt[-_TAIL:])
+            self._is_begun = end.rstrip().endswith(self._tags.begin.encode())
+        return prompt
+
+    def speech(self) -> Speech:
+        """For one of the answers."""
+        reasoning = None if self._tags is None else ReasoningParser(self._tags, is_begun=self._is_begun)
+        return Speech(reasoning, CallParser(self._form, self._names) if self._names else None)
+
+    def hold(self, choices: list[GenerateRequest]) -> list[GenerateRequest]:
+        """The same requests, held to what the answer may say. The prompt must have been encoded."""
+        if self.is_plain:
+            return choices
+        grammar = self._grammar()
+        tags = [] if self._tags is None else [self._tags.begin, self._tags.end]
+        skips = all(self._leaves_text(marker) for marker in (*tags, *(self._form.openings if self._names else ())))
+        return [
+            replace(
+                choice,
+                sampling=replace(
+                    choice.sampling, grammar=grammar, skip_special_tokens=choice.sampling.skip_special_tokens and skips
+                ),
+            )
+            for choice in choices
+        ]
+
+    def _leaves_text(self, marker: str) -> bool:
+        """Not where it is a special token, which is left out of texts unless asked for."""
+        return bool(self._tokenizer.decode(self._tokenizer.encode(marker, add_special_tokens=False)))
+
+    def form(self) -> tuple[str, Grammar] | None:
+        """The field that says what the answer must look like, for an engine's complaint of it."""
+        if not self._holds_calls:
+            return self.body.form()
+        return ("tool_choice" if self.body.forces_call else "tools"), self._grammar() or Grammar(kind="lark", source="")
+
+    @property
+    def _holds_calls(self) -> bool:
+        body, tools = self.body, self.body.tools or []
+        return bool(self._names) and (
+            body.forces_call
+            or body.parallel_tool_calls is False
+            or len(self._names) < len(tools)
+            or any(tool.function.strict for tool in tools)
+            or body.form() is not None
+        )
+
+    def _grammar(self) -> Grammar | None:
+        thinking = None if self._tags is None else Thinking(self._tags, self._is_begun)
+        form = self.body.form()
+        if not self._holds_calls:
+            if form is None or thinking is None:
+                return form[1] if form else None
+            wrapped = reasoned(form[1], thinking, self._tokenizer)
+            if wrapped is None:
+                raise MalformedRequest("A grammar cannot hold this model's answer: it reasons first.", form[0])
+            return wrapped
+        is_forced = self.body.forces_call
+        grammar = call_grammar(
+            self._form,
+            self._callable(),
+            self._tokenizer,
+            thinking,
+            is_forced=is_forced,
+            is_parallel=self.body.parallel_tool_calls is not False,
+            otherwise=form[1] if form and not is_forced else None,
+        )
+        if grammar is None and form is not None:
+            raise MalformedRequest("It is not possible together with tools; a schema is.", form[0])
+        return grammar
+
+    def _callable(self) -> list[CallableTool]:
+        """A forced call keeps to the schema always, a free one where the tool says `strict`."""
+        found = []
+        for tool in self.body.tools or []:
+            spec = tool.function
+            if spec.name in self._names:
+                schema = spec.parameters if spec.parameters is not None else {"additionalProperties": False}
+                found.append(CallableTool(spec.name, schema if self.body.forces_call or spec.strict else None))
+        return found
+
+
+def _variables(body: ChatRequest, tokenizer: Tokenizer, *, may_reason: bool) -> dict[str, Any] | None:
+    """What the chat template is told beside the conversation; None where nothing is."""
+    known = tokenizer.template_variables - {"tools"}
+    variables: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        variables |= _effort(body.reasoning_effort, known, may_reason=may_reason)
+    for name, value in (body.chat_template_kwargs or {}).items():
+        if name not in known:
+            raise UnsupportedParameter(
+                f"This model's chat template reads no {name!r}, but {', '.join(sorted(known)) or 'nothing'}.",
+                f"chat_template_kwargs.{name}",
+            )
+        variables[name] = value
+    return variables or None
+
+
+def _effort(effort: str, known: frozenset[str], *, may_reason: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {name: effort != "none" for name in _SWITCHES if name in known}
+    if "reasoning_effort" in known:
+        found["reasoning_effort"] = effort
+    if not found and (effort != "none" or may_reason):
+        raise UnsupportedParameter("This model cannot be told how much to reason.", "reasoning_effort")
+    return found
