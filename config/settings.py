@@ -169,6 +169,16 @@ class UsageSettings(_Section, frozen=True):
             "unset: named like the database, beside an SQLite file."
         ),
     ] = None
+    retention_days: Annotated[
+        PositiveInt | None,
+        Help(description="Age at which a request's row is deleted, its part of the day's sums stays; unset: never."),
+    ] = None
+    replay_seconds: Annotated[
+        float, Help(ge=0, description="How long an answer under an Idempotency-Key is kept for another try.")
+    ] = 600.0
+    replay_bytes: Annotated[
+        int, Help(ge=0, description="Memory for such answers; the oldest leave, and one that is larger is not kept.")
+    ] = 64 * 2**20
 
 
 class Settings(_Section, frozen=True):

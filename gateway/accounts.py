@@ -12,7 +12,7 @@ import msgspec
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import InvalidApiKey, QuotaSpent
 from loraplex.auth.limits.admission import Admission, Reservation
-from loraplex.auth.metering import ABORTED, COMPLETED, Books, Demand, UsageRecord
+from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, UsageRecord
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
@@ -90,6 +90,7 @@ class Meter:
         self._num_cached = 0
         self._first_token_at: float | None = None
         self._is_settled = False
+        self._outcome = RUNNING
         self.refusal: QuotaSpent | None = None  # why the answer was cut short, if it was
 
     @property
@@ -101,6 +102,11 @@ class Meter:
         self._end = error
         for task in self._watchers:
             task.cancel()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended well: not cut short, not left, not failed."""
+        return self._outcome == COMPLETED
 
     async def watch(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
         """The same events, reserved and counted before anyone sees them.
@@ -159,7 +165,7 @@ class Meter:
             return
         self._is_settled = True
         self._on_settled(self)
-        outcome = _outcome(error or self.refusal)
+        outcome = self._outcome = _outcome(error or self.refusal)
         has_failed = self._first_token_at is None and outcome not in (COMPLETED, ABORTED)
         num_prompt = 0 if has_failed else self._record.num_prompt_tokens
         try:

@@ -14,8 +14,10 @@ from loraplex.gateway.admin.keys import key_routes
 from loraplex.gateway.admin.limits import limit_routes
 from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
+from loraplex.gateway.admin.usage import usage_routes
 from loraplex.gateway.audit import end_actions
 from loraplex.gateway.health import health_routes
+from loraplex.gateway.idempotency import answer_once
 from loraplex.gateway.lorax.routes import lorax_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
@@ -23,6 +25,7 @@ from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.models import model_routes
+from loraplex.gateway.openai.usage import completion_usage_routes
 from loraplex.gateway.problems import respond
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
@@ -51,6 +54,8 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
             *admin_key_routes(tenants.admins),
             *audit_routes(services.audit, tenants),
             *adapter_routes(catalogue, tenants, engine),
+            *usage_routes(services.usage),
+            *completion_usage_routes(services.usage),
             *engine_routes(engine),
         ],
         exception_handlers={Exception: respond},
@@ -60,5 +65,5 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
     )
     routes.state.tenants = tenants
     routes.state.audit = services.audit
-    # outside Litestar, so that a request that finds no route has an id as well
-    return identify_requests(end_actions(routes, services.audit))
+    once = answer_once(end_actions(routes, services.audit), tenants, settings)
+    return identify_requests(once)  # outside Litestar, so that a request that finds no route has an id as well

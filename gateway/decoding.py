@@ -4,6 +4,7 @@ import re
 from typing import Any, Generic, TypeVar
 
 import msgspec
+import msgspec.inspect
 from litestar import Request
 from litestar.exceptions import InternalServerException
 
@@ -42,24 +43,37 @@ class Body(Generic[T]):
 
 
 class Query(Generic[T]):
-    """What may stand in a route's query, each name at most once; numbers are read as such."""
+    """What may stand in a route's query; numbers and dates are read as such.
+
+    A name stands there once, unless its field is a list: then often, as `name=a&name=b` or `name[]=a&name[]=b`.
+    """
 
     def __init__(self, type: type[T]) -> None:
         self._type = type
+        fields = msgspec.inspect.type_info(type).fields  # type: ignore[attr-defined]
+        self._lists = {field.encode_name for field in fields if _takes_list(field.type)}
 
     def of(self, request: Request[Any, Any, Any]) -> T:
         """Raises MalformedRequest or UnknownParameter."""
-        given: dict[str, str] = {}
+        given: dict[str, Any] = {}
         for name, value in request.query_params.multi_items():
-            if name in given:
-                raise MalformedRequest(f"{name} is given more than once.", name)
             if not value.isprintable():
                 raise MalformedRequest(f"Invalid value for {name}: it has characters that cannot be printed.", name)
-            given[name] = value
+            if (listed := name.removesuffix("[]")) in self._lists:
+                given.setdefault(listed, []).append(value)
+            elif name in given:
+                raise MalformedRequest(f"{name} is given more than once.", name)
+            else:
+                given[name] = value
         try:
             return msgspec.convert(given, self._type, strict=False)
         except msgspec.ValidationError as error:
             raise _explain(str(error)) from error
+
+
+def _takes_list(type: msgspec.inspect.Type) -> bool:
+    of = type.types if isinstance(type, msgspec.inspect.UnionType) else (type,)
+    return any(isinstance(each, msgspec.inspect.ListType) for each in of)
 
 
 def _explain(text: str) -> MalformedRequest | UnknownParameter:

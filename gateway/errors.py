@@ -37,6 +37,14 @@ class ClientLeft(GatewayError):
     """The client closed the connection before its answer was complete; nobody reads this."""
 
 
+class IdempotencyKeyInUse(GatewayError):
+    """A request with this Idempotency-Key is being answered."""
+
+
+class IdempotencyKeyReused(GatewayError):
+    """The Idempotency-Key stands for another request."""
+
+
 class AdapterNotRegistered(GatewayError):
     """The admin API was asked about an adapter that is not in the catalogue."""
 

@@ -5,6 +5,7 @@ from typing import Any
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
+from litestar.types import Scope
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import AddressNotAllowed, InvalidApiKey, NotAllowed, TenantNotFound
@@ -45,12 +46,25 @@ def caller_of(request: Request[Any, Any, Any]) -> Caller:
     return caller
 
 
-async def _identify(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
-    tenants: Tenants = connection.app.state.tenants
+async def identify(connection: ASGIConnection[Any, Any, Any, Any], tenants: Tenants) -> Caller:
+    """Who sends this request. Raises InvalidApiKey or AddressNotAllowed."""
     caller = await tenants.authenticate(_bearer(connection.headers.get("authorization")))
     if not caller.policy.admits(connection.client.host if connection.client else None):
         raise AddressNotAllowed("This key may not be used from this address.")
+    return caller
+
+
+def refuse_at_guard(scope: Scope, error: Exception) -> None:
+    """Whatever route the request is for, its guard raises this, unless it has a reason of its own to."""
+    scope["refusal"] = error  # type: ignore[typeddict-unknown-key]
+
+
+async def _identify(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
+    caller = await identify(connection, connection.app.state.tenants)
     connection.scope["state"]["caller"] = caller
+    refusal: Exception | None = connection.scope.get("refusal")  # type: ignore[assignment]
+    if refusal is not None:
+        raise refusal
     return caller
 
 

@@ -38,6 +38,8 @@ TABLE: dict[type[Exception], Row] = {
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
     gateway.ModelNotAllowed: Row(403, _INVALID, "model_not_allowed"),
     gateway.ClientLeft: Row(499, _INVALID, "client_closed_request"),
+    gateway.IdempotencyKeyInUse: Row(409, _INVALID, "idempotency_key_in_use", 1.0),
+    gateway.IdempotencyKeyReused: Row(422, _INVALID, "idempotency_key_reused"),
     gateway.AdapterNotRegistered: Row(404, _INVALID, "adapter_not_found"),
     gateway.AdapterNameTaken: Row(409, _INVALID, "name_taken"),
     auth.AuthError: Row(401, _INVALID, "unauthorized"),

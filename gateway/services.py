@@ -11,7 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.audit import AuditLog
 from loraplex.auth.keys import load_pepper
-from loraplex.auth.ledger.ledger import open_ledger
+from loraplex.auth.ledger.ledger import Ledger, open_ledger
+from loraplex.auth.ledger.retention import Retention
+from loraplex.auth.ledger.usage import Usage
 from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
@@ -42,6 +44,7 @@ class Services(msgspec.Struct, frozen=True):
     accounts: Accounts
     secrets: TenantSecrets
     audit: AuditLog
+    usage: Usage
     new_admin_key: str | None
 
 
@@ -63,29 +66,34 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
         catalogue = Catalogue(database, store, engine, settings.model.name)
         await catalogue.reload()
-        secrets = TenantSecrets(database, pepper)
-        async with _accounts(settings, database, tenants) as accounts, ChangeWatch(database) as watch:
+        secrets, audit = TenantSecrets(database, pepper), AuditLog(database)
+        async with (
+            _books(settings, database) as ledger,
+            _admission(settings.limits, ledger) as admission,
+            ChangeWatch(database) as watch,
+        ):
+            accounts, usage = Accounts(admission, ledger, tenants), Usage(database, ledger.flush)
             watch.on(ACCESS, tenants.forget)
-            yield Services(engine, tenants, catalogue, accounts, secrets, AuditLog(database), made)
+            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, made)
     finally:
         await store.close()
         await database.dispose()
 
 
 @asynccontextmanager
-async def _accounts(settings: Settings, database: AsyncEngine, tenants: Tenants) -> AsyncIterator[Accounts]:
-    """The limits over the books, closed first. Raises CannotOpen."""
+async def _books(settings: Settings, database: AsyncEngine) -> AsyncIterator[Ledger]:
+    """The ledger, and whatever keeps it short. Raises CannotOpen."""
     try:
         ledger = await open_ledger(database, _journal_dir(settings, database))
     except (SQLAlchemyError, OSError) as error:
         raise CannotOpen(f"usage.journal_dir: {error}") from error
+    days = settings.usage.retention_days
+    retention = None if days is None else Retention(database, days)
     try:
-        admission = _admission(settings.limits, ledger)
-        try:
-            yield Accounts(admission, ledger, tenants)
-        finally:
-            await admission.close()
+        yield ledger
     finally:
+        if retention is not None:
+            await retention.close()
         await ledger.close()
 
 
@@ -94,16 +102,22 @@ def _journal_dir(settings: Settings, database: AsyncEngine) -> Path:
     return Path(settings.usage.journal_dir or f"{database.url.database}.journal").expanduser()
 
 
-def _admission(settings: LimitSettings, books: Books) -> Admission:
+@asynccontextmanager
+async def _admission(settings: LimitSettings, books: Books) -> AsyncIterator[Admission]:
     """In this process, or shared through Redis. Raises CannotOpen."""
     if settings.redis_url is None:
-        return Admission(MemoryStore(books))
+        admission = Admission(MemoryStore(books))
+    else:
+        try:
+            redis = Redis.from_url(settings.redis_url, socket_timeout=1.0, socket_connect_timeout=1.0)
+        except ValueError as error:
+            raise CannotOpen(f"limits.redis_url: {error}") from error
+        fallback = (lambda: MemoryStore(books)) if settings.on_redis_loss == "open" else None
+        admission = Admission(RedisStore(redis, books), fallback)
     try:
-        redis = Redis.from_url(settings.redis_url, socket_timeout=1.0, socket_connect_timeout=1.0)
-    except ValueError as error:
-        raise CannotOpen(f"limits.redis_url: {error}") from error
-    fallback = (lambda: MemoryStore(books)) if settings.on_redis_loss == "open" else None
-    return Admission(RedisStore(redis, books), fallback)
+        yield admission
+    finally:
+        await admission.close()
 
 
 def _default_limits(settings: LimitSettings) -> Limits:

@@ -13,6 +13,7 @@ from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
+from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
@@ -90,6 +91,7 @@ class Answers:
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
         meter = await self._accounts.open(caller, _demand(request, body, choices))
+        tell_meter(request, meter)
         tell_limits(request, meter.headers())
         try:
             answer = _Answer(choices, body.num_choices, wire, on_event)

@@ -1,0 +1,352 @@
+"""The bill is exact: random requests with aborts and engine kills on a gateway that is killed again and again.
+
+The engine keeps a count of its own. Every request has one row or, where it never reached the engine, perhaps none; a
+row says what the engine generated, or one token less for each choice that the kill caught between engine and client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.witness import generated, install
+
+LORAPLEX = str(Path(sys.executable).parent / "loraplex")
+ADMIN_KEY = "an-admin-key-of-the-tests"
+NUM_CLIENTS = 48
+BUDGET_PER_REQUEST = 6  # tokens of the poor tenant's budget for each request of the load, far less than it asks for
+GIVE_UP_SECONDS = 60.0
+
+
+class Machine:
+    """A gateway process on one home directory, started again whenever it was killed."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.home = home
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.is_up = asyncio.Event()
+        self.num_kills = 0
+        self._environment = {**install(home), "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
+        self._config = home / "loraplex.toml"
+        self._config.write_text(
+            f"""
+[model]
+path = "{home}"
+name = "base"
+max_model_len = 512
+[server]
+port = {self.port}
+[engine]
+kind = "witness"
+[database]
+url = "sqlite+aiosqlite:///{home / "books.db"}"
+[auth]
+pepper_file = "{home / "pepper"}"
+[adapters]
+cache_dir = "{home / "cache"}"
+"""
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> None:
+        command = [LORAPLEX, "serve", "--config", str(self._config)]
+        with (self.home / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+
+    async def start(self) -> None:
+        self.spawn()
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        async with httpx.AsyncClient(base_url=self.url) as client:
+            while True:
+                try:
+                    if (await client.get("/health")).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                assert self._process is not None
+                assert self._process.poll() is None, (self.home / "log").read_text()[-2000:]
+                assert time.monotonic() < deadline, (self.home / "log").read_text()[-2000:]
+                await asyncio.sleep(0.02)
+        self.is_up.set()
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self.is_up.clear()
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self.num_kills += 1
+
+    def stop(self) -> int:
+        """Its exit status after SIGTERM."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(60)
+
+    def close(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+class Tenant:
+    def __init__(self, id: str, keys: list[str]) -> None:
+        self.id = id
+        self.keys = keys
+
+    @classmethod
+    async def make(cls, admin: httpx.AsyncClient, name: str, num_keys: int, **limits: int) -> Tenant:
+        made = await admin.post("/admin/v1/tenants", json={"name": name, "limits": limits})
+        tenant_id = made.json()["id"]
+        path = f"/admin/v1/tenants/{tenant_id}/keys"
+        return cls(tenant_id, [(await admin.post(path, json={})).json()["key"] for _ in range(num_keys)])
+
+
+class Load:
+    """What the clients did and saw, by the request's trace id."""
+
+    def __init__(self, machine: Machine, tenants: list[Tenant], num_requests: int, seed: int) -> None:
+        self._machine = machine
+        self._tenants = tenants
+        self._numbers = iter(range(num_requests))
+        self._seed = seed
+        self.num_begun = 0
+        self.characters: dict[str, int] = {}  # at most as many as tokens
+        self.usages: dict[str, tuple[int, int]] = {}
+        self.ends: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        await asyncio.gather(*(self._client() for _ in range(NUM_CLIENTS)))
+
+    async def _client(self) -> None:
+        limits = httpx.Limits(max_keepalive_connections=4)
+        async with httpx.AsyncClient(base_url=self._machine.url, timeout=GIVE_UP_SECONDS, limits=limits) as client:
+            for number in self._numbers:
+                await self._machine.is_up.wait()
+                self.num_begun += 1
+                trace_id = f"t-{number}"
+                try:
+                    end = await self._ask(client, trace_id, random.Random(f"{self._seed}-{number}"))
+                except httpx.HTTPError:
+                    end = "cut"
+                self.ends[end] += 1
+
+    async def _ask(self, client: httpx.AsyncClient, trace_id: str, rng: random.Random) -> str:
+        prompt = rng.choices(["", "<die>", "<fail>"], [95, 2, 3])[0] + "x" * rng.randrange(1, 60)
+        is_chat, stream = rng.random() < 0.5, rng.random() < 0.7
+        body: dict[str, Any] = {"model": "base", "stream": stream, "n": rng.choice([1, 1, 1, 2])}
+        body |= {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
+        if rng.random() < 0.6:
+            body["max_tokens"] = rng.randrange(1, 80)
+        headers = {
+            "Authorization": f"Bearer {rng.choice(rng.choice(self._tenants).keys)}",
+            "x-request-id": trace_id,
+        }
+        path = "/v1/chat/completions" if is_chat else "/v1/completions"
+        patience = rng.uniform(0, 0.15) if rng.random() < 0.2 else None
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+            return await self._stream(client, path, body, headers, patience)
+        try:
+            async with asyncio.timeout(patience):
+                answer = await client.post(path, json=body, headers=headers)
+        except TimeoutError:
+            return "left"
+        if answer.status_code != 200:
+            return str(answer.json()["error"]["code"])
+        told = answer.json()
+        self._note(trace_id, told)
+        for choice in told["choices"]:
+            self._count(trace_id, choice["message"]["content"] if is_chat else choice["text"])
+        return "done"
+
+    async def _stream(
+        self, client: httpx.AsyncClient, path: str, body: Any, headers: dict[str, str], patience: float | None
+    ) -> str:
+        trace_id = headers["x-request-id"]
+        leaves_at = None if patience is None else time.monotonic() + patience
+        async with client.stream("POST", path, json=body, headers=headers) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                return str(answer.json()["error"]["code"])
+            async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    return "done"
+                if line.startswith("data: "):
+                    frame = json.loads(line.removeprefix("data: "))
+                    if "error" in frame:
+                        return str(frame["error"]["code"])
+                    self._note(trace_id, frame)
+                    for choice in frame["choices"]:
+                        self._count(trace_id, choice.get("text") or choice.get("delta", {}).get("content") or "")
+                if leaves_at is not None and time.monotonic() > leaves_at:
+                    return "left"
+        return "cut"
+
+    def _count(self, trace_id: str, text: str) -> None:
+        self.characters[trace_id] = self.characters.get(trace_id, 0) + len(text)
+
+    def _note(self, trace_id: str, told: Any) -> None:
+        if usage := told.get("usage"):
+            self.usages[trace_id] = (usage["prompt_tokens"], usage["completion_tokens"])
+
+
+async def kill_now_and_then(
+    machine: Machine, load: Load, num_requests: int, num_kills: int, rng: random.Random
+) -> None:
+    """The kills are spread over the load; some fall into the start after another."""
+    number = 0
+    while number < num_kills:
+        while load.num_begun < (number + 1) * num_requests // (num_kills + 1):
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(rng.uniform(0, 0.1))
+        machine.kill()
+        number += 1
+        if number < num_kills and rng.random() < 0.2:
+            machine.spawn()
+            await asyncio.sleep(rng.uniform(0, 2))
+            machine.kill()
+            number += 1
+        await machine.start()
+
+
+class Books:
+    """What the database says after the end."""
+
+    def __init__(self, path: Path) -> None:
+        connection = sqlite3.connect(path)
+        connection.row_factory = sqlite3.Row
+        self.rows = [dict(row) for row in connection.execute("SELECT * FROM usage_records")]
+        self.days = [tuple(row) for row in connection.execute("SELECT * FROM usage_days")]
+        connection.close()
+
+    def tokens_of(self, tenant: Tenant) -> int:
+        mine = [row for row in self.rows if row["tenant_id"] == tenant.id]
+        return sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in mine)
+
+
+@asynccontextmanager
+async def machine_in(home: Path) -> AsyncIterator[Machine]:
+    machine = Machine(home)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "num_kills"),
+    [(300, 3), pytest.param(5000, 60, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+)
+async def test_books_are_exact_through_aborts_engine_kills_and_gateway_kills(
+    tmp_path: Path, num_requests: int, num_kills: int
+) -> None:
+    rng = random.Random(num_requests)
+    async with machine_in(tmp_path) as machine:
+        await machine.start()
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        async with httpx.AsyncClient(base_url=machine.url, headers=headers, timeout=60) as admin:
+            budget = BUDGET_PER_REQUEST * num_requests
+            rich = await Tenant.make(admin, "rich", 3, concurrent_requests=500, tokens_per_day=10**9)
+            poor = await Tenant.make(admin, "poor", 2, tokens_per_day=budget)
+            load = Load(machine, [rich, rich, poor], num_requests, seed=num_requests)
+            killing = asyncio.create_task(kill_now_and_then(machine, load, num_requests, num_kills, rng))
+            await load.run()
+            await killing
+            assert machine.num_kills == num_kills
+            await assert_nothing_is_held(machine, admin, rich)
+        assert machine.stop() == 0
+        books = Books(tmp_path / "books.db")
+        assert list((tmp_path / "books.db.journal").iterdir()) == []
+        print(report(load, books, generated(tmp_path / "witness")))
+        check_rows(load, books, generated(tmp_path / "witness"))
+        check_days(books)
+        assert budget - 200 < books.tokens_of(poor) <= budget  # spent to the end, and not a token further
+        assert load.ends["insufficient_quota"] > 0
+
+
+async def assert_nothing_is_held(machine: Machine, admin: httpx.AsyncClient, tenant: Tenant) -> None:
+    """With one slot and so much budget as a request needs there is room for it, and for none beyond."""
+    await quiet(machine)
+    totals = await admin.get("/admin/v1/usage", params={"tenant_id": tenant.id})
+    (used,) = totals.json()["data"]
+    spent = used["num_prompt_tokens"] + used["num_completion_tokens"]
+    limits = {"concurrent_requests": 1, "tokens_per_day": spent + 10}
+    assert (await admin.put(f"/admin/v1/tenants/{tenant.id}/limits", json=limits)).status_code == 200
+    body = {"model": "base", "prompt": "x" * 5}
+    async with httpx.AsyncClient(base_url=machine.url, timeout=60) as client:
+        headers = {"Authorization": f"Bearer {tenant.keys[0]}", "x-request-id": "t-last"}
+        whole = await client.post("/v1/completions", json={**body, "max_tokens": 5}, headers=headers)
+        assert whole.status_code == 200, whole.text
+        beyond = await client.post("/v1/completions", json={**body, "max_tokens": 1}, headers=headers)
+        assert beyond.status_code == 429, beyond.text
+
+
+async def quiet(machine: Machine) -> None:
+    """Until no request of a client that left is still being ended."""
+    deadline = time.monotonic() + GIVE_UP_SECONDS
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    async with httpx.AsyncClient(base_url=machine.url, headers=headers) as client:
+        while (await client.get("/admin/v1/engine/stats")).json()["num_running"]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+
+
+def check_rows(load: Load, books: Books, witness: Counter[str]) -> None:
+    by_request: dict[str, list[int]] = defaultdict(list)
+    for choice, count in witness.items():
+        by_request[choice.rsplit("-", 2)[0]].append(count)
+    rows = {row["request_id"]: row for row in books.rows}
+    assert len(rows) == len(books.rows)
+    assert set(by_request) <= set(rows), "a request that the engine served is missing"
+    traces = Counter(row["trace_id"] for row in books.rows)
+    assert max(traces.values()) == 1, "a request is there twice"
+    for request_id, row in rows.items():
+        made = by_request.get(request_id, [])
+        # of a choice that was cut by its budget or a kill, the last token may not have been given out
+        slack = len(made) if row["outcome"] in ("interrupted", "QuotaSpent") else 0
+        assert sum(made) - slack <= row["num_completion_tokens"] <= sum(made), (row, made)
+    told = {row["trace_id"]: row for row in books.rows}
+    for trace_id, num_characters in load.characters.items():
+        assert trace_id in told, "an answer that was given is missing"
+        assert told[trace_id]["num_completion_tokens"] >= num_characters, told[trace_id]
+    for trace_id, usage in load.usages.items():
+        row = told[trace_id]
+        assert (row["num_prompt_tokens"], row["num_completion_tokens"]) == usage, row
+
+
+def check_days(books: Books) -> None:
+    sums: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for row in books.rows:
+        day = time.strftime("%Y-%m-%d", time.gmtime(row["began_at"]))
+        place = sums[day, row["tenant_id"], row["key_id"], row["model"]]
+        for at, amount in enumerate(
+            (1, row["num_prompt_tokens"], row["num_cached_tokens"], row["num_completion_tokens"])
+        ):
+            place[at] += amount
+    assert sorted(books.days) == sorted((*place, *amounts) for place, amounts in sums.items())
+
+
+def report(load: Load, books: Books, witness: Counter[str]) -> str:
+    outcomes = Counter(row["outcome"] for row in books.rows)
+    billed = sum(row["num_completion_tokens"] for row in books.rows)
+    return (
+        f"{load.num_begun} requests, {len(books.rows)} rows, "
+        f"{sum(witness.values())} tokens generated, {billed} billed\n"
+        f"clients saw {dict(load.ends.most_common())}\nthe books say {dict(outcomes.most_common())}"
+    )
