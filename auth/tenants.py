@@ -20,7 +20,7 @@ from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNo
 from loraplex.auth.keys import last_four, new_key
 from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.peppers import Peppers
-from loraplex.auth.store.changes import ACCESS, announce
+from loraplex.auth.store.changes import ACCESS, CATALOGUE, announce
 from loraplex.auth.store.tables import adapters, api_keys, tenants
 
 _ID = re.compile(r"(tenant|key)_[0-9a-f]{16}")  # other text is not asked for: PostgreSQL refuses some of it
@@ -145,6 +145,7 @@ class Tenants:
             # after the tenant: whoever enters an adapter for it has locked its row until then
             await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
             await announce(connection, ACCESS)
+            await announce(connection, CATALOGUE)
         if not result.rowcount:
             raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
         await self.forget()

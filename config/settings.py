@@ -95,6 +95,14 @@ class Adapters(_Section, frozen=True):
     max_bytes: Annotated[int, Help(ge=1, description="Largest adapter accepted, all files together.")] = 4 * 2**30
     fetch_timeout_seconds: Annotated[float, Help(gt=0, description="Deadline of one fetch.")] = 600.0
     max_fetches: Annotated[int, Help(ge=1, le=64, description="Adapters fetched at the same time; others queue.")] = 4
+    base_names: Annotated[
+        tuple[str, ...],
+        Help(description="More names that adapters may give the base they were made for; their last part counts."),
+    ] = ()
+    on_other_base: Annotated[
+        Literal["warn", "refuse"],
+        Help(description="What happens to an adapter made for a base of another name: a note, or a refusal."),
+    ] = "warn"
     request_trust_seconds: Annotated[
         float,
         Help(ge=0, description="How long the revision of an adapter that requests name is trusted, unregistered ones."),

@@ -55,6 +55,10 @@ class AdapterSourceUnavailable(AdapterError):
     """The source did not answer, or broke off; worth another try."""
 
 
+class AdapterChanged(AdapterError):
+    """The source has other files by now than those that were asked for."""
+
+
 class AdapterInUse(AdapterError):
     """The adapter serves requests right now, so it cannot be removed."""
 

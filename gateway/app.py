@@ -12,6 +12,7 @@ from loraplex.gateway.admin.audit import audit_routes
 from loraplex.gateway.admin.engine import engine_routes
 from loraplex.gateway.admin.keys import key_routes
 from loraplex.gateway.admin.limits import limit_routes
+from loraplex.gateway.admin.routes import route_routes
 from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
@@ -54,6 +55,7 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
             *admin_key_routes(tenants.admins),
             *audit_routes(services.audit, tenants),
             *adapter_routes(catalogue, tenants, engine),
+            *route_routes(catalogue, tenants),
             *usage_routes(services.usage),
             *completion_usage_routes(services.usage),
             *engine_routes(engine),

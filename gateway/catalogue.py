@@ -1,60 +1,41 @@
 """Model name -> Route(base, adapter): the only place that knows names.
 
-The table is in the database; requests read a snapshot in memory, replaced as a whole on every change, so that a
-request sees either the old catalogue or the new one.
+The tables are in the database; requests read a snapshot in memory, in which an entry is replaced as a whole on every
+change, so that a request sees either the old version of a name or the new one.
 """
 
 import asyncio
-import contextlib
+import hashlib
+import random
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Self
 
 import msgspec
-from sqlalchemy import delete, insert, select, update
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.store.tables import adapters as table
-from loraplex.auth.tenants import require_tenant
-from loraplex.engines.errors import EngineError
-from loraplex.engines.protocol import Adapter, AdapterCard, Engine, WeightedAdapter
+from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterSourceUnavailable, EngineError
+from loraplex.engines.protocol import Adapter, Engine, WeightedAdapter
+from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered, Target, Version
+from loraplex.gateway.arrivals import Arrivals, NoTokens, OtherBase, SourceTokens, Store
 from loraplex.gateway.errors import (
+    AdapterFailed,
     AdapterNameTaken,
+    AdapterNotReady,
     AdapterNotRegistered,
     MalformedRequest,
     ModelNotAllowed,
     ModelNotFound,
 )
+from loraplex.gateway.upkeep import Upkeep
 
-SHARED = ""  # the tenant of adapters that everyone may use
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
-
-
-class Stored(Protocol):
-    """What a store says of an adapter it fetched."""
-
-    @property
-    def adapter(self) -> Adapter: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def revision(self) -> str: ...
-    @property
-    def num_bytes(self) -> int: ...
-
-
-class Store(Protocol):
-    """Brings an adapter's files to this machine. Raises AdapterError."""
-
-    async def address(self, uri: str) -> str:
-        """The normal form of an address, fit to be shown."""
-        ...
-
-    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> Stored: ...
+_NUMBER = re.compile(r"[1-9][0-9]{0,6}")
+_HASH = re.compile(r"[0-9a-f]{8,64}")
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,55 +46,72 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     composition: tuple[WeightedAdapter, ...] = ()
 
 
-class Registered(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter of the catalogue. `tenant_id` is "" for one that every tenant may use."""
-
-    name: str
-    tenant_id: str
-    adapter_id: str
-    path: str
-    source: str
-    revision: str
-    num_bytes: int
-    card: AdapterCard
-    created_at: float
-
-    def adapter(self) -> Adapter:
-        return Adapter(id=self.adapter_id, name=self.name, path=self.path)
-
-
 class Catalogue:
-    """The models of one server: its base, and the adapters registered for it."""
+    """The models of one server: its base, the adapters registered for it, and routes between them."""
 
-    def __init__(self, database: AsyncEngine, store: Store, engine: Engine, base: str) -> None:
-        self._database = database
+    def __init__(
+        self,
+        database: AsyncEngine,
+        store: Store,
+        engine: Engine,
+        base: str,
+        *,
+        tokens: SourceTokens | None = None,
+        other_base: OtherBase | None = None,
+    ) -> None:
+        """Adapters that name another base than `other_base` knows are treated as it says; None asks nothing."""
+        self.base = base
         self.store = store
         self._engine = engine
-        self.base = base
-        self._snapshot: Mapping[tuple[str, str], Registered] = {}
+        self._records = AdapterRecords(database)
+        self._snapshot: Mapping[Key, Registered] = MappingProxyType({})
         self._reloading = asyncio.Lock()  # or an older reading of the table could replace a newer one
+        self._tokens = tokens or NoTokens()
+        other_base = other_base or OtherBase(frozenset())
+        self._arrivals = Arrivals(self._records, store, engine, self._refresh, self._tokens, other_base)
+        self._upkeep = Upkeep(self._records, engine, self)
+
+    async def __aenter__(self) -> Self:
+        """Read the tables, and take up what a stopped process left."""
+        await self.reload()
+        self._upkeep.start()
+        for entry in self.everything():
+            for version in entry.versions:
+                if version.state in ("registered", "fetching"):
+                    self._arrivals.begin(entry.key, version)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop what is under way; the next start takes it up."""
+        await self._arrivals.close()
+        await self._upkeep.close()
 
     async def reload(self) -> None:
-        """Read the table anew."""
+        """Read the tables anew."""
         async with self._reloading:
-            async with self._database.connect() as connection:
-                rows = await connection.execute(select(table).order_by(table.c.created_at, table.c.name))
-                found = [_registered(row._mapping) for row in rows]
-            self._snapshot = {(entry.tenant_id, entry.name): entry for entry in found}
+            self._snapshot = {entry.key: entry for entry in await self._records.all()}
 
     async def route(self, model: str, caller: Caller, *, user: str | None = None) -> Route:
-        """Raises ModelNotFound, also for another tenant's adapter, ModelNotAllowed where the caller's limits leave it
-        out, or AdapterError if its files are gone for good."""
-        entry = self._find(model, caller)
-        if entry is None and model != self.base:
-            raise ModelNotFound(f"The model {model!r} does not exist or you do not have access to it.", "model")
-        if not caller.policy.may_use(model):
-            raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
-        if entry is None:
+        """`model` is a name, or `name@version`: a number, or the first 8 or more digits of the content's hash.
+
+        Where the name is a weighted route, `user` always takes the same way, nobody in particular any.
+        Raises ModelNotFound, also for another tenant's adapter, ModelNotAllowed where the caller's limits leave it
+        out, AdapterNotReady, AdapterFailed, or AdapterError if its files cannot be had.
+        """
+        if model == self.base:
+            self._require_allowed(model, model, caller)
             return Route(base=self.base, adapter=None)
-        if not Path(entry.path).is_dir():  # noqa: ASYNC240  a stat of a local disk
-            entry = await self._restore(entry)
-        return Route(base=self.base, adapter=entry.adapter())
+        name, _, wanted = model.partition("@")
+        entry = self._find(name, caller)
+        version = None if entry is None else _version_of(entry, wanted if "@" in model else None)
+        if entry is None or (version is None and ("@" in model or not entry.targets)):
+            raise ModelNotFound(f"The model {model!r} does not exist or you do not have access to it.", "model")
+        self._require_allowed(model, name, caller)
+        self._upkeep.note_use(entry.key)
+        if entry.targets:
+            entry, version = self._target(entry, user)
+        assert version is not None, "only routes are without"
+        return Route(base=self.base, adapter=await self._adapter(entry, version))
 
     def composed(self, parts: tuple[WeightedAdapter, ...]) -> Route:
         """The base with the weighted sum of what these adapters add."""
@@ -121,17 +119,28 @@ class Catalogue:
 
     def source_of(self, model: str, caller: Caller) -> str | None:
         """The source of an adapter this caller may know of; "" for the base; None where there is no such model."""
-        entry = self._find(model, caller)
+        entry = self._find(model.partition("@")[0], caller)
         return entry.source if entry is not None else "" if model == self.base else None
 
     def visible(self, caller: Caller) -> list[Registered]:
-        """The adapters this caller may use, oldest first."""
+        """What this caller may use beside the base, oldest first."""
         mine = [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
-        return [entry for entry in mine if caller.policy.may_use(entry.name)]
+        return [entry for entry in mine if entry.is_servable and caller.policy.may_use(entry.name)]
 
     def everything(self) -> list[Registered]:
-        """The adapters of all tenants and those shared, oldest first."""
+        """The adapters and routes of all tenants and those shared, oldest first."""
         return list(self._snapshot.values())
+
+    def last_used_at(self, entry: Registered) -> float | None:
+        """Seconds since 1970; None for one that no request named so far."""
+        return self._upkeep.last_used_at(entry)
+
+    def has(self, key: Key) -> bool:
+        return key in self._snapshot
+
+    async def has_token(self, tenant_id: str, address: str) -> bool:
+        """Whether a tenant keeps credentials for a source."""
+        return await self._tokens.token_for(tenant_id, address) is not None
 
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
@@ -140,56 +149,248 @@ class Catalogue:
             raise AdapterNotRegistered(f"There is no adapter {name!r}.", "name")
         return entry
 
-    async def register(self, name: str, source: str, tenant_id: str = SHARED) -> Registered:
-        """Fetch, validate against the base, and only then enter.
+    async def register(self, name: str, source: str, tenant_id: str = SHARED, *, waits: bool = True) -> Registered:
+        """Enter a name, fetch its files and check them against the base; without `waits`, later.
 
         Raises MalformedRequest, AdapterNameTaken, TenantNotFound or AdapterError; the catalogue is then as it was.
         """
         self._check_name(name, tenant_id)
-        stored = await self.store.fetch(source, name)
-        card = await self._engine.inspect(stored.adapter)
-        entry = Registered(
-            name=name,
-            tenant_id=tenant_id,
-            adapter_id=stored.adapter.id,
-            path=stored.adapter.path,
-            source=stored.source,
-            revision=stored.revision,
-            num_bytes=stored.num_bytes,
-            card=card,
-            created_at=time.time(),
-        )
-        try:
-            async with self._database.begin() as connection:
-                await connection.execute(insert(table).values(**msgspec.to_builtins(entry)))
-                if tenant_id != SHARED:  # it may have been deleted during the fetch
-                    await require_tenant(connection, tenant_id)
-        except IntegrityError as error:
-            raise AdapterNameTaken(f"There is a model named {name!r} already.", "name") from error
-        await self.reload()
+        key = tenant_id, name
+        address = await self.store.address(source)
+        await self._records.add(key, source=address)
+        await self._arrive(key, 1, source, waits)
+        return self.get(*key)
+
+    async def update(self, key: Key, source: str | None = None, *, waits: bool = True) -> Registered:
+        """A new version from this source, or what the old source has by now; requests go to it once it is ready.
+
+        Raises AdapterNotRegistered or AdapterError; requests then go where they went before.
+        """
+        entry = self._get_adapter(key)
+        address = entry.source if source is None else await self.store.address(source)
+        number = await self._records.add_version(key, address)
+        if number is None:
+            raise AdapterNotRegistered(f"There is no adapter {key[1]!r}.", "name")
+        await self._arrive(key, number, source or address, waits)
+        return self.get(*key)
+
+    async def validate(self, source: str, tenant_id: str = SHARED) -> Version:
+        """What would be registered, without doing it. Raises AdapterError."""
+        version = Version(number=0, source=await self.store.address(source), created_at=time.time())
+        found = await self._arrivals.examine((tenant_id, "validated"), version, source)
+        return msgspec.convert({**msgspec.to_builtins(version), "state": "ready", **found}, Version)
+
+    async def retry(self, key: Key, number: int | None = None) -> Registered:
+        """Bring the newest failed version, or that one, once more. Raises AdapterNotRegistered, MalformedRequest."""
+        entry = self._get_adapter(key)
+        failed = [
+            version for version in entry.versions if version.state == "failed" and number in (None, version.number)
+        ]
+        if not failed:
+            raise MalformedRequest("There is no failed version to try again.", "version")
+        await self._records.set_state(key, failed[-1].number, "registered")
+        await self._refresh(key)
+        self._arrivals.begin(key, failed[-1])
+        return self.get(*key)
+
+    async def roll_back(self, key: Key, wanted: str | None = None) -> Registered:
+        """Send requests to an earlier version, or to the one that is named.
+
+        Raises AdapterNotRegistered, or MalformedRequest where there is none that is ready.
+        """
+        entry = self._get_adapter(key)
+        if wanted is None:
+            earlier = [one for one in entry.versions if one.adapter_id and one.number < (entry.current_version or 0)]
+            version = earlier[-1] if earlier else None
+        else:
+            version = _version_of(entry, wanted)
+        if version is None or not version.adapter_id:
+            raise MalformedRequest("There is no such version that was ready.", "version")
+        await self._records.point(key, version.number)
+        await self._refresh(key)
+        await self._upkeep.keep_pins()
+        return self.get(*key)
+
+    async def pin(self, key: Key, *, pinned: bool) -> Registered:
+        """Keep the current version on the device, also after restarts, or stop doing so. Raises EngineError."""
+        entry = await self._servable(key)
+        await self._engine.pin(entry.adapter(), pinned=pinned)
+        await self._records.change(key, pinned=pinned)
+        await self._refresh(key)
+        return self.get(*key)
+
+    async def warm(self, key: Key) -> Registered:
+        """Bring the current version to the device. Raises EngineError."""
+        entry = await self._servable(key)
+        await self._engine.load(entry.adapter())
         return entry
 
-    async def remove(self, tenant_id: str, name: str) -> None:
-        """Raises AdapterNotRegistered, or AdapterInUse while requests name it."""
+    async def evict(self, key: Key) -> Registered:
+        """Take all versions off device and host; the disk keeps them. Raises AdapterInUse."""
+        entry = self._get_adapter(key)
+        for adapter_id in _contents(entry):
+            await self._engine.unload(adapter_id)
+        return entry
+
+    async def remove(self, tenant_id: str, name: str, *, drains: bool = False) -> None:
+        """Raises AdapterNotRegistered, or AdapterInUse while requests or routes name it.
+
+        With `drains`, requests under way finish, new ones find nothing.
+        """
         entry = self.get(tenant_id, name)
-        others = [e for e in self._snapshot.values() if e.adapter_id == entry.adapter_id and e is not entry]
-        if not others:
-            await self._engine.unload(entry.adapter_id)
-        async with self._database.begin() as connection:
-            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.name == name))
-        await self.reload()
+        if (route := self._route_to(entry)) is not None:
+            raise AdapterInUse(f"the route {route.name!r} leads to {name!r}")
+        alone = self._only_its_own(entry)
+        if not drains:
+            for adapter_id in alone:
+                await self._engine.unload(adapter_id)
+        await self._records.remove(entry.key)
+        await self._refresh(entry.key)
+        if drains:
+            self._upkeep.unload_when_idle(alone)
 
     async def let_go(self, tenant_id: str) -> None:
         """Forget the adapters of a deleted tenant; what is in use ends its requests and leaves the device later."""
-        gone = {entry.adapter_id for entry in self._snapshot.values() if entry.tenant_id == tenant_id}
+        gone = {one for entry in self._snapshot.values() if entry.tenant_id == tenant_id for one in _contents(entry)}
         await self.reload()
-        for adapter_id in gone - {entry.adapter_id for entry in self._snapshot.values()}:
-            with contextlib.suppress(EngineError):
-                await self._engine.unload(adapter_id)
+        kept = {one for entry in self._snapshot.values() for one in _contents(entry)}
+        self._upkeep.unload_when_idle(gone - kept)
 
-    def _find(self, model: str, caller: Caller) -> Registered | None:
-        own = self._snapshot.get((caller.tenant_id, model))
-        return own or self._snapshot.get((SHARED, model))
+    async def add_route(self, name: str, targets: tuple[Target, ...], tenant_id: str = SHARED) -> Registered:
+        """A name that leads to others by weight. Raises MalformedRequest, AdapterNameTaken, TenantNotFound."""
+        self._check_name(name, tenant_id)
+        self._check_targets(targets, tenant_id)
+        key = tenant_id, name
+        await self._records.add(key, targets=targets)
+        await self._refresh(key)
+        return self.get(*key)
+
+    async def change_route(self, key: Key, targets: tuple[Target, ...]) -> Registered:
+        """Other targets or weights for the next request. Raises MalformedRequest, AdapterNotRegistered."""
+        self._check_targets(targets, key[0])
+        await self._records.change(key, targets=msgspec.to_builtins(targets))
+        await self._refresh(key)
+        return self.get(*key)
+
+    async def _refresh(self, key: Key) -> None:
+        """Read one name anew."""
+        async with self._reloading:
+            entry = await self._records.one(key)
+            snapshot = dict(self._snapshot)
+            if entry is None:
+                snapshot.pop(key, None)
+            else:
+                snapshot[key] = entry
+            self._snapshot = snapshot
+
+    async def _arrive(self, key: Key, number: int, uri: str, waits: bool) -> None:
+        await self._refresh(key)
+        version = self.get(*key).version(number)
+        if version is None:  # deleted meanwhile
+            raise AdapterNotRegistered(f"There is no adapter {key[1]!r}.", "name")
+        if not waits:
+            self._arrivals.begin(key, version, uri)
+            return
+        try:
+            await self._arrivals.bring(key, version, uri)
+        except EngineError:
+            await self._records.drop_version(key, number)
+            await self._refresh(key)
+            raise
+        await self._upkeep.keep_pins()
+
+    async def _adapter(self, entry: Registered, version: Version) -> Adapter:
+        """The files of a version, fetched again where the cache lost them."""
+        shown = f"{entry.name}@{version.number}"
+        if version.state == "failed":
+            raise AdapterFailed(f"The adapter {shown} is not to be had: {version.reason}", "model")
+        if version.state != "ready":
+            raise AdapterNotReady(f"The adapter {shown} is being fetched; try again shortly.", "model")
+        if not Path(version.path).is_dir():  # noqa: ASYNC240  a stat of a local disk
+            version = await self._restore(entry, version)
+        return Adapter(id=version.adapter_id, name=entry.name, path=version.path)
+
+    async def _restore(self, entry: Registered, version: Version) -> Version:
+        try:
+            found = await self._arrivals.examine(entry.key, version)
+        except AdapterSourceUnavailable:
+            raise  # another request may find it back
+        except AdapterError as error:
+            await self._records.set_state(entry.key, version.number, "failed", str(error))
+            await self._refresh(entry.key)
+            raise
+        await self._records.move(entry.key, version.number, found["path"])
+        await self._refresh(entry.key)
+        return msgspec.structs.replace(version, path=found["path"])
+
+    def _find(self, name: str, caller: Caller) -> Registered | None:
+        return self._lookup(caller.tenant_id, name)
+
+    def _lookup(self, tenant_id: str, name: str) -> Registered | None:
+        return self._snapshot.get((tenant_id, name)) or self._snapshot.get((SHARED, name))
+
+    def _require_allowed(self, model: str, name: str, caller: Caller) -> None:
+        if not (caller.policy.may_use(name) or caller.policy.may_use(model)):
+            raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
+
+    def _target(self, route: Registered, user: str | None) -> tuple[Registered, Version]:
+        """Where a route leads this time. Raises ModelNotFound where the target is gone."""
+        assert route.targets is not None, "it is a route"
+        share = random.random()
+        if user is not None:
+            digest = hashlib.sha256(f"{route.tenant_id}\0{route.name}\0{user}".encode()).digest()
+            share = int.from_bytes(digest[:8]) / 2**64
+        point = share * sum(target.weight for target in route.targets)
+        for target in route.targets:
+            point -= target.weight
+            if point < 0:
+                break
+        name, _, wanted = target.model.partition("@")
+        entry = self._lookup(route.tenant_id, name)
+        version = None if entry is None else _version_of(entry, wanted or None)
+        if entry is None or version is None:
+            raise ModelNotFound(f"The route {route.name!r} leads to {target.model!r}, which is not there.", "model")
+        return entry, version
+
+    def _check_targets(self, targets: tuple[Target, ...], tenant_id: str) -> None:
+        """Raises MalformedRequest, naming the one that is no adapter of the tenant's or a shared one."""
+        for place, target in enumerate(targets):
+            name, _, wanted = target.model.partition("@")
+            entry = self._lookup(tenant_id, name)
+            if entry is None or (entry.targets is None and _version_of(entry, wanted or None) is None):
+                raise MalformedRequest(f"There is no adapter {target.model!r}.", f"targets[{place}].model")
+            if entry.targets is not None:
+                raise MalformedRequest(f"{target.model!r} is a route itself.", f"targets[{place}].model")
+
+    def _route_to(self, entry: Registered) -> Registered | None:
+        """A route that would miss this entry."""
+        return next(
+            (
+                route
+                for route in self._snapshot.values()
+                for target in route.targets or ()
+                if self._lookup(route.tenant_id, target.model.partition("@")[0]) is entry
+            ),
+            None,
+        )
+
+    def _get_adapter(self, key: Key) -> Registered:
+        """Raises AdapterNotRegistered, or MalformedRequest for a route."""
+        entry = self.get(*key)
+        if entry.targets is not None:
+            raise MalformedRequest(f"{key[1]!r} is a route, not an adapter.", "name")
+        return entry
+
+    async def _servable(self, key: Key) -> Registered:
+        """An adapter whose current version's files are here."""
+        entry = self._get_adapter(key)
+        await self._adapter(entry, entry.shown)
+        return self.get(*key)
+
+    def _only_its_own(self, entry: Registered) -> set[str]:
+        """The contents that no other name leads to."""
+        others = {one for other in self._snapshot.values() if other is not entry for one in _contents(other)}
+        return _contents(entry) - others
 
     def _check_name(self, name: str, tenant_id: str) -> None:
         if _NAME.fullmatch(name) is None:
@@ -201,25 +402,19 @@ class Catalogue:
         if name == self.base or (tenant_id, name) in self._snapshot:
             raise AdapterNameTaken(f"There is a model named {name!r} already.", "name")
 
-    async def _restore(self, entry: Registered) -> Registered:
-        """Fetch the files of a registered adapter again, because the cache lost them."""
-        stored = await self.store.fetch(entry.source, entry.name)
-        mine = (table.c.tenant_id == entry.tenant_id) & (table.c.name == entry.name)
-        card = entry.card
-        if stored.adapter.id != entry.adapter_id:  # the source has other files by now
-            card = await self._engine.inspect(stored.adapter)
-        changes = {
-            "adapter_id": stored.adapter.id,
-            "path": stored.adapter.path,
-            "revision": stored.revision,
-            "num_bytes": stored.num_bytes,
-            "card": msgspec.to_builtins(card),
-        }
-        async with self._database.begin() as connection:
-            await connection.execute(update(table).where(mine).values(**changes))
-        await self.reload()
-        return self.get(entry.tenant_id, entry.name)
+
+def _contents(entry: Registered) -> set[str]:
+    return {version.adapter_id for version in entry.versions if version.adapter_id}
 
 
-def _registered(row: Any) -> Registered:
-    return msgspec.convert({str(column): value for column, value in row.items()}, Registered)
+def _version_of(entry: Registered, wanted: str | None) -> Version | None:
+    """The current version; or the one with this number, or the newest whose content's hash begins like this."""
+    if entry.targets is not None:
+        return None
+    if wanted is None:
+        return entry.shown
+    if _NUMBER.fullmatch(wanted):
+        return entry.version(int(wanted))
+    if not _HASH.fullmatch(wanted):
+        return None
+    return next((one for one in reversed(entry.versions) if one.adapter_id.startswith(wanted)), None)

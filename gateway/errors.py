@@ -49,5 +49,13 @@ class AdapterNotRegistered(GatewayError):
     """The admin API was asked about an adapter that is not in the catalogue."""
 
 
+class AdapterNotReady(GatewayError):
+    """The files of the adapter are on their way; worth another try."""
+
+
+class AdapterFailed(GatewayError):
+    """The adapter's files could not be had, or are no longer what was registered; an operator has to look."""
+
+
 class AdapterNameTaken(GatewayError):
     """The catalogue has this name already."""

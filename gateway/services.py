@@ -20,7 +20,7 @@ from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
 from loraplex.auth.metering import Books
 from loraplex.auth.secrets import TenantSecrets
-from loraplex.auth.store.changes import ACCESS, ChangeWatch
+from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import LimitSettings, Settings, environment
@@ -28,7 +28,9 @@ from loraplex.engines.adapters.store import AdapterStore
 from loraplex.engines.build import build_engine
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.accounts import Accounts
+from loraplex.gateway.arrivals import OtherBase, base_names
 from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.source_tokens import SecretTokens
 
 
 class CannotOpen(Exception):
@@ -64,16 +66,16 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     try:
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
-        catalogue = Catalogue(database, store, engine, settings.model.name)
-        await catalogue.reload()
         secrets, audit = TenantSecrets(database, pepper), AuditLog(database)
         async with (
             _books(settings, database) as ledger,
             _admission(settings.limits, ledger) as admission,
             ChangeWatch(database) as watch,
+            _catalogue(settings, database, store, engine, secrets) as catalogue,
         ):
             accounts, usage = Accounts(admission, ledger, tenants), Usage(database, ledger.flush)
             watch.on(ACCESS, tenants.forget)
+            watch.on(CATALOGUE, catalogue.reload)
             yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, made)
     finally:
         await store.close()
@@ -118,6 +120,20 @@ async def _admission(settings: LimitSettings, books: Books) -> AsyncIterator[Adm
         yield admission
     finally:
         await admission.close()
+
+
+def _catalogue(
+    settings: Settings, database: AsyncEngine, store: AdapterStore, engine: Engine, secrets: TenantSecrets
+) -> Catalogue:
+    names = base_names(settings.model.name, settings.model.path, *settings.adapters.base_names)
+    return Catalogue(
+        database,
+        store,
+        engine,
+        settings.model.name,
+        tokens=SecretTokens(secrets),
+        other_base=OtherBase(names, settings.adapters.on_other_base),
+    )
 
 
 def _default_limits(settings: LimitSettings) -> Limits:

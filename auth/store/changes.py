@@ -21,6 +21,7 @@ from loraplex.auth.store.tables import changes
 _log = logging.getLogger("loraplex.changes")
 
 ACCESS = "access"  # tenants, keys, admin keys, limits
+CATALOGUE = "catalogue"  # adapters, their versions and routes
 # A change in one process is known in every other after this many seconds and one query at most.
 POLL_SECONDS = 0.2
 

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -101,18 +102,18 @@ changes = Table(
     Column("number", BigInteger, nullable=False),
 )
 
-# tenant_id is "" for an adapter that every tenant may use, so that it can be part of the key.
+# tenant_id is "" for an adapter that every tenant may use, so that it can be part of the key. Requests are served by
+# `current_version`; `wanted_version` becomes it once it is ready. A name with `targets` is a route to other names.
 adapters = Table(
     "adapters",
     metadata,
     Column("tenant_id", String(32), primary_key=True),
     Column("name", String(128), primary_key=True),
-    Column("adapter_id", String(64), nullable=False),
-    Column("path", String(4096), nullable=False),
-    Column("source", String(4096), nullable=False),
-    Column("revision", String(256), nullable=False),
-    Column("num_bytes", BigInteger, nullable=False),
-    Column("card", JSON, nullable=False),
+    Column("current_version", Integer, nullable=True),
+    Column("wanted_version", Integer, nullable=False, server_default="1"),
+    Column("pinned", Boolean, nullable=False, server_default=false()),
+    Column("targets", JSON(none_as_null=True), nullable=True),
+    Column("last_used_at", Float, nullable=True),
     Column("created_at", Float, nullable=False),
 )
 
@@ -151,4 +152,24 @@ usage_days = Table(
     Column("num_cached_tokens", BigInteger, nullable=False),
     Column("num_completion_tokens", BigInteger, nullable=False),
     Index("ix_usage_days_tenant_id", "tenant_id", "day"),
+)
+
+# `adapter_id` is the hash of the content, "" until it is known; from then on the version is that content for ever.
+adapter_versions = Table(
+    "adapter_versions",
+    metadata,
+    Column("tenant_id", String(32), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("source", String(4096), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(4096), nullable=False, server_default=""),
+    Column("adapter_id", String(64), nullable=False, server_default=""),
+    Column("path", String(4096), nullable=False, server_default=""),
+    Column("revision", String(4096), nullable=False, server_default=""),
+    Column("num_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("card", JSON(none_as_null=True), nullable=True),
+    Column("notes", JSON, nullable=False, server_default="[]"),
+    Column("created_at", Float, nullable=False),
+    ForeignKeyConstraint(["tenant_id", "name"], ["adapters.tenant_id", "adapters.name"], ondelete="CASCADE"),
 )

@@ -27,7 +27,7 @@ from loraplex.engines.adapters.screening import screen
 from loraplex.engines.adapters.sources.base import Address, Listing, Source, Transfer, TransferStopped, Workspace
 from loraplex.engines.adapters.sources.registry import Sources
 from loraplex.engines.adapters.sources.selection import check_sizes
-from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterSourceUnavailable
+from loraplex.engines.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterSourceUnavailable
 from loraplex.engines.protocol import Adapter
 
 MAX_TOKEN_CHARACTERS = 8192
@@ -80,29 +80,33 @@ class AdapterStore:
         self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
         self._is_closed = False
 
-    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> StoredAdapter:
+    async def fetch(
+        self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
+    ) -> StoredAdapter:
         """Bring an adapter to this machine, or find it here. Raises AdapterError; the message names the address.
 
         A token authorises this fetch at its source and is kept nowhere. Fetches of the same address with the same
-        token at the same time share one transfer.
+        token at the same time share one transfer. `content` asks for exactly these files, known by their hash, as the
+        source had them at `revision`; where it has others by now, the error is AdapterChanged.
         """
         if self._is_closed:
             raise AdapterSourceUnavailable("the adapter store is closed")
         if token is not None and not _is_token(token):
             raise AdapterInvalid(f"a token is 1 to {MAX_TOKEN_CHARACTERS} printable ASCII characters without spaces")
         source, address = await asyncio.to_thread(self._sources.find, uri)
+        shown = address.shown
+        if content:
+            if (known := await asyncio.to_thread(self._disk.find, content)) is not None:
+                return _stored(known, name, shown, revision or known.id)
+            address = source.at(address, revision)
         key = address.uri, hashlib.sha256(token.encode()).hexdigest() if token is not None else ""
         try:
             fetched = await self._flights.join(key, functools.partial(self._fly, source, address, token))
         except AdapterError as error:
             raise type(error)(f"{address.shown}: {error}") from error
-        stored = fetched.stored
-        return StoredAdapter(
-            adapter=Adapter(id=stored.id, name=name, path=stored.path),
-            source=address.shown,
-            revision=fetched.revision,
-            num_bytes=stored.num_bytes,
-        )
+        if content and fetched.stored.id != content:
+            raise AdapterChanged(f"{shown}: the source has other files by now; those registered are {content[:12]}…")
+        return _stored(fetched.stored, name, shown, fetched.revision)
 
     async def address(self, uri: str) -> str:
         """The normal form of an address, without any query. Raises AdapterInvalid, AdapterSourceForbidden."""
@@ -176,6 +180,11 @@ class AdapterStore:
         if revision is not None:
             self._disk.remember(address.uri, revision, stored.id, workspace)
         return _Fetched(stored, revision or stored.id)
+
+
+def _stored(found: StoredObject, name: str, source: str, revision: str) -> StoredAdapter:
+    adapter = Adapter(id=found.id, name=name, path=found.path)
+    return StoredAdapter(adapter=adapter, source=source, revision=revision, num_bytes=found.num_bytes)
 
 
 def _is_token(token: str) -> bool:

@@ -1,111 +1,214 @@
-"""/admin/v1/adapters: register, list, show, delete."""
+"""/admin/v1/adapters: registered, updated, rolled back, moved between tiers, deleted; by admins and tenants' own.
 
+An admin names a tenant's adapter with the query `?tenant_id=`; without it, a shared one. Whoever manages a tenant sees
+and changes that tenant's alone, others look nonexistent.
+"""
+
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from litestar import Request, Response, delete, get, post
+from litestar import Request, Response, delete, get, patch, post
 from litestar.handlers import HTTPRouteHandler
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from loraplex.auth.tenants import Tenants
-from loraplex.engines.protocol import AdapterCard, Engine
+from loraplex.engines.errors import EngineUnavailable
+from loraplex.engines.protocol import Engine
+from loraplex.gateway.adapter_records import Key, Registered
+from loraplex.gateway.admin.adapter_views import AdapterList, AdapterView, VersionList, listed_versions, view_of
+from loraplex.gateway.admin.scope import own_or_named, require_fetchable, scope_of
 from loraplex.gateway.audit import tell_audit, without_credentials
-from loraplex.gateway.catalogue import SHARED, Catalogue, Registered
+from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
-from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import require_admin
+from loraplex.gateway.errors import AdapterNotRegistered, MalformedRequest
+from loraplex.gateway.guards import caller_of, require_tenant_admin
 from loraplex.gateway.replies import json_reply
+
+_ADAPTERS = "/admin/v1/adapters"
+_ADAPTER = _ADAPTERS + "/{name:path}"
 
 
 class NewAdapter(Struct, forbid_unknown_fields=True):
     """`source` is a local path, `hf://org/name[@revision]`, `s3://bucket/prefix` or an https archive.
 
     `tenant_id` limits the adapter to one tenant; null shares it with all. `base` may name the base it was made for.
+    Without `wait` the answer comes before the files do.
     """
 
     name: str
     source: str
     base: str | None = None
     tenant_id: str | None = None
-
-
-class AdapterView(Struct, kw_only=True):
-    """An adapter as operators see it. `tier` is where the engine has it now; `num_requests` name it right now."""
-
-    name: str
-    base: str
-    tenant_id: str | None
-    source: str
-    revision: str
-    adapter_id: str
-    num_bytes: int
-    created_at: float
-    card: AdapterCard
-    tier: str = "disk"
+    wait: bool = True
     pinned: bool = False
-    num_requests: int = 0
 
 
-class AdapterList(Struct):
-    data: list[AdapterView]
+class AdapterChange(Struct, forbid_unknown_fields=True):
+    """`source` makes a new version, of the same source too; `pinned` keeps the current one on the device."""
+
+    source: str | UnsetType = UNSET
+    pinned: bool | UnsetType = UNSET
+    wait: bool = True
+
+
+class Examined(Struct, forbid_unknown_fields=True):
+    """An adapter that is not to be registered."""
+
+    source: str
+    tenant_id: str | None = None
+
+
+class ChosenVersion(Struct, forbid_unknown_fields=True):
+    """A version's number, or the first 8 or more digits of its content's hash."""
+
+    version: int | str | None = None
 
 
 _new_adapter = Body(NewAdapter)
+_change = Body(AdapterChange)
+_examined = Body(Examined)
+_chosen = Body(ChosenVersion)
 
 
 def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> list[HTTPRouteHandler]:
-    """The handlers of this resource. A tenant's adapter is addressed with the query `?tenant_id=`."""
+    """The handlers of this resource."""
 
     async def views(entries: list[Registered]) -> list[AdapterView]:
-        residency = {found.adapter_id: found for found in await engine.residency()}
-        shown = []
-        for entry in entries:
-            view = _view(entry, catalogue.base)
-            if (found := residency.get(entry.adapter_id)) is not None:
-                view.tier, view.pinned, view.num_requests = found.tier, found.pinned, found.num_requests
-            shown.append(view)
-        return shown
+        residency = {}
+        with contextlib.suppress(EngineUnavailable):  # the catalogue can be read without an engine
+            residency = {found.adapter_id: found for found in await engine.residency()}
+        return [view_of(entry, catalogue, residency) for entry in entries]
 
-    @post("/admin/v1/adapters", guards=[require_admin])
+    async def shown(entry: Registered, status: int = 200) -> Response[bytes]:
+        return json_reply((await views([entry]))[0], status)
+
+    actions: dict[str, Callable[[Request[Any, Any, Any], Key], Awaitable[tuple[Registered, int]]]] = {
+        "rollback": lambda request, key: _roll_back(catalogue, request, key),
+        "retry": lambda request, key: _retry(catalogue, request, key),
+        "pin": lambda request, key: _done(catalogue.pin(key, pinned=True)),
+        "unpin": lambda request, key: _done(catalogue.pin(key, pinned=False)),
+        "warm": lambda request, key: _done(catalogue.warm(key)),
+        "evict": lambda request, key: _done(catalogue.evict(key)),
+    }
+
+    @post(_ADAPTERS, guards=[require_tenant_admin])
     async def register_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_adapter.of(request)
         source = without_credentials(wanted.source)
         tell_audit(request, f"adapters/{wanted.name}", tenant_id=wanted.tenant_id, source=source)
         if wanted.base not in (None, catalogue.base):
             raise MalformedRequest(f"This server's base model is {catalogue.base!r}.", "base")
-        if wanted.tenant_id is not None:
-            await tenants.get_tenant(wanted.tenant_id)
-        entry = await catalogue.register(wanted.name, wanted.source, wanted.tenant_id or SHARED)
-        return json_reply(_view(entry, catalogue.base), 201)
+        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        await require_fetchable(caller_of(request), wanted.source, catalogue)
+        entry = await catalogue.register(wanted.name, wanted.source, tenant_id, waits=wanted.wait)
+        if wanted.pinned:
+            entry = await catalogue.pin(entry.key, pinned=True)
+        return await shown(entry, 201 if wanted.wait else 202)
 
-    @get("/admin/v1/adapters", guards=[require_admin])
-    async def list_adapters() -> Response[bytes]:
-        return json_reply(AdapterList(await views(catalogue.everything())))
+    @post(f"{_ADAPTERS}/validate", status_code=200, guards=[require_tenant_admin])
+    async def validate_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """What registering would find; nothing is registered."""
+        wanted = await _examined.of(request)
+        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        await require_fetchable(caller_of(request), wanted.source, catalogue)
+        return json_reply(listed_versions([await catalogue.validate(wanted.source, tenant_id)], None)[0])
 
-    @get("/admin/v1/adapters/{name:path}", guards=[require_admin])
+    @get(_ADAPTERS, guards=[require_tenant_admin])
+    async def list_adapters(request: Request[Any, Any, Any]) -> Response[bytes]:
+        tenant_id = scope_of(request, default=None)
+        found = [entry for entry in catalogue.everything() if entry.targets is None]
+        return json_reply(AdapterList(await views([e for e in found if tenant_id in (None, e.tenant_id)])))
+
+    @get(_ADAPTER, guards=[require_tenant_admin])
     async def get_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return json_reply((await views([catalogue.get(*_key(request))]))[0])
+        tenant_id, name = _key(request)
+        head, _, last = name.rpartition("/")
+        if last == "versions" and head and not catalogue.has((tenant_id, name)):
+            entry = catalogue.get(tenant_id, head)
+            return json_reply(VersionList(listed_versions(entry.versions, entry.current_version)))
+        return await shown(_adapter(catalogue, (tenant_id, name)))
 
-    @delete("/admin/v1/adapters/{name:path}", guards=[require_admin])
+    @patch(_ADAPTER, guards=[require_tenant_admin])
+    async def change_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
+        key, wanted = _key(request), await _change.of(request)
+        said = {} if wanted.source is UNSET else {"source": without_credentials(wanted.source)}
+        tell_audit(request, tenant_id=key[0], **said)
+        entry = _adapter(catalogue, key)
+        if wanted.source is UNSET and wanted.pinned is UNSET:
+            raise MalformedRequest("Say a source for a new version, or pinned.", "source")
+        if wanted.source is not UNSET:
+            await require_fetchable(caller_of(request), wanted.source, catalogue)
+            entry = await catalogue.update(key, wanted.source, waits=wanted.wait)
+        if wanted.pinned is not UNSET:
+            entry = await catalogue.pin(key, pinned=wanted.pinned)
+        return await shown(entry, 200 if wanted.wait else 202)
+
+    @post(_ADAPTER, guards=[require_tenant_admin])
+    async def act_on_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
+        tenant_id, name = _key(request)
+        name, _, verb = name.rpartition("/")
+        tell_audit(request, tenant_id=tenant_id)
+        if (action := actions.get(verb)) is None or not name:
+            raise AdapterNotRegistered(f"What can be done to an adapter: {', '.join(actions)}.", "name")
+        _adapter(catalogue, (tenant_id, name))
+        return await shown(*await action(request, (tenant_id, name)))
+
+    @delete(_ADAPTER, guards=[require_tenant_admin])
     async def delete_adapter(request: Request[Any, Any, Any]) -> None:
-        tell_audit(request, tenant_id=_key(request)[0])
-        await catalogue.remove(*_key(request))
+        key = _key(request)
+        tell_audit(request, tenant_id=key[0])
+        _adapter(catalogue, key)
+        await catalogue.remove(*key, drains=_flag(request, "drain"))
 
-    return [register_adapter, list_adapters, get_adapter, delete_adapter]
+    return [
+        register_adapter,
+        validate_adapter,
+        list_adapters,
+        get_adapter,
+        change_adapter,
+        act_on_adapter,
+        delete_adapter,
+    ]
 
 
-def _key(request: Request[Any, Any, Any]) -> tuple[str, str]:
-    return request.query_params.get("tenant_id", SHARED), str(request.path_params["name"]).lstrip("/")
+async def _done(change: Awaitable[Registered]) -> tuple[Registered, int]:
+    return await change, 200
 
 
-def _view(entry: Registered, base: str) -> AdapterView:
-    return AdapterView(
-        name=entry.name,
-        base=base,
-        tenant_id=entry.tenant_id or None,
-        source=entry.source,
-        revision=entry.revision,
-        adapter_id=entry.adapter_id,
-        num_bytes=entry.num_bytes,
-        created_at=entry.created_at,
-        card=entry.card,
-    )
+async def _roll_back(catalogue: Catalogue, request: Request[Any, Any, Any], key: Key) -> tuple[Registered, int]:
+    chosen = await _chosen_version(request)
+    return await catalogue.roll_back(key, chosen), 200
+
+
+async def _retry(catalogue: Catalogue, request: Request[Any, Any, Any], key: Key) -> tuple[Registered, int]:
+    chosen = await _chosen_version(request)
+    if chosen is not None and not chosen.isdecimal():
+        raise MalformedRequest("Say the version's number.", "version")
+    return await catalogue.retry(key, None if chosen is None else int(chosen)), 202
+
+
+async def _chosen_version(request: Request[Any, Any, Any]) -> str | None:
+    """The version in the body; no body names none."""
+    raw = await request.body()
+    chosen = _chosen.decode(raw).version if raw.strip() else None
+    return None if chosen is None else str(chosen)
+
+
+def _key(request: Request[Any, Any, Any]) -> Key:
+    return scope_of(request), str(request.path_params["name"]).lstrip("/")
+
+
+def _adapter(catalogue: Catalogue, key: Key) -> Registered:
+    """Raises AdapterNotRegistered, also for a route."""
+    entry = catalogue.get(*key)
+    if entry.targets is not None:
+        raise AdapterNotRegistered(f"There is no adapter {key[1]!r}; it is a route.", "name")
+    return entry
+
+
+def _flag(request: Request[Any, Any, Any], name: str) -> bool:
+    value = request.query_params.get(name, "false")
+    if value not in ("true", "false"):
+        raise MalformedRequest(f"{name} is true or false.", name)
+    return bool(value == "true")

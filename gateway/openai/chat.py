@@ -16,6 +16,7 @@ from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat_stream import ChatWire, SpokenWire
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
 from loraplex.gateway.prompts import chat_requests
 
@@ -30,7 +31,7 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: M
         body = await _body.of(request)
         body.check()
         caller = caller_of(request)
-        route = await catalogue.route(body.model, caller)
+        route = await route_of(body, caller, catalogue)
         dialogue = Dialogue(body, engine, model)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
         tier = granted_tier(body.service_tier, caller)

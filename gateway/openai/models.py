@@ -6,7 +6,8 @@ from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
-from loraplex.gateway.catalogue import Catalogue, Registered
+from loraplex.gateway.adapter_records import Registered
+from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.errors import ModelNotFound
 from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.replies import json_reply
@@ -53,4 +54,4 @@ def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler
 
 
 def _card(entry: Registered, base: str) -> ModelCard:
-    return ModelCard(id=entry.name, created=int(entry.created_at), root=entry.source, parent=base)
+    return ModelCard(id=entry.name, created=int(entry.created_at), root=entry.source or base, parent=base)

@@ -15,14 +15,22 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from support.gateway import BASE, settings_in, write_adapter
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import TenantNotFound
+from loraplex.auth.store.changes import CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import open_database
-from loraplex.auth.store.tables import adapters, tenants
+from loraplex.auth.store.tables import adapter_versions, adapters, tenants
 from loraplex.engines.echo import EchoEngine
-from loraplex.engines.errors import AdapterInvalid, AdapterNotFound
+from loraplex.engines.errors import AdapterChanged, AdapterInUse, AdapterNotFound, AdapterSourceUnavailable
 from loraplex.engines.protocol import Adapter
-from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.errors import AdapterNameTaken, ModelNotFound
+from loraplex.gateway.adapter_records import Target
+from loraplex.gateway.catalogue import Catalogue, Route
+from loraplex.gateway.errors import (
+    AdapterFailed,
+    AdapterNameTaken,
+    AdapterNotReady,
+    AdapterNotRegistered,
+    MalformedRequest,
+    ModelNotFound,
+)
 
 ADMIN = Caller(tenant_id="", tenant_name="", key_id="admin", role="admin")
 ACME = Caller(tenant_id="t1", tenant_name="acme", key_id="k", role="inference")
@@ -37,20 +45,27 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Shelf:
-    """A store whose source is a directory and whose identity of it is what `version` says."""
+    """A store whose source is a directory and whose identity of it is what `version` says; `gate` holds fetches up."""
 
     def __init__(self, version: str = "v1") -> None:
         self.version = version
         self.num_fetches = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def address(self, uri: str) -> str:
         return uri
 
-    async def fetch(self, uri: str, name: str, *, token: str | None = None) -> Fetched:
+    async def fetch(
+        self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
+    ) -> Fetched:
         self.num_fetches += 1
         await asyncio.sleep(0)
+        await self.gate.wait()
         if not Path(uri).is_dir():  # noqa: ASYNC240  a stat of a local disk
             raise AdapterNotFound("there is no such directory")
+        if content not in ("", self.version):
+            raise AdapterChanged("the source has other files by now")
         return Fetched(Adapter(id=self.version, name=name, path=uri), uri, revision=self.version)
 
 
@@ -128,32 +143,38 @@ async def test_adapter_of_a_tenant_is_another_tenants_unknown_model(catalogue: C
     assert str(foreign.value) == str(unknown.value).replace("nothing!", "private")
 
 
-async def test_files_that_come_back_different_are_inspected_anew(
+async def test_files_that_come_back_different_make_the_version_failed(
     catalogue: Catalogue, shelf: Shelf, tmp_path: Path
 ) -> None:
-    source = write_adapter(tmp_path / "a", rank=4)
-    assert (await catalogue.register("one", str(source))).card.rank == 4
-    source.rename(tmp_path / "away")
-    with pytest.raises(AdapterNotFound):
-        await catalogue.route("one", ACME)
-    await _points_to(catalogue, tmp_path / "gone")
-    write_adapter(source, rank=9)
-    shelf.version = "v2"
-    adapter = (await catalogue.route("one", ACME)).adapter
-    assert adapter == Adapter(id="v2", name="one", path=str(source))
-    entry = catalogue.get("", "one")
-    assert (entry.card.rank, entry.card.adapter_id, entry.revision) == (9, "v2", "v2")
-
-
-async def test_files_that_come_back_broken_change_nothing(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "a")
-    entry = await catalogue.register("one", str(source))
+    await catalogue.register("one", str(source))
     await _points_to(catalogue, tmp_path / "gone")
-    (source / "adapter_config.json").write_text("{}")
     shelf.version = "v2"
-    with pytest.raises(AdapterInvalid):
+    with pytest.raises(AdapterChanged):
         await catalogue.route("one", ACME)
-    assert catalogue.get("", "one").adapter_id == entry.adapter_id
+    with pytest.raises(AdapterFailed, match="other files by now"):
+        await catalogue.route("one", ACME)
+    shelf.version = "v1"
+    await catalogue.retry(("", "one"))
+    adapter = (await _once_ready(catalogue, "one")).adapter
+    assert adapter == Adapter(id="v1", name="one", path=str(source))
+
+
+async def test_files_that_are_away_for_a_moment_change_nothing(
+    catalogue: Catalogue, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await catalogue.register("one", str(write_adapter(tmp_path / "a")))
+    await _points_to(catalogue, tmp_path / "gone")
+    fetch = shelf.fetch
+
+    async def fetch_nothing(*arguments: Any, **options: Any) -> Fetched:
+        raise AdapterSourceUnavailable("no answer")
+
+    monkeypatch.setattr(shelf, "fetch", fetch_nothing)
+    with pytest.raises(AdapterSourceUnavailable):
+        await catalogue.route("one", ACME)
+    monkeypatch.setattr(shelf, "fetch", fetch)
+    assert (await catalogue.route("one", ACME)).adapter is not None
 
 
 async def test_files_that_are_there_are_not_fetched_again(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
@@ -182,8 +203,8 @@ async def test_remove_keeps_an_adapter_loaded_while_another_name_leads_to_it(
 
 async def _points_to(catalogue: Catalogue, path: Path) -> None:
     """As if the cache had held the files at `path`."""
-    async with catalogue._database.begin() as connection:
-        await connection.execute(update(adapters).values(path=str(path)))
+    async with catalogue._records._database.begin() as connection:
+        await connection.execute(update(adapter_versions).values(path=str(path)))
     await catalogue.reload()
 
 
@@ -192,13 +213,194 @@ async def test_tenant_deleted_during_the_fetch_gets_no_adapter(
 ) -> None:
     fetch = shelf.fetch
 
-    async def fetch_meanwhile(uri: str, name: str, *, token: str | None = None) -> Fetched:
+    async def fetch_meanwhile(uri: str, name: str, **options: str | None) -> Fetched:
         async with database.begin() as connection:
             await connection.execute(delete(tenants).where(tenants.c.id == "t1"))
+            await connection.execute(delete(adapters).where(adapters.c.tenant_id == "t1"))  # as delete_tenant does
         return await fetch(uri, name)
 
     monkeypatch.setattr(shelf, "fetch", fetch_meanwhile)
-    with pytest.raises(TenantNotFound):
+    with pytest.raises(AdapterNotRegistered):
         await catalogue.register("late", str(write_adapter(tmp_path / "a")), "t1")
     await catalogue.reload()
     assert catalogue.everything() == []
+
+
+async def _once_ready(catalogue: Catalogue, model: str) -> Route:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return await catalogue.route(model, ACME)
+            except AdapterNotReady:
+                await asyncio.sleep(0.01)
+
+
+async def test_version_is_addressed_by_number_and_by_hash(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
+    source = str(write_adapter(tmp_path / "a"))
+    first, second = "a1" * 32, "a1a1b2b2" * 8
+    shelf.version = first
+    await catalogue.register("one", source)
+    shelf.version = second
+    await catalogue.update(("", "one"), source)
+    for model, content in (
+        ("one", second),
+        ("one@1", first),
+        ("one@2", second),
+        (f"one@{first}", first),
+        ("one@a1a1a1a1", first),
+        ("one@a1a1b2b2", second),
+    ):
+        adapter = (await catalogue.route(model, ACME)).adapter
+        assert adapter is not None
+        assert (model, adapter.id) == (model, content)
+    for model in ("one@", "one@0", "one@3", "one@a1a1a1a", "one@ffffffff", "one@1@1", "one@latest", f"{BASE}@1"):
+        with pytest.raises(ModelNotFound):
+            await catalogue.route(model, ACME)
+
+
+async def test_rollback_is_one_call_and_goes_both_ways(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
+    source, key = str(write_adapter(tmp_path / "a")), ("", "one")
+    await catalogue.register("one", source)
+    for version in ("v2", "v3"):
+        shelf.version = version
+        await catalogue.update(key, source)
+
+    async def served() -> str:
+        adapter = (await catalogue.route("one", ACME)).adapter
+        return adapter.id if adapter else ""
+
+    assert await served() == "v3"
+    await catalogue.roll_back(key)
+    assert await served() == "v2"
+    await catalogue.roll_back(key)
+    assert await served() == "v1"
+    with pytest.raises(MalformedRequest):
+        await catalogue.roll_back(key)
+    await catalogue.roll_back(key, "3")
+    assert await served() == "v3"
+
+
+async def test_update_that_fails_changes_nothing(catalogue: Catalogue, tmp_path: Path) -> None:
+    await catalogue.register("one", str(write_adapter(tmp_path / "a")))
+    before = catalogue.get("", "one")
+    with pytest.raises(AdapterNotFound):
+        await catalogue.update(("", "one"), str(tmp_path / "nothing"))
+    assert catalogue.get("", "one") == before
+
+
+async def test_update_that_arrives_late_does_not_overtake_a_later_one(
+    catalogue: Catalogue, shelf: Shelf, tmp_path: Path
+) -> None:
+    source, key = str(write_adapter(tmp_path / "a")), ("", "one")
+    await catalogue.register("one", source)
+    shelf.gate.clear()
+    shelf.version = "v2"
+    await catalogue.update(key, source, waits=False)
+    late, shelf.gate = shelf.gate, asyncio.Event()
+    shelf.gate.set()
+    await asyncio.sleep(0)
+    shelf.version = "v3"
+    await catalogue.update(key, source)
+    shelf.version = "v2"
+    late.set()
+    async with asyncio.timeout(10):
+        while (version := catalogue.get(*key).version(2)) is None or version.state != "ready":
+            await asyncio.sleep(0.01)
+    assert catalogue.get(*key).current_version == 3
+
+
+async def test_registration_that_waits_for_nothing_tells_its_state(
+    catalogue: Catalogue, shelf: Shelf, tmp_path: Path
+) -> None:
+    shelf.gate.clear()
+    await catalogue.register("one", str(write_adapter(tmp_path / "a")), waits=False)
+    with pytest.raises(AdapterNotReady):
+        await catalogue.route("one", ACME)
+    assert catalogue.visible(ACME) == []
+    shelf.gate.set()
+    assert (await _once_ready(catalogue, "one")).adapter is not None
+
+
+async def test_failure_explains_itself_and_can_be_retried(catalogue: Catalogue, tmp_path: Path) -> None:
+    await catalogue.register("one", str(tmp_path / "a"), waits=False)
+    with pytest.raises(AdapterFailed, match="there is no such directory"):
+        await _once_ready(catalogue, "one")
+    assert (entry := catalogue.get("", "one")).shown.state == "failed"
+    assert entry.shown.reason == "there is no such directory"
+    write_adapter(tmp_path / "a")
+    await catalogue.retry(("", "one"))
+    assert (await _once_ready(catalogue, "one")).adapter is not None
+    with pytest.raises(MalformedRequest):
+        await catalogue.retry(("", "one"))
+
+
+async def test_start_takes_up_what_a_stopped_process_left(
+    catalogue: Catalogue, shelf: Shelf, database: AsyncEngine, tmp_path: Path
+) -> None:
+    shelf.gate.clear()
+    await catalogue.register("one", str(write_adapter(tmp_path / "a")), waits=False)
+    while not shelf.num_fetches:
+        await asyncio.sleep(0.01)
+    await catalogue.__aexit__()
+    shelf.gate.set()
+    async with Catalogue(database, shelf, EchoEngine(settings_in(tmp_path)), BASE) as later:
+        assert (await _once_ready(later, "one")).adapter is not None
+
+
+async def test_change_by_another_gateway_is_seen(
+    catalogue: Catalogue, shelf: Shelf, database: AsyncEngine, tmp_path: Path
+) -> None:
+    other = Catalogue(database, shelf, EchoEngine(settings_in(tmp_path)), BASE)
+    async with other, ChangeWatch(database) as watch:
+        watch.on(CATALOGUE, other.reload)
+        await catalogue.register("one", str(write_adapter(tmp_path / "a")))
+        await watch.look()
+        assert [entry.name for entry in other.visible(ACME)] == ["one"]
+        await catalogue.remove("", "one")
+        await watch.look()
+        assert other.visible(ACME) == []
+
+
+async def test_route_shares_users_by_weight_and_keeps_each(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shelf.version = name
+        await catalogue.register(name, str(write_adapter(tmp_path / name)))
+    await catalogue.add_route("ab", (Target("a", 90), Target("b@1", 10)))
+    users = [f"user-{number}" for number in range(1000)]
+
+    async def shares(weights: tuple[float, float]) -> list[str]:
+        await catalogue.change_route(("", "ab"), (Target("a", weights[0]), Target("b@1", weights[1])))
+        routes = [await catalogue.route("ab", ACME, user=user) for user in users]
+        return [route.adapter.name for route in routes if route.adapter]
+
+    first = await shares((90, 10))
+    assert await shares((90, 10)) == first
+    assert 60 < first.count("b") < 140  # of 1000; the standard deviation is 9.5
+    more = await shares((50, 50))
+    assert all(after == "b" for before, after in zip(first, more, strict=True) if before == "b")
+    anonymous = [(await catalogue.route("ab", ACME)).adapter for _ in range(200)]
+    assert {adapter.name for adapter in anonymous if adapter} == {"a", "b"}
+
+
+async def test_route_is_a_name_like_others(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
+    await catalogue.register("a", str(write_adapter(tmp_path / "a")))
+    shelf.version = "v2"
+    await catalogue.register("private", str(write_adapter(tmp_path / "b")), "t2")
+    await catalogue.add_route("to-a", (Target("a", 1),))
+    assert [entry.name for entry in catalogue.visible(ACME)] == ["a", "to-a"]
+    with pytest.raises(AdapterNameTaken):
+        await catalogue.register("to-a", str(tmp_path / "a"))
+    for target, reason in (
+        ("private", "no adapter"),
+        ("nothing", "no adapter"),
+        ("a@9", "no adapter"),
+        ("to-a", "route"),
+    ):
+        with pytest.raises(MalformedRequest, match=reason):
+            await catalogue.add_route("another", (Target("a", 1), Target(target, 1)), "t1")
+    with pytest.raises(AdapterInUse, match="to-a"):
+        await catalogue.remove("", "a")
+    with pytest.raises(ModelNotFound):
+        await catalogue.route("to-a@1", ACME)
+    await catalogue.remove("", "to-a")
+    await catalogue.remove("", "a")

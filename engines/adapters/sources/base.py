@@ -90,6 +90,10 @@ class Source(Protocol):
         """The normal form of a URI. Raises AdapterInvalid, AdapterSourceForbidden."""
         ...
 
+    def at(self, address: Address, revision: str) -> Address:
+        """The address of what it meant when `revision` was told, where the source can still say so."""
+        ...
+
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
         """The wanted files there are. Raises AdapterError; AdapterSourceUnavailable means: try again."""
         ...

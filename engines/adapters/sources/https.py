@@ -82,6 +82,9 @@ class HttpsSource:
         query = hop.target.partition("?")[2]
         return Address(uri=f"{shown}?{query}" if query else shown, shown=shown)
 
+    def at(self, address: Address, revision: str) -> Address:
+        return address
+
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
         return Listing(revision=None, files=())  # only the archive knows
 

@@ -51,6 +51,12 @@ class HubSource:
         normal = f"hf://{match['repo']}@{match['revision'] or 'main'}"
         return Address(uri=normal, shown=normal)
 
+    def at(self, address: Address, revision: str) -> Address:
+        if not _COMMIT.fullmatch(revision):
+            return address
+        normal = f"hf://{_split(address)[0]}@{revision}"
+        return Address(uri=normal, shown=normal)
+
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
         repo, revision = _split(address)
         try:

@@ -35,6 +35,9 @@ class LocalSource:
             raise AdapterSourceForbidden(f"{path} is not below one of the directories in adapters.local_roots")
         return Address(uri=f"file://{resolved}", shown=f"file://{resolved}")
 
+    def at(self, address: Address, revision: str) -> Address:
+        return address
+
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
         if token is not None:
             raise AdapterInvalid("a local path takes no token")

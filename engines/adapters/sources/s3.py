@@ -59,6 +59,9 @@ class S3Source:
         normal = f"s3://{match['bucket']}/{'/'.join(segments)}"
         return Address(uri=normal, shown=normal)
 
+    def at(self, address: Address, revision: str) -> Address:
+        return address
+
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
         bucket, prefix = _split(address)
         client = self._client(bucket, token)
