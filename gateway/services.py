@@ -1,5 +1,6 @@
 """Settings -> everything a server stands on, opened in order and closed in reverse."""
 
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -87,7 +88,7 @@ async def _books(settings: Settings, database: AsyncEngine) -> AsyncIterator[Led
     """The ledger, and whatever keeps it short. Raises CannotOpen."""
     try:
         ledger = await open_ledger(database, _journal_dir(settings, database))
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise CannotOpen(f"usage.journal_dir: {error}") from error
     days = settings.usage.retention_days
     retention = None if days is None else Retention(database, days)

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.errors import LimitsUnavailable, UsageUnrecorded
 from loraplex.auth.ledger.journal import Journal, Leftover, fitting, leftovers
-from loraplex.auth.ledger.rows import day_of, insert_records, tokens_since
+from loraplex.auth.ledger.rows import RowWriter, day_of, row_writer, tokens_since
 from loraplex.auth.metering import UsageRecord
 
 _log = logging.getLogger("loraplex.ledger")
@@ -32,8 +32,9 @@ _MAX_UNWRITTEN = 100_000  # rows that the database did not take; beyond these no
 class Ledger:
     """Implements `Books` over a database and a journal. Made by `open_ledger`."""
 
-    def __init__(self, database: AsyncEngine, journal: Journal) -> None:
+    def __init__(self, database: AsyncEngine, rows: RowWriter, journal: Journal) -> None:
         self._database = database
+        self._rows = rows
         self._journal = journal
         self._queue: list[UsageRecord] = []
         self._num_settled = self._num_written = 0
@@ -83,6 +84,7 @@ class Ledger:
             _log.error("%d usage records stay in the journal until the next start", len(self._queue))
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
+        await self._rows.close()
         self._journal.close()
 
     async def _write(self) -> None:
@@ -92,7 +94,7 @@ class Ledger:
             await self._gather()
             batch = self._queue[:_BATCH]
             try:
-                await insert_records(self._database, batch)
+                await self._rows.insert(batch)
             except Exception as error:  # noqa: BLE001  drivers have errors of their own, and no row may be lost to one
                 if not pause:
                     _log.error("usage records cannot be written, trying again: %s", error)
@@ -136,14 +138,19 @@ class Ledger:
 async def open_ledger(database: AsyncEngine, directory: Path) -> Ledger:
     """Settle what dead processes left in the directory, then open a journal there.
 
-    Raises OSError, or SQLAlchemyError where the database does not take what was left.
+    Raises OSError, or SQLAlchemyError or sqlite3.Error where the database does not take what was left.
     """
-    for leftover in leftovers(directory):
-        await _settle(database, leftover)
-    return Ledger(database, Journal(directory))
+    rows = row_writer(database)
+    try:
+        for leftover in leftovers(directory):
+            await _settle(rows, leftover)
+        return Ledger(database, rows, Journal(directory))
+    except BaseException:
+        await rows.close()
+        raise
 
 
-async def _settle(database: AsyncEngine, leftover: Leftover) -> None:
+async def _settle(rows: RowWriter, leftover: Leftover) -> None:
     try:
         records, num_damaged = leftover.records()
     except ValueError as error:
@@ -151,7 +158,7 @@ async def _settle(database: AsyncEngine, leftover: Leftover) -> None:
         _log.error("%s is kept as %s and not settled: %s", leftover.path, aside.name, error)
         return
     for start in range(0, len(records), _BATCH):
-        await insert_records(database, records[start : start + _BATCH])
+        await rows.insert(records[start : start + _BATCH])
     if records:
         _log.warning("settled %d requests of a gateway that ended without warning", len(records))
     if num_damaged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import pytest_asyncio
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from support.books import write_records
 
 from loraplex.auth.errors import LimitsUnavailable, UsageUnrecorded
-from loraplex.auth.ledger import ledger as ledger_module
 from loraplex.auth.ledger.journal import leftovers
 from loraplex.auth.ledger.ledger import Ledger, open_ledger
-from loraplex.auth.ledger.rows import insert_records
+from loraplex.auth.ledger.rows import RowWriter
 from loraplex.auth.metering import ABORTED, COMPLETED, INTERRUPTED, UsageRecord
 from loraplex.auth.store.tables import usage_days, usage_records
 
@@ -76,6 +76,22 @@ def abandon(ledger: Ledger) -> None:
     ledger._journal._file.close()
 
 
+class Away:
+    """Implements `RowWriter` for a database that does not answer."""
+
+    async def insert(self, records: Sequence[UsageRecord]) -> None:
+        raise OperationalError("INSERT", {}, OSError("gone"))
+
+    async def close(self) -> None: ...
+
+
+def take_away(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> RowWriter:
+    """Returns what the ledger wrote with until now."""
+    rows = ledger._rows
+    monkeypatch.setattr(ledger, "_rows", Away())
+    return rows
+
+
 async def test_settled_request_becomes_its_row_and_part_of_its_day(books: Ledger, database: AsyncEngine) -> None:
     begun = record("r1", adapter_id="abc", model="mödel/😀")
     books.begin(begun)
@@ -102,12 +118,13 @@ async def test_rows_that_come_together_are_written_together(
     books: Ledger, database: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
+    insert = books._rows.insert
 
-    async def counted(database: AsyncEngine, records: list[UsageRecord]) -> None:
+    async def counted(records: list[UsageRecord]) -> None:
         batches.append(len(records))
-        await insert_records(database, records)
+        await insert(records)
 
-    monkeypatch.setattr(ledger_module, "insert_records", counted)
+    monkeypatch.setattr(books._rows, "insert", counted)
     for number in range(450):
         books.begin(begun := record(f"r{number:03}"))
         books.settle(over(begun))
@@ -119,9 +136,9 @@ async def test_rows_that_come_together_are_written_together(
 
 async def test_writing_again_changes_nothing(database: AsyncEngine) -> None:
     first, second = over(record("r1")), over(record("r2"), 5)
-    await insert_records(database, [first])
-    await insert_records(database, [msgspec.structs.replace(first, num_completion_tokens=99), second])
-    await insert_records(database, [second, first])
+    await write_records(database, [first])
+    await write_records(database, [msgspec.structs.replace(first, num_completion_tokens=99), second])
+    await write_records(database, [second, first])
     assert await rows(database) == [first, second]
     assert await days(database) == [("2027-01-15", "tenant_1", "key_1", "base", 2, 14, 0, 8)]
 
@@ -143,7 +160,7 @@ async def test_many_writers_at_once_lose_and_double_nothing(database: AsyncEngin
     async def write(step: int) -> None:
         mine = all_records[::step] if step > 0 else all_records[::-1]
         for start in range(0, len(mine), 20):
-            await insert_records(database, mine[start : start + 20])
+            await write_records(database, mine[start : start + 20])
 
     await asyncio.gather(write(1), write(-1), write(2))
     assert await rows(database) == all_records
@@ -198,7 +215,7 @@ async def test_row_written_before_its_slot_was_freed_is_counted_once(database: A
     dead = await open_ledger(database, tmp_path)
     dead.begin(begun := record("r1"))
     dead.settle(over(begun))
-    await insert_records(database, [over(begun)])
+    await write_records(database, [over(begun)])
     abandon(dead)
     for _ in range(2):
         await (await open_ledger(database, tmp_path)).close()
@@ -221,11 +238,8 @@ async def test_living_neighbour_is_left_alone(books: Ledger, database: AsyncEngi
 async def test_database_that_is_away_loses_nothing_and_is_told_of(
     books: Ledger, database: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def away(*_: object) -> None:
-        raise OperationalError("INSERT", {}, OSError("gone"))
-
     caplog.set_level(logging.WARNING, "loraplex.ledger")
-    monkeypatch.setattr(ledger_module, "insert_records", away)
+    rows_writer = take_away(books, monkeypatch)
     books.begin(begun := record("r1"))
     books.settle(over(begun))
     with pytest.raises(UsageUnrecorded):
@@ -233,7 +247,7 @@ async def test_database_that_is_away_loses_nothing_and_is_told_of(
     with pytest.raises(LimitsUnavailable):
         await books.spent("tenant_1", None, MIDNIGHT)
     assert len(caplog.records) == 1
-    monkeypatch.setattr(ledger_module, "insert_records", insert_records)
+    monkeypatch.setattr(books, "_rows", rows_writer)
     async with asyncio.timeout(20):
         while not await rows(database):
             await asyncio.sleep(0.01)
@@ -246,22 +260,18 @@ async def test_database_that_is_away_loses_nothing_and_is_told_of(
 async def test_closing_without_a_database_leaves_it_to_the_next_start(
     database: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def away(*_: object) -> None:
-        raise OperationalError("INSERT", {}, OSError("gone"))
-
     ledger = await open_ledger(database, tmp_path)
-    monkeypatch.setattr(ledger_module, "insert_records", away)
+    take_away(ledger, monkeypatch)
     ledger.begin(begun := record("r1"))
     ledger.settle(over(begun))
     await ledger.close()
-    monkeypatch.setattr(ledger_module, "insert_records", insert_records)
     await (await open_ledger(database, tmp_path)).close()
     assert await rows(database) == [over(begun)]
 
 
 @on_sqlite
 async def test_too_much_unwritten_takes_on_no_more(books: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_MAX_UNWRITTEN", 2)
+    monkeypatch.setattr("loraplex.auth.ledger.ledger._MAX_UNWRITTEN", 2)
     for _ in range(2):
         books.begin(begun := record())
         books.settle(over(begun))

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
+from support.books import write_records
 
 from loraplex.auth.ledger.retention import Retention, prune
-from loraplex.auth.ledger.rows import SUMS, day_of, insert_records
+from loraplex.auth.ledger.rows import SUMS, day_of
 from loraplex.auth.ledger.usage import DIMENSIONS, Dimension, Scope, Sums, Usage
 from loraplex.auth.metering import COMPLETED, UsageRecord
 
@@ -66,7 +67,7 @@ def told(sums: list[Sums], names: list[str]) -> list[tuple[Any, ...]]:
 async def test_sums_by_day_are_those_of_the_rows(database: AsyncEngine, by: list[Dimension]) -> None:
     records = some_records(300)
     for start in range(0, 300, 100):
-        await insert_records(database, records[start : start + 100])
+        await write_records(database, records[start : start + 100])
     usage = Usage(database, nothing)
     assert told(await usage.by_day(Scope(), None, None, by), list(by)) == summed(records, list(by))
     mine = [record for record in records if record.tenant_id == "tenant_1" and record.model == "model-0"]
@@ -81,7 +82,7 @@ async def test_nothing_used_is_one_sum_of_nothing_or_no_group(database: AsyncEng
     assert await usage.by_day(Scope(), None, None, ["model"]) == []
     assert await usage.by_time(Scope(), 0, NOON, 60, []) == []
     assert [page async for page in usage.requests(Scope(), 0, NOON)] == [[]]
-    await insert_records(database, some_records(10))
+    await write_records(database, some_records(10))
     assert told(await usage.by_day(Scope(tenant_ids=()), None, None, []), []) == [(0, 0, 0, 0)]
 
 
@@ -90,7 +91,7 @@ async def test_sums_by_time_fall_into_the_stretch_they_began_in(database: AsyncE
     records = some_records(200)
     edges = [msgspec.structs.replace(records[0], request_id=f"e{at}", began_at=NOON + at)
              for at in (0.0, -0.25, 59.75, 1800.0, 3599.999)]  # fmt: skip
-    await insert_records(database, records + edges)
+    await write_records(database, records + edges)
     usage = Usage(database, nothing)
     since, until = NOON - 7200, NOON + 7200
     inside = [record for record in records + edges if since <= record.began_at < until]
@@ -101,7 +102,7 @@ async def test_sums_by_time_fall_into_the_stretch_they_began_in(database: AsyncE
 async def test_requests_come_in_pages_each_once_and_in_order(database: AsyncEngine) -> None:
     records = some_records(2500)  # about a dozen begin at each moment
     for start in range(0, 2500, 500):
-        await insert_records(database, records[start : start + 500])
+        await write_records(database, records[start : start + 500])
     usage = Usage(database, nothing)
     pages = [page async for page in usage.requests(Scope(), NOON - 40_000, NOON + 40_000)]
     assert [len(page) for page in pages][:-1] == [1000] * (len(pages) - 1)
@@ -115,7 +116,7 @@ async def test_requests_come_in_pages_each_once_and_in_order(database: AsyncEngi
 async def test_pruning_deletes_old_rows_and_keeps_the_sums(database: AsyncEngine) -> None:
     records = some_records(2500)
     for start in range(0, 2500, 500):
-        await insert_records(database, records[start : start + 500])
+        await write_records(database, records[start : start + 500])
     usage = Usage(database, nothing)
     before = await usage.by_day(Scope(), None, None, list(DIMENSIONS))
     young = [record for record in records if record.began_at >= NOON]
@@ -127,7 +128,7 @@ async def test_pruning_deletes_old_rows_and_keeps_the_sums(database: AsyncEngine
 
 
 async def test_retention_prunes_at_the_start(database: AsyncEngine) -> None:
-    await insert_records(database, some_records(20))
+    await write_records(database, some_records(20))
     retention = Retention(database, 3, lambda: NOON + 5.0 * DAY)
     usage = Usage(database, nothing)
     async with asyncio.timeout(20):
