@@ -26,6 +26,7 @@ _BATCH = 200
 _GATHER_SECONDS = 0.02  # a row waits so long for neighbours
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
+_LAST_FLUSH_SECONDS = 10.0
 _MAX_UNWRITTEN = 100_000  # rows that the database did not take; beyond these no request is taken on
 
 
@@ -79,8 +80,9 @@ class Ledger:
     async def close(self) -> None:
         """Write what is left; what the database does not take stays in the journal, for the next start."""
         try:
-            await self.flush()
-        except UsageUnrecorded:
+            async with asyncio.timeout(_LAST_FLUSH_SECONDS):
+                await self.flush()
+        except (UsageUnrecorded, TimeoutError):
             _log.error("%d usage records stay in the journal until the next start", len(self._queue))
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
