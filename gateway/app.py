@@ -17,14 +17,17 @@ from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
 from loraplex.gateway.audit import end_actions
+from loraplex.gateway.batches.runner import BatchRunner
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.idempotency import answer_once
 from loraplex.gateway.lorax.routes import lorax_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
 from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.openai.batches import batch_routes
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
+from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
 from loraplex.gateway.problems import respond
@@ -33,10 +36,10 @@ from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
 
 
-def create_app(settings: Settings, services: Services) -> ASGIApp:
-    """Every route of the server. Starting and stopping the engine and the database is the caller's part."""
-    engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
+def create_app(settings: Settings, services: Services, batch_runner: BatchRunner) -> ASGIApp:
+    """Every route of the server. Starting and stopping what it stands on is the caller's part."""
     let_streams_drain()
+    engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics()
     answers = Answers(engine, metrics, services.accounts, settings.server)
     adapters = RequestAdapters(catalogue, settings.adapters.request_trust_seconds)
@@ -48,7 +51,9 @@ def create_app(settings: Settings, services: Services) -> ASGIApp:
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
             *lorax_routes(settings, engine, catalogue, adapters, answers),
-            *tenant_routes(tenants, catalogue),
+            *file_routes(services.files),
+            *batch_routes(services.batches, batch_runner.notice),
+            *tenant_routes(tenants, catalogue, services.files),
             *key_routes(tenants),
             *limit_routes(tenants),
             *secret_routes(tenants, services.secrets),

@@ -75,8 +75,8 @@ class FairQueue:
 
         Between tenants with as many, the newest request goes; what is in the background goes before anything else.
         """
-        queues = self._queues.items()
-        for _, queue in sorted(queues, key=lambda it: (it[0].is_background, len(it[1]), it[1][-1].arrival), reverse=True):
+        queues = [(lane.is_background, len(queue), queue[-1].arrival, queue) for lane, queue in self._queues.items()]
+        for *_, queue in sorted(queues, key=lambda ranked: ranked[:3], reverse=True):
             for sequence in reversed(queue):
                 if not sequence.was_admitted:
                     return sequence
