@@ -4,6 +4,7 @@ An answer is written once, under the number of its line, in the same transaction
 leaves a lease that runs out; whoever takes the batch up then answers the lines that have no answer.
 """
 
+import asyncio
 import re
 import secrets
 import time
@@ -90,6 +91,7 @@ class BatchRecords:
     def __init__(self, database: AsyncEngine, files: FileStore) -> None:
         self._database = database
         self._files = files
+        self._recording = asyncio.Lock()  # SQLite lets one write at a time, and lets the others try again and again
         self.owner = f"gateway_{secrets.token_hex(8)}"
 
     async def create(
@@ -206,7 +208,7 @@ class BatchRecords:
         }
         row = {"batch_id": batch_id, "line": answer.line, "is_error": answer.is_error, "answer": answer.text}
         try:
-            async with self._database.begin() as connection:
+            async with self._recording, self._database.begin() as connection:
                 await connection.execute(insert(answers).values(**row))
                 more = {column.name: column + number for column, number in counted.items()}
                 await connection.execute(update(table).where(table.c.id == batch_id).values(**more))
