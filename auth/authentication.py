@@ -11,7 +11,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import msgspec
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
@@ -104,8 +104,22 @@ class Authenticator:
             return None
         return Caller(tenant_id="", tenant_name="", key_id=row.id, role="admin")
 
+    async def look_up_id(self, key_id: str) -> Caller | None:
+        """The same by the key's id, for work that goes on when the request that began it is over."""
+        changes = self.num_changes
+        _, caller = self._judge(await self._row(api_keys.c.id == key_id), self._clock())
+        return None if caller is None else msgspec.structs.replace(caller, as_of=changes)
+
     async def _read(self, digests: list[str]) -> Any:
         """The key's row with its tenant's, or None."""
+        row = await self._row(or_(api_keys.c.digest.in_(digests), api_keys.c.previous_digest.in_(digests)))
+        if row is None:
+            return None
+        is_current = any(hmac.compare_digest(row.digest, each) for each in digests)
+        is_over = not is_current and (row.previous_until or 0.0) <= self._clock()
+        return None if is_over else row
+
+    async def _row(self, is_it: ColumnElement[bool]) -> Any:
         query = (
             select(
                 api_keys,
@@ -114,15 +128,10 @@ class Authenticator:
                 tenants.c.log_prompts,
             )
             .join(tenants, tenants.c.id == api_keys.c.tenant_id)
-            .where(or_(api_keys.c.digest.in_(digests), api_keys.c.previous_digest.in_(digests)))
+            .where(is_it)
         )
         async with self._database.connect() as connection:
-            row = (await connection.execute(query)).first()
-        if row is None:
-            return None
-        is_current = any(hmac.compare_digest(row.digest, each) for each in digests)
-        is_over = not is_current and (row.previous_until or 0.0) <= self._clock()
-        return None if is_over else row
+            return (await connection.execute(query)).first()
 
     def _judge(self, row: Any, now: float) -> tuple[float, Caller | None]:
         """Until when this may be remembered, and who it is."""

@@ -17,6 +17,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """One authenticated caller. An admin belongs to no tenant: its `tenant_id` is empty.
 
     `as_of` is the number of changes known when the key was looked up (`Tenants.num_changes`).
+    What it asks for `is_background` where nobody waits for the answer.
     """
 
     tenant_id: str
@@ -26,3 +27,4 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = NO_POLICY
     logs_prompts: bool = False
     as_of: int = 0
+    is_background: bool = False

@@ -21,7 +21,7 @@ from loraplex.auth.keys import last_four, new_key
 from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.peppers import Peppers
 from loraplex.auth.store.changes import ACCESS, CATALOGUE, announce
-from loraplex.auth.store.tables import adapters, api_keys, tenants
+from loraplex.auth.store.tables import adapters, api_keys, batches, files, tenants
 
 _ID = re.compile(r"(tenant|key)_[0-9a-f]{16}")  # other text is not asked for: PostgreSQL refuses some of it
 
@@ -106,6 +106,16 @@ class Tenants:
             raise InvalidApiKey("The API key is not valid.")
         return caller
 
+    async def holder(self, tenant_id: str, key_id: str) -> Caller:
+        """The caller that a key stands for now, for work that goes on without it. Raises InvalidApiKey."""
+        as_of = self.num_changes
+        caller = await self._authenticator.look_up_id(key_id) if tenant_id else None
+        if not tenant_id and key_id in await self.living_keys({key_id}):
+            caller = Caller(tenant_id="", tenant_name="", key_id=key_id, role="admin", as_of=as_of)
+        if caller is None or caller.tenant_id != tenant_id:
+            raise InvalidApiKey("The API key that this work was begun with is no longer valid.")
+        return caller
+
     def effective(self, tenant: Tenant) -> Limits:
         """The tenant's limits, and the server's defaults where it has none."""
         return tenant.limits.over(self._defaults)
@@ -138,12 +148,13 @@ class Tenants:
         return _tenant(row._mapping)
 
     async def delete_tenant(self, tenant_id: str) -> None:
-        """Its keys stop working at once, and its adapters leave the catalogue. Raises TenantNotFound."""
+        """Its keys stop working at once, and its adapters, files and batches are gone. Raises TenantNotFound."""
         _require_tenant_id(tenant_id)
         async with self._database.begin() as connection:
             result = await connection.execute(delete(tenants).where(tenants.c.id == tenant_id))
             # after the tenant: whoever enters an adapter for it has locked its row until then
-            await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
+            for owned in (adapters, batches, files):
+                await connection.execute(delete(owned).where(owned.c.tenant_id == tenant_id))
             await announce(connection, ACCESS)
             await announce(connection, CATALOGUE)
         if not result.rowcount:

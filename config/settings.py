@@ -189,6 +189,26 @@ class UsageSettings(_Section, frozen=True):
     ] = 64 * 2**20
 
 
+class FileSettings(_Section, frozen=True):
+    """What /v1/files keeps."""
+
+    directory: Annotated[
+        str, Help(description="Where the files of tenants lie; gateways that share a database share it, too.")
+    ] = "loraplex-files"
+    max_file_bytes: Annotated[int, Help(ge=1, description="Largest file accepted.")] = 200 * 2**20
+    max_tenant_bytes: Annotated[int, Help(ge=1, description="Most that the files of one tenant may take.")] = 10 * 2**30
+
+
+class BatchSettings(_Section, frozen=True):
+    """How /v1/batches is worked off."""
+
+    max_running: Annotated[int, Help(ge=0, description="Batches worked off by this gateway at the same time.")] = 4
+    max_requests: Annotated[int, Help(ge=1, description="Requests of one batch that run at the same time.")] = 16
+    lease_seconds: Annotated[
+        float, Help(gt=0, description="After so long without a sign of life another gateway goes on with a batch.")
+    ] = 15.0
+
+
 class Settings(_Section, frozen=True):
     """The whole file: one attribute a table."""
 
@@ -200,6 +220,8 @@ class Settings(_Section, frozen=True):
     auth: Auth = Auth()
     limits: LimitSettings = LimitSettings()
     usage: UsageSettings = UsageSettings()
+    files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
 
 
 def load_settings(path: Path) -> Settings:

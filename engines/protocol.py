@@ -123,7 +123,8 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
     """One generation. `request_id` is unique among the requests in flight.
 
     `tenant` has a fair share of the engine in proportion to `weight`; among its own requests those of higher
-    `priority` go first. The prefix cache is the tenant's own, or that of all who say `shares_prefixes`; `cache_salt`
+    `priority` go first; one that `is_background` waits until no other request of any tenant does, and makes way for
+    it. The prefix cache is the tenant's own, or that of all who say `shares_prefixes`; `cache_salt`
     sets a part of it aside. After `timeout_seconds` the request ends with DeadlineExceeded, wherever it is.
     It is computed with `adapter`, or with a `composition` of several: every layer adds the weighted sum of what theirs
     add.
@@ -135,6 +136,7 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    is_background: bool = False
     shares_prefixes: bool = False
     cache_salt: str = ""
     timeout_seconds: float | None = None

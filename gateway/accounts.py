@@ -210,13 +210,15 @@ def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended:
     cap = policy.max_tokens or longest
     if longest > cap and not is_open_ended:
         raise MalformedRequest(f"This key may ask for at most {cap} tokens; {longest} were asked for.", "max_tokens")
-    if longest <= cap and (policy.weight, policy.priority, policy.shares_prefixes) == (1.0, 0, False):
+    plain = (policy.weight, policy.priority, policy.shares_prefixes, caller.is_background) == (1.0, 0, False, False)
+    if longest <= cap and plain:
         return list(choices)
     return [
         msgspec.structs.replace(
             choice,
             weight=policy.weight,
             priority=policy.priority + choice.priority,
+            is_background=caller.is_background,
             shares_prefixes=policy.shares_prefixes,
             sampling=msgspec.structs.replace(choice.sampling, max_tokens=min(choice.sampling.max_tokens, cap)),
         )

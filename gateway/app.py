@@ -17,14 +17,17 @@ from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
 from loraplex.gateway.audit import end_actions
+from loraplex.gateway.batches.runner import BatchRunner
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.idempotency import answer_once
 from loraplex.gateway.lorax.routes import lorax_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
 from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.openai.batches import batch_routes
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
+from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
 from loraplex.gateway.problems import respond
@@ -33,15 +36,15 @@ from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
 
 
-def create_app(settings: Settings, services: Services) -> ASGIApp:
-    """The server. Starting and stopping the engine and the database is the caller's part."""
+def create_app(settings: Settings, services: Services, batch_runner: BatchRunner) -> ASGIApp:
+    """The server. Starting and stopping what it stands on is the caller's part."""
     let_streams_drain()
-    routes = end_actions(create_routes(settings, services), services.audit)
+    routes = end_actions(create_routes(settings, services, batch_runner), services.audit)
     once = answer_once(routes, services.tenants, settings)
     return identify_requests(once)  # outside Litestar, so that a request that finds no route has an id as well
 
 
-def create_routes(settings: Settings, services: Services) -> Litestar:
+def create_routes(settings: Settings, services: Services, batch_runner: BatchRunner) -> Litestar:
     """Every route of the server."""
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics()
@@ -55,7 +58,9 @@ def create_routes(settings: Settings, services: Services) -> Litestar:
             *completion_routes(engine, catalogue, answers),
             *model_routes(catalogue, started_at=int(time.time())),
             *lorax_routes(settings, engine, catalogue, adapters, answers),
-            *tenant_routes(tenants, catalogue),
+            *file_routes(services.files),
+            *batch_routes(services.batches, batch_runner.notice),
+            *tenant_routes(tenants, catalogue, services.files),
             *key_routes(tenants),
             *limit_routes(tenants),
             *secret_routes(tenants, services.secrets),

@@ -8,7 +8,17 @@ from pathlib import Path
 import msgspec
 
 from loraplex.config.demo import ADAPTERS_DIR, EXAMPLE_PROMPTS, MODEL_DIR, adapter_names
-from loraplex.config.settings import Adapters, Auth, Database, EngineSettings, Model, Server, Settings, environment
+from loraplex.config.settings import (
+    Adapters,
+    Auth,
+    Database,
+    EngineSettings,
+    FileSettings,
+    Model,
+    Server,
+    Settings,
+    environment,
+)
 from loraplex.gateway.services import Services
 
 BASE_NAME = "loraplex-demo"
@@ -39,6 +49,7 @@ def demo_settings(host: str, port: int) -> Iterator[Settings]:
             ),
             database=Database(url=f"sqlite+aiosqlite:///{home / 'loraplex.db'}"),
             auth=Auth(pepper_file=str(home / "pepper")),
+            files=FileSettings(directory=str(home / "files")),
         )
 
 

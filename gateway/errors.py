@@ -59,3 +59,27 @@ class AdapterFailed(GatewayError):
 
 class AdapterNameTaken(GatewayError):
     """The catalogue has this name already."""
+
+
+class FileNotFound(GatewayError):
+    """This caller has no such file."""
+
+
+class FileInUse(GatewayError):
+    """A batch that is not over reads the file."""
+
+
+class FileTooLarge(GatewayError):
+    """An upload is larger than any file may be."""
+
+
+class StorageFull(GatewayError):
+    """The tenant, or the disk, has no room for the file."""
+
+
+class BatchNotFound(GatewayError):
+    """This caller has no such batch."""
+
+
+class BatchNotCancellable(GatewayError):
+    """The batch is over, or about to be."""

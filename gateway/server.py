@@ -14,6 +14,8 @@ import uvicorn
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine, Progress
 from loraplex.gateway.app import create_app
+from loraplex.gateway.batches.answering import Answerer
+from loraplex.gateway.batches.runner import BatchRunner
 from loraplex.gateway.services import Services
 
 _log = logging.getLogger("loraplex.gateway")
@@ -23,17 +25,19 @@ class _Server(uvicorn.Server):
     """uvicorn's own would end the process by the signal it got; ours ends by returning, with status 0.
 
     And it would cut the streams that are open at the end of the drain; ours stops the engine then, so that each ends
-    with an error its client can read.
+    with an error its client can read. Batches stop at once, for they go on later.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, runner: BatchRunner, drain_seconds: float) -> None:
         super().__init__(config)
         self._engine = engine
+        self._runner = runner
         self._drain_seconds = drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._close_engine_after_drain())
         try:
+            await self._runner.close()
             await super().shutdown(sockets)
         finally:
             closing.cancel()
@@ -74,7 +78,8 @@ async def serve(
 
     Raises ModelNotServable if the engine cannot start, and whatever `on_ready` raises.
     """
-    app = create_app(settings, services)
+    runner = BatchRunner(services.batches, services.files, settings.batches, settings.server.max_body_bytes)
+    app = create_app(settings, services, runner)
     server = _Server(
         uvicorn.Config(
             app,
@@ -86,12 +91,14 @@ async def serve(
             timeout_graceful_shutdown=math.ceil(settings.server.drain_seconds) + 2,  # for what the engine cannot end
         ),
         services.engine,
+        runner,
         settings.server.drain_seconds,
     )
 
     async def start() -> None:
         try:
             await services.engine.start(on_progress)
+            runner.start(Answerer(app, services.tenants))
             await on_ready()
         except BaseException:
             server.should_exit = True
@@ -105,4 +112,5 @@ async def serve(
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        await runner.close()
         await services.engine.close()

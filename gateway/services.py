@@ -30,7 +30,9 @@ from loraplex.engines.build import build_engine
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.arrivals import OtherBase, base_names
+from loraplex.gateway.batches.records import BatchRecords
 from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.files.store import FileStore
 from loraplex.gateway.source_tokens import SecretTokens
 
 
@@ -48,6 +50,8 @@ class Services(msgspec.Struct, frozen=True):
     secrets: TenantSecrets
     audit: AuditLog
     usage: Usage
+    files: FileStore
+    batches: BatchRecords
     new_admin_key: str | None
 
 
@@ -68,6 +72,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
         secrets, audit = TenantSecrets(database, pepper), AuditLog(database)
+        files = FileStore(database, settings.files)
+        batches = BatchRecords(database, files)
         async with (
             _books(settings, database) as ledger,
             _admission(settings.limits, ledger) as admission,
@@ -77,7 +83,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             accounts, usage = Accounts(admission, ledger, tenants), Usage(database, ledger.flush)
             watch.on(ACCESS, tenants.forget)
             watch.on(CATALOGUE, catalogue.reload)
-            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, made)
+            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, files, batches, made)
     finally:
         await store.close()
         await database.dispose()

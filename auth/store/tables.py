@@ -173,3 +173,57 @@ adapter_versions = Table(
     Column("created_at", Float, nullable=False),
     ForeignKeyConstraint(["tenant_id", "name"], ["adapters.tenant_id", "adapters.name"], ondelete="CASCADE"),
 )
+
+# What tenants uploaded and batches answered; the bytes lie in a directory under the same id. tenant_id is "" for files
+# of admins.
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant_id", String(32), nullable=False, index=True),
+    Column("filename", String(256), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=True),
+)
+
+# `moments` says when the batch entered each state. `owner` is the gateway that works on
+# it, until `leased_until` unless it says otherwise.
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant_id", String(32), nullable=False, index=True),
+    Column("key_id", String(32), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(32), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("moments", JSON, nullable=False),
+    Column("details", JSON, nullable=True),
+    Column("errors", JSON, nullable=True),
+    Column("output_seconds", Integer, nullable=True),
+    Column("output_file_id", String(32), nullable=True),
+    Column("error_file_id", String(32), nullable=True),
+    Column("num_total", Integer, nullable=False, server_default="0"),
+    Column("num_completed", Integer, nullable=False, server_default="0"),
+    Column("num_failed", Integer, nullable=False, server_default="0"),
+    Column("num_prompt_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("num_cached_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("num_completion_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("num_reasoning_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("owner", String(32), nullable=True),
+    Column("leased_until", Float, nullable=True),
+)
+
+# The answers of a batch that is not over, one a line of its input; the key is why none is answered twice.
+batch_answers = Table(
+    "batch_answers",
+    metadata,
+    Column("batch_id", String(32), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("line", Integer, primary_key=True),
+    Column("is_error", Boolean, nullable=False),
+    Column("answer", Text, nullable=False),
+)

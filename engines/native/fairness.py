@@ -4,12 +4,16 @@ Each tenant's counter grows with the service it gets, divided by its weight; the
 counter goes next. A tenant that comes back after a pause is lifted to the smallest counter of those waiting, so that
 idleness saves up no claim. Between two tenants that both always wait, service differs by at most twice the cost of the
 largest batch (theorem 4.2 there), and nobody waits while there is room: the order is fair, the work is conserved.
+
+Work in the background goes after everybody's other requests. Among itself it is as fair, and it is counted apart: what
+a tenant had of a machine that was idle is not held against its users.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Set
+from typing import NamedTuple
 
 from loraplex.engines.native.sequence import Sequence
 
@@ -17,43 +21,51 @@ INPUT_COST = 1.0  # a prompt token, as in the paper
 OUTPUT_COST = 2.0  # a generated one
 
 
+class Lane(NamedTuple):
+    """Those who are served in turn with one another's: a tenant's requests, or its work in the background."""
+
+    is_background: bool
+    tenant: str
+
+
 class FairQueue:
-    """Waiting sequences by tenant. Within a tenant: higher priority first, then in order of arrival."""
+    """Waiting sequences by lane. Within a lane: higher priority first, then in order of arrival."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, deque[Sequence]] = {}
-        self._counters: dict[str, float] = {}
-        self._last_active = ""
+        self._queues: dict[Lane, deque[Sequence]] = {}
+        self._counters: dict[Lane, float] = {}
+        self._last_active: dict[bool, Lane] = {}
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._queues.get(sequence.request.tenant, ())
+        return sequence in self._queues.get(_lane(sequence), ())
 
     def __iter__(self) -> Iterator[Sequence]:
         """In the order of service, as far as it can be foreseen: one of each tenant in turn, least served first."""
-        tenants = sorted(self._queues, key=lambda tenant: self._counters[tenant])
-        queues = [deque(self._queues[tenant]) for tenant in tenants]
-        while queues:
-            for queue in queues:
-                yield queue.popleft()
-            queues = [queue for queue in queues if queue]
+        for is_background in (False, True):
+            lanes = [lane for lane in self._in_turn() if lane.is_background == is_background]
+            queues = [deque(self._queues[lane]) for lane in lanes]
+            while queues:
+                for queue in queues:
+                    yield queue.popleft()
+                queues = [queue for queue in queues if queue]
 
     def add(self, sequence: Sequence) -> None:
         """A request arrived."""
-        tenant = sequence.request.tenant
-        if tenant not in self._queues:
-            self._lift(tenant)
-            self._queues[tenant] = deque()
-        queue = self._queues[tenant]
+        lane = _lane(sequence)
+        if lane not in self._queues:
+            self._lift(lane)
+            self._queues[lane] = deque()
+        queue = self._queues[lane]
         lower = (at for at, other in enumerate(queue) if other.request.priority < sequence.request.priority)
         queue.insert(next(lower, len(queue)), sequence)
 
     def first(self, skipped: Set[Sequence] = frozenset()) -> Sequence | None:
         """Whose turn it is, leaving out some; None where nobody is left."""
-        for tenant in sorted(self._queues, key=self.counter):
-            for sequence in self._queues[tenant]:
+        for lane in self._in_turn():
+            for sequence in self._queues[lane]:
                 if sequence not in skipped:
                     return sequence
         return None
@@ -61,9 +73,10 @@ class FairQueue:
     def last_of_the_longest(self) -> Sequence | None:
         """Of the tenant with most requests waiting, the one that comes last of those not begun; None without any.
 
-        Between tenants with as many, the newest request goes.
+        Between tenants with as many, the newest request goes; what is in the background goes before anything else.
         """
-        for queue in sorted(self._queues.values(), key=lambda queue: (len(queue), queue[-1].arrival), reverse=True):
+        queues = [(lane.is_background, len(queue), queue[-1].arrival, queue) for lane, queue in self._queues.items()]
+        for *_, queue in sorted(queues, key=lambda ranked: ranked[:3], reverse=True):
             for sequence in reversed(queue):
                 if not sequence.was_admitted:
                     return sequence
@@ -71,28 +84,38 @@ class FairQueue:
 
     def put_back(self, sequence: Sequence) -> None:
         """A preempted sequence: first of its tenant again."""
-        self._queues.setdefault(sequence.request.tenant, deque()).appendleft(sequence)
-        self._counters.setdefault(sequence.request.tenant, 0.0)
+        lane = _lane(sequence)
+        self._queues.setdefault(lane, deque()).appendleft(sequence)
+        self._counters.setdefault(lane, 0.0)
 
     def remove(self, sequence: Sequence) -> None:
         """Raises ValueError if it does not wait here."""
-        tenant = sequence.request.tenant
+        lane = _lane(sequence)
         if sequence not in self:
             raise ValueError(f"{sequence.request_id} is not waiting")
-        self._queues[tenant].remove(sequence)
-        if not self._queues[tenant]:
-            del self._queues[tenant]
-            self._last_active = tenant
+        self._queues[lane].remove(sequence)
+        if not self._queues[lane]:
+            del self._queues[lane]
+            self._last_active[lane.is_background] = lane
 
     def charge(self, sequence: Sequence, cost: float) -> None:
-        """Count service, in cost units, for the sequence's tenant."""
-        tenant = sequence.request.tenant
-        self._counters[tenant] = self._counters.get(tenant, 0.0) + cost / sequence.request.weight
+        """Count service, in cost units, for the sequence's lane."""
+        lane = _lane(sequence)
+        self._counters[lane] = self._counters.get(lane, 0.0) + cost / sequence.request.weight
 
-    def counter(self, tenant: str) -> float:
-        return self._counters.get(tenant, 0.0)
+    def counter(self, tenant: str, *, is_background: bool = False) -> float:
+        return self._counters.get(Lane(is_background, tenant), 0.0)
 
-    def _lift(self, tenant: str) -> None:
-        waiting = [self._counters[other] for other in self._queues]
-        floor = min(waiting) if waiting else self._counters.get(self._last_active, 0.0)
-        self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)
+    def _in_turn(self) -> list[Lane]:
+        """Whoever waits: the foreground, least served first, then the background."""
+        return sorted(self._queues, key=lambda lane: (lane.is_background, self._counters[lane]))
+
+    def _lift(self, lane: Lane) -> None:
+        peers = [self._counters[other] for other in self._queues if other.is_background == lane.is_background]
+        last = self._last_active.get(lane.is_background)
+        floor = min(peers) if peers else self._counters[last] if last else 0.0
+        self._counters[lane] = max(self._counters.get(lane, 0.0), floor)
+
+
+def _lane(sequence: Sequence) -> Lane:
+    return Lane(sequence.request.is_background, sequence.request.tenant)

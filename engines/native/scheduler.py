@@ -148,12 +148,22 @@ class Scheduler:
     def _continue(self, sequence: Sequence, plan: _Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
         while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
-            victim = max(self.running, key=lambda running: running.arrival)
+            victim = max(self.running, key=lambda running: (running.request.is_background, running.arrival))
             self._preempt(victim)
             plan.drop(victim)
             if victim is sequence:
                 return
         plan.add(sequence)
+
+    def _make_way(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Preempt the youngest in the background for one that is not; False where there is none."""
+        background = [running for running in self.running if running.request.is_background]
+        if sequence.request.is_background or not background:
+            return False
+        victim = max(background, key=lambda running: running.arrival)
+        self._preempt(victim)
+        plan.drop(victim)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -183,7 +193,7 @@ class Scheduler:
         """Start waiting sequences, whoever's turn it is, while budget, places and blocks last."""
         skipped: set[Sequence] = set()
         coming = self._coming_keys() if self.waiting else set()
-        while plan.budget and len(self.running) < self._limits.max_running:
+        while plan.budget:
             sequence = self.waiting.first(skipped=skipped)
             if sequence is None:
                 return
@@ -195,14 +205,17 @@ class Scheduler:
                     return
                 skipped.add(sequence)
                 continue
+            if len(self.running) >= self._limits.max_running and not self._make_way(sequence, plan):
+                return
             self._find_cached(sequence)
             if self._next_key(sequence) in coming:
                 self._return_blocks(sequence)
                 skipped.add(sequence)
                 continue
-            if not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
-                self._return_blocks(sequence)
-                return
+            while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
+                if not self._make_way(sequence, plan):
+                    self._return_blocks(sequence)
+                    return
             self._start(sequence)
             plan.add(sequence)
             coming.update(self._keys_to_compute(sequence))

@@ -13,6 +13,7 @@ from loraplex.gateway.admin.limits import checked
 from loraplex.gateway.audit import tell_audit, told
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
+from loraplex.gateway.files.store import FileStore
 from loraplex.gateway.guards import require_admin, require_tenant_admin
 from loraplex.gateway.replies import json_reply
 
@@ -29,7 +30,7 @@ class TenantList(Struct):
 _new_tenant = Body(NewTenant)
 
 
-def tenant_routes(tenants: Tenants, catalogue: Catalogue) -> list[HTTPRouteHandler]:
+def tenant_routes(tenants: Tenants, catalogue: Catalogue, files: FileStore) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     @post("/admin/v1/tenants", guards=[require_admin])
@@ -52,5 +53,6 @@ def tenant_routes(tenants: Tenants, catalogue: Catalogue) -> list[HTTPRouteHandl
         tenant_id = request.path_params["tenant_id"]
         await tenants.delete_tenant(tenant_id)
         await catalogue.let_go(tenant_id)
+        await files.let_go(tenant_id)
 
     return [create_tenant, list_tenants, get_tenant, delete_tenant]

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,39 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-LORAPLEX = str(Path(sys.executable).parent / "loraplex")
-ADMIN_KEY = "an-admin-key-of-the-tests"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def write_config(home: Path, port: int = 0, extra: str = "", drain_seconds: int = 10) -> Path:
-    path = home / "loraplex.toml"
-    path.write_text(
-        f"""
-[model]
-path = "{home}"
-name = "echo-base"
-[server]
-port = {port}
-drain_seconds = {drain_seconds}
-[engine]
-kind = "echo"
-[database]
-url = "sqlite+aiosqlite:///{home / "test.db"}"
-[auth]
-pepper_file = "{home / "pepper"}"
-[adapters]
-cache_dir = "{home / "cache"}"
-{extra}
-"""
-    )
-    return path
+from support.command_line import ADMIN_KEY, LORAPLEX, free_port, serving_at, write_config
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,29 +24,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def serving(home: Path, drain_seconds: int = 10) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
     """(the process, a client with the admin key, a tenant's key)"""
-    port = free_port()
-    environment = {**os.environ, "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
-    process = subprocess.Popen(
-        [LORAPLEX, "serve", "--config", str(write_config(home, port, drain_seconds=drain_seconds))],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30) as client:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    if client.get("/health").status_code == 200:
-                        break
-                except httpx.ConnectError:
-                    pass
-                assert time.monotonic() < deadline, process.communicate(timeout=5)
-                time.sleep(0.05)
-            tenant = client.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
-            yield process, client, client.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
-    finally:
-        process.kill()
-        process.communicate()
+    with serving_at(home, free_port(), drain_seconds=drain_seconds) as (process, client):
+        tenant = client.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+        yield process, client, client.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
 
 
 def read_stream(client: httpx.Client, key: str, begun: threading.Event, into: list[bytes]) -> None:

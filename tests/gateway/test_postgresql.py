@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
+from support.batching import begin, jsonl, lines_of, request_line, text_of, wait
 from support.gateway import BASE, Gateway, running, settings_in, write_adapter
 from support.problems import assert_problem
 from support.services import own_postgres_database
@@ -61,3 +62,24 @@ def test_catalogue_survives_a_restart(settings: Settings, tmp_path: Path) -> Non
             assert admin.post("/admin/v1/adapters", json={"name": "kept", "source": str(source)}).status_code == 201
     with running(settings, "k") as gateway, gateway.client(key) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [BASE, "kept"]
+
+
+def test_batch_of_one_gateway_is_finished_by_another(settings: Settings, tmp_path: Path) -> None:
+    texts = {f"line-{number}": f"<slow>{number}" for number in range(40)}
+    content = jsonl(*(request_line(custom_id, text) for custom_id, text in texts.items()))
+    with running(settings, "k") as second:
+        tenant, key = second.new_tenant("t")
+        with running(settings, "k") as first:
+            with first.client(key) as client:
+                batch_id = begin(client, content)
+                wait(client, batch_id, answered=5)
+        with second.client(key) as client:
+            batch = wait(client, batch_id)
+            found = lines_of(client, batch["output_file_id"])
+            assert_problem(client.get("/v1/files/%00"), 404, "file_not_found", "file_id")
+            assert_problem(client.get("/v1/batches/%00"), 404, "batch_not_found", "batch_id")
+        with second.admin() as admin:
+            assert admin.delete(f"/admin/v1/tenants/{tenant}").status_code == 204
+    assert batch["request_counts"] == {"total": 40, "completed": 40, "failed": 0}
+    assert {line["custom_id"]: text_of(line) for line in found} == texts
+    assert len(found) == 40

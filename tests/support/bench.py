@@ -38,6 +38,7 @@ class Bench:
         tenant: str = "",
         weight: float = 1.0,
         priority: int = 0,
+        is_background: bool = False,
         same_prompt: bool = False,
     ) -> Sequence:
         self.count += 1
@@ -51,6 +52,7 @@ class Bench:
             tenant=tenant,
             weight=weight,
             priority=priority,
+            is_background=is_background,
         )
         sequence = Sequence(
             request=request, seed=0, eos_token_ids=frozenset(), arrival=self.now, max_len=self.blocks.num_blocks * BLOCK

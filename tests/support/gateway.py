@@ -14,7 +14,17 @@ from typing import Any
 
 import httpx
 
-from loraplex.config.settings import Adapters, Auth, Database, EngineSettings, Model, Server, Settings
+from loraplex.config.settings import (
+    Adapters,
+    Auth,
+    BatchSettings,
+    Database,
+    EngineSettings,
+    FileSettings,
+    Model,
+    Server,
+    Settings,
+)
 from loraplex.gateway.server import listen, serve
 from loraplex.gateway.services import Services, open_services
 
@@ -72,6 +82,8 @@ def settings_in(home: Path, **server: Any) -> Settings:
         engine=EngineSettings(kind="echo"),
         adapters=Adapters(cache_dir=str(home / "cache"), local_roots=(str(home / "local"),)),
         database=Database(url=f"sqlite+aiosqlite:///{home / 'loraplex.db'}"),
+        files=FileSettings(directory=str(home / "files"), max_file_bytes=2**20, max_tenant_bytes=3 * 2**20),
+        batches=BatchSettings(lease_seconds=1.0),
         auth=Auth(pepper_file=str(home / "pepper"), admin_key_env="LORAPLEX_TEST_ADMIN_KEY"),
     )
 

@@ -198,3 +198,62 @@ def test_any_arrivals_every_request_ends_once_and_no_block_leaks(
     assert bench.blocks.num_used == 0
     for number, (sequence, (_, max_tokens, *_)) in enumerate(zip(sequences, arrivals, strict=True), start=1):
         assert sequence.num_generated == max_tokens or number in aborts
+
+
+def test_background_waits_until_no_tenant_has_anything_else() -> None:
+    bench = Bench(budget=4, max_running=8)
+    bench.add(4, max_tokens=1, tenant="a", is_background=True, priority=100)
+    bench.add(4, max_tokens=1, tenant="a")
+    bench.add(4, max_tokens=1, tenant="b")
+    assert [bench.step() for _ in range(3)] == [{"2": 4}, {"3": 4}, {"1": 4}]
+
+
+def test_background_is_not_held_against_its_tenants_other_requests() -> None:
+    bench = Bench(budget=8)
+    for _ in range(4):
+        bench.add(8, max_tokens=1, tenant="a", is_background=True)
+        bench.step()
+    bench.add(8, max_tokens=1, tenant="b")
+    bench.add(8, max_tokens=1, tenant="a")
+    assert bench.scheduler.waiting.counter("a") == bench.scheduler.waiting.counter("b") == 0
+    assert bench.scheduler.waiting.counter("a", is_background=True) == 4 * (8 * INPUT_COST + OUTPUT_COST)
+
+
+def test_background_of_two_tenants_is_served_in_turn() -> None:
+    bench = Bench(budget=4)
+    for _ in range(3):
+        bench.add(4, max_tokens=1, tenant="a", is_background=True)
+    bench.add(4, max_tokens=1, tenant="b", is_background=True)
+    assert [bench.step() for _ in range(4)] == [{"1": 4}, {"4": 4}, {"2": 4}, {"3": 4}]
+
+
+def test_background_makes_way_where_every_place_is_taken_and_loses_no_token() -> None:
+    bench = Bench(max_running=2)
+    first, second = (bench.add(4, max_tokens=6, is_background=True) for _ in range(2))
+    bench.step()
+    user = bench.add(4, max_tokens=2, tenant="b")
+    bench.step()
+    assert bench.scheduler.running == [first, user]
+    while bench.scheduler.has_work:
+        bench.step()
+    assert (first.num_generated, second.num_generated, user.num_generated) == (6, 6, 2)
+    assert bench.blocks.num_used == 0
+
+
+def test_background_makes_way_where_blocks_are_short() -> None:
+    bench = Bench(num_blocks=4, budget=32)
+    bench.add(12, max_tokens=4, is_background=True)
+    bench.step()
+    user = bench.add(8, max_tokens=2)
+    bench.step()
+    assert bench.scheduler.running == [user]
+
+
+def test_background_never_preempts_anything() -> None:
+    bench = Bench(max_running=1)
+    user = bench.add(4, max_tokens=4)
+    bench.step()
+    bench.add(4, is_background=True)
+    bench.step()
+    assert bench.scheduler.running == [user]
+    assert bench.scheduler.num_preemptions == 0

@@ -1,0 +1,241 @@
+"""Files of tenants: a row in the database says what there is, a directory holds the bytes under the file's id.
+
+The bytes are whole and on disk before the row exists, and the row is gone before they are: a row without its bytes
+cannot be seen, and bytes without a row are litter that `sweep` removes.
+"""
+
+import asyncio
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from loraplex.auth.store.tables import batches
+from loraplex.auth.store.tables import files as table
+from loraplex.auth.tenants import require_tenant
+from loraplex.config.settings import FileSettings
+from loraplex.gateway.errors import FileInUse, FileNotFound, StorageFull
+
+Purpose = Literal["batch", "batch_output", "user_data"]
+Order = Literal["asc", "desc"]
+UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+_ID = re.compile(r"file-[0-9a-f]{24}")
+_CHUNK = 2**20
+_LITTER_SECONDS = 3600.0  # an upload may still be coming for so long
+
+
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file. Times are seconds since 1970; one without `expires_at` stays until it is deleted."""
+
+    id: str
+    tenant_id: str
+    filename: str
+    purpose: Purpose
+    num_bytes: int
+    created_at: float
+    expires_at: float | None = None
+
+
+class FileStore:
+    """The files of all tenants; every question names the tenant, and another's files are not found."""
+
+    def __init__(self, database: AsyncEngine, settings: FileSettings) -> None:
+        self._database = database
+        self._settings = settings
+        self._directory = Path(settings.directory).expanduser()
+
+    @property
+    def max_file_bytes(self) -> int:
+        return self._settings.max_file_bytes
+
+    async def open_draft(self, tenant_id: str, *, is_bounded: bool = True) -> "Draft":
+        """A file to write. Whoever opens it closes it. Raises StorageFull where the tenant has no room at all.
+
+        What a tenant was promised, its answers, is written without a bound.
+        """
+        room = sys.maxsize if not is_bounded else self._settings.max_tenant_bytes - await self._num_bytes(tenant_id)
+        if room <= 0:
+            raise StorageFull(f"The files of a tenant may take at most {self._settings.max_tenant_bytes} bytes.")
+        return await asyncio.to_thread(Draft, self._home(tenant_id), room)
+
+    async def keep(
+        self, draft: "Draft", tenant_id: str, filename: str, purpose: Purpose, expires_at: float | None
+    ) -> StoredFile:
+        """The draft becomes a file. Raises StorageFull."""
+        file = await self.seal(draft, tenant_id, filename, purpose, expires_at)
+        async with self._database.begin() as connection:
+            await self.enter(connection, file)
+        return file
+
+    async def seal(
+        self, draft: "Draft", tenant_id: str, filename: str, purpose: Purpose, expires_at: float | None
+    ) -> StoredFile:
+        """The draft's bytes are on disk for good; it becomes a file when it is entered."""
+        file_id = f"file-{secrets.token_hex(12)}"
+        await asyncio.to_thread(draft.move_to, self._home(tenant_id) / file_id)
+        return StoredFile(
+            id=file_id,
+            tenant_id=tenant_id,
+            filename=filename,
+            purpose=purpose,
+            num_bytes=draft.num_bytes,
+            created_at=time.time(),
+            expires_at=expires_at,
+        )
+
+    async def enter(self, connection: AsyncConnection, file: StoredFile) -> None:
+        """Make a sealed file known, as part of a transaction. Raises TenantNotFound."""
+        if file.tenant_id:  # it may have been deleted while the bytes came
+            await require_tenant(connection, file.tenant_id)
+        await connection.execute(insert(table).values(**msgspec.structs.asdict(file)))
+
+    async def get(self, tenant_id: str, file_id: str) -> StoredFile:
+        """Raises FileNotFound, also for another tenant's file and one that has expired."""
+        async with self._database.connect() as connection:
+            return await self._find(connection, tenant_id, file_id)
+
+    async def page(
+        self, tenant_id: str, *, purpose: str | None, after: str | None, limit: int, order: Order
+    ) -> tuple[list[StoredFile], bool]:
+        """(files by their time of creation, whether more follow). Raises FileNotFound for a cursor that is none."""
+        mine = _living(tenant_id)
+        if purpose is not None:
+            mine &= table.c.purpose == purpose
+        async with self._database.connect() as connection:
+            if after is not None:
+                mine &= behind(table, await self._find(connection, tenant_id, after), order)
+            query = select(table).where(mine).order_by(*ordering(table, order)).limit(limit + 1)
+            found = [_stored(row) for row in await connection.execute(query)]
+        return found[:limit], len(found) > limit
+
+    async def delete(self, tenant_id: str, file_id: str) -> None:
+        """Raises FileNotFound, or FileInUse while a batch reads it."""
+        async with self._database.begin() as connection:
+            await self._find(connection, tenant_id, file_id)
+            if await _is_read(connection, file_id):
+                raise FileInUse("A batch that is not over reads this file; cancel it first, or wait.", "file_id")
+            await connection.execute(delete(table).where(table.c.id == file_id))
+        await asyncio.to_thread(self.path(tenant_id, file_id).unlink, missing_ok=True)
+
+    def path(self, tenant_id: str, file_id: str) -> Path:
+        """Where the bytes of a file lie that was found before."""
+        return self._home(tenant_id) / file_id
+
+    async def chunks(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """Its bytes. Raises FileNotFound where they are lost."""
+        try:
+            source = await asyncio.to_thread(self.path(file.tenant_id, file.id).open, "rb")
+        except FileNotFoundError as error:
+            raise FileNotFound(f"The content of {file.id} is lost.", "file_id") from error
+        with source:
+            while chunk := await asyncio.to_thread(source.read, _CHUNK):
+                yield chunk
+
+    async def let_go(self, tenant_id: str) -> None:
+        """Remove the bytes of a tenant that was deleted, rows and all."""
+        await asyncio.to_thread(shutil.rmtree, self._home(tenant_id), ignore_errors=True)
+
+    async def sweep(self) -> None:
+        """Remove what has expired, unless a batch reads it, and bytes that no row knows."""
+        async with self._database.begin() as connection:
+            query = select(table.c.id).where(table.c.expires_at <= time.time())
+            for (file_id,) in (await connection.execute(query)).all():
+                if not await _is_read(connection, file_id):
+                    await connection.execute(delete(table).where(table.c.id == file_id))
+            known = {file_id for (file_id,) in await connection.execute(select(table.c.id))}
+        await asyncio.to_thread(_remove_litter, self._directory, known)
+
+    def _home(self, tenant_id: str) -> Path:
+        return self._directory / (tenant_id or "admin")
+
+    async def _num_bytes(self, tenant_id: str) -> int:
+        query = select(func.coalesce(func.sum(table.c.num_bytes), 0)).where(table.c.tenant_id == tenant_id)
+        async with self._database.connect() as connection:
+            return int((await connection.execute(query)).scalar_one())
+
+    async def _find(self, connection: AsyncConnection, tenant_id: str, file_id: str) -> StoredFile:
+        row = None
+        if _ID.fullmatch(file_id):  # other text is not asked for: PostgreSQL refuses some of it
+            row = (await connection.execute(select(table).where(_living(tenant_id) & (table.c.id == file_id)))).first()
+        if row is None:
+            raise FileNotFound(f"There is no file {file_id!r}.", "file_id")
+        return _stored(row)
+
+
+class Draft:
+    """Bytes on their way into a file; they are litter until they are moved."""
+
+    def __init__(self, home: Path, room: int) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self._path = home / f"draft-{secrets.token_hex(12)}"
+        self._file = self._path.open("xb", buffering=_CHUNK)
+        self._room = room
+        self.num_bytes = 0
+
+    async def write(self, chunk: bytes) -> None:
+        """Raises StorageFull beyond the tenant's room, or where the disk has none."""
+        self.num_bytes += len(chunk)
+        if self.num_bytes > self._room:
+            raise StorageFull(f"The file is larger than what is left of the tenant's storage, {self._room} bytes.")
+        try:
+            await asyncio.to_thread(self._file.write, chunk)
+        except OSError as error:
+            raise StorageFull(f"The server cannot store the file: {error.strerror}.") from error
+
+    def move_to(self, path: Path) -> None:
+        """Whole and on disk under its name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._path.rename(path)
+
+    async def close(self) -> None:
+        """Whatever was not moved is gone."""
+        await asyncio.to_thread(self._discard)
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def ordering(table: Any, order: Order) -> list[Any]:
+    """By creation, then by id, so that a cursor has one place."""
+    columns = (table.c.created_at, table.c.id)
+    return [column.asc() if order == "asc" else column.desc() for column in columns]
+
+
+def behind(table: Any, cursor: Any, order: Order) -> ColumnElement[bool]:
+    """Whatever comes after this row in the order."""
+    created, place = table.c.created_at, table.c.id
+    if order == "asc":
+        return or_(created > cursor.created_at, and_(created == cursor.created_at, place > cursor.id))
+    return or_(created < cursor.created_at, and_(created == cursor.created_at, place < cursor.id))
+
+
+def _living(tenant_id: str) -> ColumnElement[bool]:
+    return (table.c.tenant_id == tenant_id) & or_(table.c.expires_at.is_(None), table.c.expires_at > time.time())
+
+
+async def _is_read(connection: AsyncConnection, file_id: str) -> bool:
+    query = select(batches.c.id).where(batches.c.input_file_id == file_id, batches.c.status.in_(UNFINISHED)).limit(1)
+    return (await connection.execute(query)).first() is not None
+
+
+def _remove_litter(directory: Path, known: set[str]) -> None:
+    before = time.time() - _LITTER_SECONDS
+    for path in directory.glob("*/*"):
+        if path.name not in known and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
+def _stored(row: Any) -> StoredFile:
+    return msgspec.convert({str(column): value for column, value in row._mapping.items()}, StoredFile)
