@@ -95,6 +95,9 @@ class Adapters(_Section, frozen=True):
     max_bytes: Annotated[int, Help(ge=1, description="Largest adapter accepted, all files together.")] = 4 * 2**30
     fetch_timeout_seconds: Annotated[float, Help(gt=0, description="Deadline of one fetch.")] = 600.0
     max_fetches: Annotated[int, Help(ge=1, le=64, description="Adapters fetched at the same time; others queue.")] = 4
+    merge_rank: Annotated[
+        int, Help(ge=1, description="Largest rank of an adapter that is merged for a request by TIES or DARE.")
+    ] = 128
     base_names: Annotated[
         tuple[str, ...],
         Help(description="More names that adapters may give the base they were made for; their last part counts."),

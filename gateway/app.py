@@ -49,7 +49,11 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics()
     answers = Answers(engine, metrics, services.accounts, settings.server)
-    adapters = RequestAdapters(catalogue, settings.adapters.request_trust_seconds)
+    adapters = RequestAdapters(
+        catalogue,
+        settings.adapters.request_trust_seconds,
+        min(settings.adapters.merge_rank, settings.adapters.max_rank),
+    )
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),

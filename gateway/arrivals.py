@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from loraplex.engines.adapters.recipe import MergeRecipe
 from loraplex.engines.errors import AdapterMismatch, EngineError, EngineUnavailable
 from loraplex.engines.protocol import Adapter, AdapterCard, Engine
 from loraplex.gateway.adapter_records import AdapterRecords, Key, Version
@@ -45,6 +46,10 @@ class Store(Protocol):
         self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
     ) -> Stored:
         """`content`, if set, is the hash that the files must have, of the revision of that time."""
+        ...
+
+    async def merge(self, recipe: MergeRecipe, name: str) -> Stored:
+        """One adapter out of several that were fetched."""
         ...
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from loraplex.auth.caller import Caller
+from loraplex.engines.adapters.recipe import MergePart, MergeRecipe
 from loraplex.engines.errors import AdapterSourceForbidden
 from loraplex.engines.protocol import Adapter, WeightedAdapter
 from loraplex.gateway.catalogue import Catalogue, Route
@@ -58,9 +59,10 @@ class MergedAdapters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class RequestAdapters:
     """Turns what a request says of its adapters into a Route. For one event loop."""
 
-    def __init__(self, catalogue: Catalogue, trust_seconds: float) -> None:
-        """For `trust_seconds` a source is not asked again what an address means."""
+    def __init__(self, catalogue: Catalogue, trust_seconds: float, merge_rank: int = 128) -> None:
+        """For `trust_seconds` a source is not asked again what an address means; merges have at most `merge_rank`."""
         self._catalogue = catalogue
+        self._merge_rank = merge_rank
         self._trust_seconds = trust_seconds
         self._known: OrderedDict[tuple[str, str, str], tuple[float, Adapter]] = OrderedDict()
 
@@ -98,11 +100,23 @@ class RequestAdapters:
         return await self._merge(tuple(parts), merged)
 
     async def _merge(self, parts: tuple[WeightedAdapter, ...], merged: MergedAdapters) -> Route:
-        if (merged.merge_strategy or "linear") != "linear":
-            raise UnsupportedParameter(
-                f"merge_strategy {merged.merge_strategy} is not supported by this server.", "merge_strategy"
-            )
-        return self._catalogue.composed(parts)
+        if len({part.adapter.id for part in parts}) < len(parts):
+            raise MalformedRequest("Two of them are the same adapter; name it once.", "merged_adapters.ids")
+        strategy = merged.merge_strategy or "linear"
+        if strategy == "linear":
+            return self._catalogue.composed(parts)
+        recipe = MergeRecipe(
+            parts=tuple(
+                MergePart(adapter_id=part.adapter.id, path=part.adapter.path, weight=part.weight) for part in parts
+            ),
+            strategy=strategy,
+            density=merged.density or 0.0,
+            sign_method=merged.majority_sign_method or "total",
+            max_rank=self._merge_rank,
+        )
+        name = f"{strategy}({', '.join(part.adapter.name for part in parts)})"[:128]
+        stored = await self._catalogue.store.merge(recipe, name)
+        return Route(base=self._catalogue.base, adapter=stored.adapter)
 
     async def _single(
         self, caller: Caller, adapter_id: str, source: str | None, token: str | None, user: str | None

@@ -13,9 +13,9 @@ import itertools
 import logging
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,8 @@ import msgspec
 from loraplex.config.settings import Adapters
 from loraplex.engines.adapters.disk import DiskCache, StoredObject
 from loraplex.engines.adapters.flights import SingleFlight
+from loraplex.engines.adapters.merging import merge_in_process
+from loraplex.engines.adapters.recipe import MergeRecipe
 from loraplex.engines.adapters.screening import screen
 from loraplex.engines.adapters.sources.base import Address, Listing, Source, Transfer, TransferStopped, Workspace
 from loraplex.engines.adapters.sources.registry import Sources
@@ -31,6 +33,7 @@ from loraplex.engines.errors import AdapterChanged, AdapterError, AdapterInvalid
 from loraplex.engines.protocol import Adapter
 
 MAX_TOKEN_CHARACTERS = 8192
+_MERGED = "merged"
 _logger = logging.getLogger(__name__)
 
 
@@ -112,6 +115,16 @@ class AdapterStore:
         """The normal form of an address, without any query. Raises AdapterInvalid, AdapterSourceForbidden."""
         return (await asyncio.to_thread(self._sources.find, uri))[1].shown
 
+    async def merge(self, recipe: MergeRecipe, name: str) -> StoredAdapter:
+        """One adapter out of several that are here, computed in a process of its own, or found. Raises AdapterError.
+
+        The parts are kept from eviction meanwhile; AdapterNotFound means that one was gone already.
+        """
+        if self._is_closed:
+            raise AdapterSourceUnavailable("the adapter store is closed")
+        fetched = await self._flights.join((_MERGED, recipe.id), functools.partial(self._fly_merge, recipe))
+        return _stored(fetched.stored, name, _MERGED, fetched.revision)
+
     @contextmanager
     def hold(self, adapter_id: str) -> Iterator[Path]:
         """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone; fetch again then."""
@@ -125,15 +138,21 @@ class AdapterStore:
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
 
     async def _fly(self, source: Source, address: Address, token: str | None) -> _Fetched:
-        """One fetch in a thread, until it is done, the deadline is over or nobody waits."""
         transfer = Transfer(self._settings.max_bytes)
-        work = functools.partial(self._fetch, source, address, token, transfer)
+        return await self._in_thread(functools.partial(self._fetch, source, address, token, transfer), transfer)
+
+    async def _fly_merge(self, recipe: MergeRecipe) -> _Fetched:
+        transfer = Transfer(self._settings.max_bytes)
+        return await self._in_thread(functools.partial(self._merge, recipe, transfer), transfer)
+
+    async def _in_thread(self, work: Callable[[], _Fetched], transfer: Transfer) -> _Fetched:
+        """One piece of work in a thread, until it is done, the deadline is over or nobody waits."""
         seconds = self._settings.fetch_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except TimeoutError as error:
-            raise AdapterSourceUnavailable(f"not fetched within {seconds:g} s") from error
+            raise AdapterSourceUnavailable(f"not done within {seconds:g} s") from error
         finally:
             transfer.stop()
 
@@ -180,6 +199,18 @@ class AdapterStore:
         if revision is not None:
             self._disk.remember(address.uri, revision, stored.id, workspace)
         return _Fetched(stored, revision or stored.id)
+
+    def _merge(self, recipe: MergeRecipe, transfer: Transfer) -> _Fetched:
+        if (known := self._disk.recall(_MERGED, recipe.id)) is not None:
+            return _Fetched(known, recipe.id)
+        with ExitStack() as held, self._disk.stage() as workspace:
+            for part in recipe.parts:
+                held.enter_context(self._disk.hold(part.adapter_id))
+            merge_in_process(recipe, workspace.files, transfer)
+            screen(workspace.files, self._settings.max_bytes)
+            stored = self._disk.commit(workspace)
+            self._disk.remember(_MERGED, recipe.id, stored.id, workspace)
+        return _Fetched(stored, recipe.id)
 
 
 def _stored(found: StoredObject, name: str, source: str, revision: str) -> StoredAdapter:
