@@ -12,6 +12,7 @@ from support.gateway import Gateway, settings_in
 from support.permissions import OK, ROLES, ROWS, Row, World, markdown
 
 from loraplex.gateway.app import create_routes
+from loraplex.gateway.batches.runner import BatchRunner
 
 
 def routes_of(app: Litestar) -> Iterator[tuple[str, str]]:
@@ -22,7 +23,9 @@ def routes_of(app: Litestar) -> Iterator[tuple[str, str]]:
 
 
 def test_every_route_has_its_row(gateway: Gateway, tmp_path: Path) -> None:
-    there = set(routes_of(create_routes(settings_in(tmp_path), gateway.services)))
+    settings, services = settings_in(tmp_path), gateway.services
+    runner = BatchRunner(services.batches, services.files, settings.batches, settings.server.max_body_bytes)
+    there = set(routes_of(create_routes(settings, services, runner)))
     known = {row.route for row in ROWS}
     missing = sorted(there - known)
     advice = "\n".join(f'    Row("{method}", "{path}", ...),' for method, path in missing)

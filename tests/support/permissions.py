@@ -7,6 +7,7 @@ A new route is one line of ROWS. Where its path or body names a new kind of obje
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
@@ -54,6 +55,11 @@ MANAGERS = Access(
     "the tenant's own admins, and admins",
     {"own": _by_role(403, OK, OK), "foreign": _by_role(403, 404, OK), "missing": _by_role(403, 404, 404)},
 )
+PRIVATE = Access(
+    "owners",
+    "any good key, for what belongs to its tenant",
+    {"own": _by_role(OK, OK, 404), "foreign": _by_role(404, 404, 404), "missing": _by_role(404, 404, 404)},
+)
 # what is told of tenants that are there no more, too
 HISTORY = Access(
     "history",
@@ -87,6 +93,7 @@ class Row:
     ok: int = 200
     body: dict[str, Any] | None = None
     at: str = ""
+    uploads: bool = False  # a file beside the form
 
     def expected(self, role: Role, whose: Whose) -> int:
         return self.access.statuses[whose][role] or self.ok
@@ -105,6 +112,7 @@ _CHAT = {"model": "{model}", "messages": [{"role": "user", "content": "x"}]}
 _GENERATE = {"inputs": "x", "parameters": {"adapter_id": "{model}"}}
 _TENANT = "/admin/v1/tenants/{tenant}"
 _KEY = _TENANT + "/keys/{key}"
+_BATCH = {"input_file_id": "{file}", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
 _OF = "?tenant_id={tenant}"
 _ADAPTERS = "/admin/v1/adapters"
 _ADAPTER = _ADAPTERS + "/{adapter}" + _OF
@@ -132,6 +140,15 @@ ROWS = (
     Row("POST", "/v1/completions", OWNERS, body={"model": "{model}", "prompt": "x"}),
     Row("GET", "/v1/models", CALLERS),
     Row("GET", "/v1/models/{model}", OWNERS),
+    Row("POST", "/v1/files", CALLERS, uploads=True, body={"purpose": "batch"}),
+    Row("GET", "/v1/files", CALLERS),
+    Row("GET", "/v1/files/{file}", PRIVATE),
+    Row("GET", "/v1/files/{file}/content", PRIVATE),
+    Row("DELETE", "/v1/files/{file}", PRIVATE),
+    Row("POST", "/v1/batches", PRIVATE, body=_BATCH),
+    Row("GET", "/v1/batches", CALLERS),
+    Row("GET", "/v1/batches/{batch}", PRIVATE),
+    Row("POST", "/v1/batches/{batch}/cancel", PRIVATE),
     Row("POST", "/admin/v1/tenants", ADMINS_AT_LARGE, 201, {"name": "{fresh}"}),
     Row("GET", "/admin/v1/tenants", ADMINS_AT_LARGE),
     Row("GET", _TENANT, MANAGERS),
@@ -208,6 +225,8 @@ class World:
         with self.gateway.client() as client:
             del client.headers["authorization"]
             headers = {"authorization": f"Bearer {self.keys[role]}"} if self.keys[role] else {}
+            if row.uploads:
+                return client.request(method, path, data=body, files=_FILE, headers=headers).status_code
             return client.request(method, path, json=body, headers=headers).status_code
 
     def _filled(self, value: Any, whose: Whose) -> Any:
@@ -216,6 +235,10 @@ class World:
         if isinstance(value, dict):
             return {name: self._filled(part, whose) for name, part in value.items()}
         return [self._filled(part, whose) for part in value] if isinstance(value, list) else value
+
+
+_LINE = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {**_CHAT, "model": BASE}}
+_FILE = {"file": ("batch.jsonl", json.dumps(_LINE).encode())}
 
 
 def fresh() -> str:
@@ -257,6 +280,26 @@ def _adapter(world: World, whose: Whose) -> str:
     return name
 
 
+def _file(world: World, whose: Whose) -> str:
+    if whose == "missing":
+        return "file-000000000000000000000000"
+    key = world.make(f"/admin/v1/tenants/{_tenant(world, whose)}/keys")["key"]
+    with world.gateway.client(key) as client:
+        made = client.post("/v1/files", data={"purpose": "batch"}, files=_FILE)
+        assert made.status_code == 200, made.text
+        return str(made.json()["id"])
+
+
+def _batch(world: World, whose: Whose) -> str:
+    if whose == "missing":
+        return "batch_000000000000000000000000"
+    key = world.make(f"/admin/v1/tenants/{_tenant(world, whose)}/keys")["key"]
+    with world.gateway.client(key) as client:
+        made = client.post("/v1/batches", json={**_BATCH, "input_file_id": _file(world, whose)})
+        assert made.status_code == 200, made.text
+        return str(made.json()["id"])
+
+
 def _route(world: World, whose: Whose) -> str:
     name = fresh()
     if whose != "missing":
@@ -278,6 +321,8 @@ OBJECTS: dict[str, Callable[[World, Whose], str]] = {
     "source": _source,
     "adapter": _adapter,
     "route": _route,
+    "file": _file,
+    "batch": _batch,
     "model": _model,
 }
 
