@@ -212,6 +212,12 @@ class BatchSettings(_Section, frozen=True):
     ] = 15.0
 
 
+class ResponseSettings(_Section, frozen=True):
+    retention_days: Annotated[
+        PositiveInt, Help(description="How long responses are stored, unless deleted before.")
+    ] = 30
+
+
 class Settings(_Section, frozen=True):
     """The whole file: one attribute a table."""
 
@@ -225,6 +231,7 @@ class Settings(_Section, frozen=True):
     usage: UsageSettings = UsageSettings()
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
+    responses: ResponseSettings = ResponseSettings()
 
 
 def load_settings(path: Path) -> Settings:

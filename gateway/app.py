@@ -29,6 +29,7 @@ from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.models import model_routes
+from loraplex.gateway.openai.responses import response_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
 from loraplex.gateway.problems import respond
 from loraplex.gateway.request_adapters import RequestAdapters
@@ -60,6 +61,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *metric_routes(metrics, engine, is_open=settings.server.open_metrics),
             *chat_routes(engine, catalogue, answers, settings.model),
             *completion_routes(engine, catalogue, answers),
+            *response_routes(engine, catalogue, answers, services.responses, settings.model),
             *model_routes(catalogue, started_at=int(time.time())),
             *lorax_routes(settings, engine, catalogue, adapters, answers),
             *file_routes(services.files),

@@ -33,6 +33,14 @@ class ModelNotAllowed(GatewayError):
     """The model is there, but the limits of the key or its tenant leave it out."""
 
 
+class ResponseNotFound(GatewayError):
+    """No stored response has this id for this caller."""
+
+
+class PreviousResponseNotFound(GatewayError):
+    """The conversation that a request goes on with is not there, or a part of it is gone."""
+
+
 class ClientLeft(GatewayError):
     """The client closed the connection before its answer was complete; nobody reads this."""
 

@@ -37,6 +37,8 @@ TABLE: dict[type[Exception], Row] = {
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),
     gateway.ModelNotAllowed: Row(403, _INVALID, "model_not_allowed"),
+    gateway.ResponseNotFound: Row(404, _INVALID, "response_not_found"),
+    gateway.PreviousResponseNotFound: Row(400, _INVALID, "previous_response_not_found"),
     gateway.ClientLeft: Row(499, _INVALID, "client_closed_request"),
     gateway.IdempotencyKeyInUse: Row(409, _INVALID, "idempotency_key_in_use", 1.0),
     gateway.IdempotencyKeyReused: Row(422, _INVALID, "idempotency_key_reused"),

@@ -33,6 +33,7 @@ from loraplex.gateway.arrivals import OtherBase, base_names
 from loraplex.gateway.batches.records import BatchRecords
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.files.store import FileStore
+from loraplex.gateway.openai.response_store import ResponseStore
 from loraplex.gateway.source_tokens import SecretTokens
 
 
@@ -52,6 +53,7 @@ class Services(msgspec.Struct, frozen=True):
     usage: Usage
     files: FileStore
     batches: BatchRecords
+    responses: ResponseStore
     new_admin_key: str | None
 
 
@@ -83,7 +85,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             accounts, usage = Accounts(admission, ledger, tenants), Usage(database, ledger.flush)
             watch.on(ACCESS, tenants.forget)
             watch.on(CATALOGUE, catalogue.reload)
-            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, files, batches, made)
+            responses = ResponseStore(database, settings.responses.retention_days * 86400.0)
+            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, files, batches, responses, made)
     finally:
         await store.close()
         await database.dispose()

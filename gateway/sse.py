@@ -6,7 +6,7 @@ written together. `StreamResponse` is sse-starlette's response on a shorter path
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
@@ -76,6 +76,7 @@ class Relay:
     """One answer's frames, of one choice or several.
 
     `encode(choice, event)` gives the frames of an event, `end()` those after the last; `request_id` is for the log.
+    `before_end` is done between the last frame's making and its sending.
     `on_end` is called when nothing more is generated, with the error that ended it, if any; perhaps twice.
     """
 
@@ -87,6 +88,7 @@ class Relay:
         request_id: str = "-",
         on_end: Callable[[BaseException | None], None] = lambda error: None,
         framing: Framing = OPENAI,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._choices = choices
         self._encode = encode
@@ -94,6 +96,7 @@ class Relay:
         self._request_id = request_id
         self._on_end = on_end
         self._framing = framing
+        self._before_end = before_end
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
         self._is_over = False
@@ -134,7 +137,10 @@ class Relay:
         try:
             await together([self._follow(number, events) for number, events in enumerate(self._choices)])
             self._on_end(None)  # before the client learns of it
-            self._frames.append(self._end())
+            last = self._end()
+            if self._before_end is not None:
+                await self._before_end()
+            self._frames.append(last)
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
             self._on_end(error)

@@ -227,3 +227,17 @@ batch_answers = Table(
     Column("is_error", Boolean, nullable=False),
     Column("answer", Text, nullable=False),
 )
+
+# Answers of /v1/responses that later ones may go on from. tenant_id is null for those of admins; `items` is what the
+# request said, `response` the object as JSON.
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.id", ondelete="CASCADE"), nullable=True, index=True),
+    Column("previous_id", String(64), nullable=True),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False, index=True),
+    Column("response", Text, nullable=False),
+    Column("items", JSON, nullable=False),
+)

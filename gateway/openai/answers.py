@@ -1,7 +1,7 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from litestar import Request, Response
@@ -83,8 +83,11 @@ class Answers:
         wire: Wire,
         framing: Framing = OPENAI,
         on_event: Callable[[TokenEvent], None] = lambda event: None,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event as it comes.
+
+        `before_end` is done when the answer is complete, before the client learns that it is.
 
         Raises what the engine raises before its first token, and ClientLeft.
         """
@@ -94,7 +97,7 @@ class Answers:
         tell_meter(request, meter)
         tell_limits(request, meter.headers())
         try:
-            answer = _Answer(choices, body.num_choices, wire, on_event)
+            answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
             events = [meter.watch(self._metrics.watch(body.model, self._engine.generate(choice))) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, events, body, meter, framing)
@@ -172,8 +175,10 @@ class _Answer:
         num_per_prompt: int,
         wire: Wire,
         on_event: Callable[[TokenEvent], None],
+        before_end: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self._wire = wire
+        self._before_end = before_end
         self._on_event = on_event
         # the choices of one prompt stand together, and count it once
         self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
@@ -183,7 +188,10 @@ class _Answer:
     async def collect(self, events: Sequence[AsyncIterator[TokenEvent]]) -> bytes:
         """The whole answer at once."""
         choices = await together([self._exhaust(choice) for choice in events])
-        return self._wire.whole(choices, self._usage())
+        whole = self._wire.whole(choices, self._usage())
+        if self._before_end is not None:
+            await self._before_end()
+        return whole
 
     def relay(
         self,
@@ -210,7 +218,7 @@ class _Answer:
             usage = self._wire.usage(self._usage()) if include_usage else b""
             return usage + (framing.done if meter.refusal is None else framing.error(meter.refusal))
 
-        return Relay(events, encode, end, request_id, meter.settle, framing)
+        return Relay(events, encode, end, request_id, meter.settle, framing, self._before_end)
 
     async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
         collected = []

@@ -1,0 +1,201 @@
+"""POST /v1/responses, and what was stored of earlier ones."""
+
+import secrets
+from typing import Any
+
+import msgspec
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
+from msgspec import Struct
+
+from loraplex.auth.caller import Caller
+from loraplex.config.settings import Model
+from loraplex.engines.errors import PromptTooLong
+from loraplex.engines.protocol import Engine, GenerateRequest
+from loraplex.gateway.catalogue import Catalogue, Route
+from loraplex.gateway.decoding import Body
+from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
+from loraplex.gateway.openai.responses_items import InputItem, listed
+from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
+from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
+from loraplex.gateway.openai.tiers import at_tier, granted_tier
+from loraplex.gateway.prompts import chat_requests
+from loraplex.gateway.replies import json_reply
+from loraplex.gateway.sse import Framing
+
+
+class DeletedResponse(Struct):
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class ItemList(Struct):
+    data: list[dict[str, Any]]
+    first_id: str
+    last_id: str
+    has_more: bool
+    object: str = "list"
+
+
+class InputTokens(Struct):
+    input_tokens: int
+    object: str = "response.input_tokens"
+
+
+_body = Body(ResponseRequest)
+_LIMIT = 20  # items a page, unless asked otherwise
+
+
+def response_routes(
+    engine: Engine, catalogue: Catalogue, answers: Answers, store: ResponseStore, model: Model
+) -> list[HTTPRouteHandler]:
+    """The handlers of this resource."""
+
+    async def prepared(
+        body: ResponseRequest, response_id: str, caller: Caller
+    ) -> tuple[Dialogue, list[GenerateRequest]]:
+        route = await catalogue.route(body.model, caller)
+        earlier = await store.conversation(caller, body.previous_response_id)
+        make = _Prompting(body, response_id, route, caller, engine, model)
+        return await (make.cut(earlier) if body.truncation == "auto" else make.whole(earlier))
+
+    @post("/v1/responses", status_code=200, guards=[require_inference])
+    async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        body = await _body.of(request)
+        body.check()
+        caller = caller_of(request)
+        response_id = f"resp_{secrets.token_hex(24)}"
+        with named_as_asked():
+            dialogue, choices = await prepared(body, response_id, caller)
+            tier = granted_tier(body.service_tier, caller)
+            wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), engine.tokenizer)
+
+            async def keep() -> None:
+                if body.store is not False:
+                    stored = StoredResponse(msgspec.json.encode(wire.response), [listed(item) for item in body.items])
+                    await store.save(caller, response_id, stored, body.previous_response_id)
+
+            framing = Framing(b"", wire.error)
+            return await answers.respond(request, dialogue, at_tier(tier, choices), wire, framing, before_end=keep)
+
+    @post("/v1/responses/input_tokens", status_code=200, guards=[require_inference])
+    async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
+        body = await _body.of(request)
+        body.check()
+        with named_as_asked():
+            _, choices = await prepared(body, "count", caller_of(request))
+        return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
+
+    @get("/v1/responses/{response_id:str}", guards=[require_inference])
+    async def retrieve_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        for name in ("stream", "starting_after", "include_obfuscation"):
+            if request.query_params.get(name, "false") != "false":
+                raise UnsupportedParameter("A response that is complete is not streamed again.", name)
+        stored = await store.get(caller_of(request), request.path_params["response_id"])
+        return json_reply(msgspec.Raw(stored.response))  # type: ignore[arg-type,return-value]
+
+    @delete("/v1/responses/{response_id:str}", status_code=200, guards=[require_inference])
+    async def delete_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        response_id = request.path_params["response_id"]
+        await store.delete(caller_of(request), response_id)
+        return json_reply(DeletedResponse(response_id))  # type: ignore[return-value]
+
+    @post("/v1/responses/{response_id:str}/cancel", guards=[require_inference])
+    async def cancel_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        await store.get(caller_of(request), request.path_params["response_id"])
+        raise MalformedRequest("Only a response made in the background can be cancelled; close the connection instead.")
+
+    @post("/v1/responses/compact", guards=[require_inference])
+    async def compact_response(request: Request[Any, Any, Any]) -> ASGIApp:
+        raise UnsupportedParameter("Compaction is not offered; truncation is.")
+
+    @get("/v1/responses/{response_id:str}/input_items", guards=[require_inference])
+    async def list_input_items(request: Request[Any, Any, Any]) -> ASGIApp:
+        stored = await store.get(caller_of(request), request.path_params["response_id"])
+        return json_reply(_page(stored.items, request.query_params))  # type: ignore[return-value]
+
+    return [
+        create_response,
+        count_input_tokens,
+        retrieve_response,
+        delete_response,
+        cancel_response,
+        compact_response,
+        list_input_items,
+    ]
+
+
+class _Prompting:
+    """One response's prompt, of all that was said or of what the context holds of it."""
+
+    def __init__(
+        self, body: ResponseRequest, response_id: str, route: Route, caller: Caller, engine: Engine, model: Model
+    ) -> None:
+        self._body = body
+        self._response_id = response_id
+        self._route = route
+        self._caller = caller
+        self._engine = engine
+        self._model = model
+
+    async def whole(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
+        """Raises PromptTooLong and what chat requests raise, naming the chat's fields."""
+        dialogue = Dialogue(self._body.chat(earlier), self._engine, self._model)
+        choices = await chat_requests(dialogue, self._response_id, self._route, self._caller, self._engine)
+        return dialogue, choices
+
+    async def cut(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
+        """As many of the latest items as the context holds. Raises PromptTooLong where the last turn is too long."""
+        items = [*earlier, *self._body.items]
+        # where the conversation may begin anew: what a user or the instructions say, no answer and no result
+        starts = [place for place, item in enumerate(items) if item.kind == "message" and item.role != "assistant"]
+        fewest, most = 0, len(starts)  # how many beginnings are left out; too few, and enough
+        try:
+            return await self.whole(earlier)
+        except PromptTooLong as error:
+            too_long, found = error, None
+        while most - fewest > 1:
+            middle = (fewest + most) // 2
+            try:
+                found = await self._from(items[starts[middle] :])
+                most = middle
+            except PromptTooLong as error:
+                too_long, fewest = error, middle
+        if found is None:
+            raise too_long
+        return found
+
+    async def _from(self, items: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
+        prompting = _Prompting(
+            msgspec.structs.replace(self._body, input=items),
+            self._response_id,
+            self._route,
+            self._caller,
+            self._engine,
+            self._model,
+        )
+        return await prompting.whole([])
+
+
+def _page(items: list[dict[str, Any]], query: Any) -> ItemList:
+    """Raises MalformedRequest, naming the field."""
+    order, limit, after = query.get("order", "desc"), query.get("limit", str(_LIMIT)), query.get("after")
+    if order not in ("asc", "desc"):
+        raise MalformedRequest("It is asc or desc.", "order")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= 100):
+        raise MalformedRequest("It is a number from 1 to 100.", "limit")
+    ordered = items if order == "asc" else items[::-1]
+    if after is not None:
+        place = next((place for place, item in enumerate(ordered) if item["id"] == after), None)
+        if place is None:
+            raise MalformedRequest("There is no item with this id.", "after")
+        ordered = ordered[place + 1 :]
+    data = ordered[: int(limit)]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
+    return ItemList(data, first, last, len(ordered) > len(data))
