@@ -31,6 +31,15 @@ class Server(_Section, frozen=True):
     ] = ()
     open_metrics: Annotated[bool, Help(description="Serve /metrics without an admin key.")] = False
     max_body_bytes: Annotated[int, Help(ge=1024, description="Largest request body accepted.")] = 16 * 2**20
+    max_header_bytes: Annotated[
+        int, Help(ge=1024, description="Most bytes of a request's line and headers together.")
+    ] = 32 * 2**10
+    header_timeout_seconds: Annotated[
+        float, Help(gt=0, description="How long a client may take to send a request's headers.")
+    ] = 10.0
+    body_timeout_seconds: Annotated[
+        float, Help(gt=0, description="How long a client that sends less than 16 KiB/s may take over a body.")
+    ] = 60.0
 
 
 class Model(_Section, frozen=True):

@@ -16,6 +16,7 @@ from loraplex.engines.protocol import Engine, Progress
 from loraplex.gateway.app import create_app
 from loraplex.gateway.batches.answering import Answerer
 from loraplex.gateway.batches.runner import BatchRunner
+from loraplex.gateway.connections import protocol_for
 from loraplex.gateway.services import Services
 
 _log = logging.getLogger("loraplex.gateway")
@@ -83,6 +84,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
+            http=protocol_for(settings.server),
             log_config=None,
             access_log=False,
             lifespan="off",

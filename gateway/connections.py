@@ -1,0 +1,131 @@
+"""What one connection may take: bounded heads, and bounded time to send a head and a body.
+
+uvicorn waits for ever for a request that has begun, and keeps whatever a client calls a header. A request's head must
+be complete within `header_seconds` of its first byte (of the connection, for the first one); its body within
+`body_seconds`, and longer only as far as what came by then was at least `_LEAST_RATE`.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from loraplex.config.settings import Server
+
+_LEAST_RATE = 16 * 1024  # bytes a second; a phone on a train sends more
+
+
+class _Refusal(NamedTuple):
+    """An answer that no route gives, and the end of its connection."""
+
+    status: str
+    code: str
+    message: str
+
+    def encoded(self) -> bytes:
+        error = {"message": self.message, "type": "invalid_request_error", "param": None, "code": self.code}
+        body = msgspec.json.encode({"error": error})
+        head = f"HTTP/1.1 {self.status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        return head.encode() + b"connection: close\r\n\r\n" + body
+
+
+def protocol_for(server: Server) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol within the bounds of these settings."""
+    return type("BoundedProtocol", (_BoundedProtocol,), {"bounds": server})
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    bounds: ClassVar[Server]
+    _deadline: asyncio.TimerHandle | None = None
+    _is_in_head = True
+    _is_refused = False
+    _num_head_bytes = 0  # of a head that is not complete
+    _num_body_bytes = 0
+    _body_began_at = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._within(self.bounds.header_timeout_seconds, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self._is_in_head and self._deadline is None:
+            self._within(self.bounds.header_timeout_seconds, self._head_is_late)
+        super().data_received(data)
+        if self._is_in_head and not self._is_refused:  # the parser keeps an endless header without a word
+            self._num_head_bytes += len(data)
+            self._check_head(self._num_head_bytes)
+
+    def on_headers_complete(self) -> None:
+        self._disarm()
+        self._is_in_head = False
+        self._num_head_bytes = self._num_body_bytes = 0
+        self._check_head(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
+        if self._is_refused:
+            return
+        self._body_began_at = self.loop.time()
+        self._within(self.bounds.body_timeout_seconds, self._body_is_late)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_refused:
+            self._num_body_bytes += len(body)
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._disarm()
+        self._is_in_head = True  # the next one's
+        if not self._is_refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_Refusal("400 Bad Request", "invalid_request", "This is not an HTTP request that can be read."))
+
+    def _check_head(self, num_bytes: int) -> None:
+        most = self.bounds.max_header_bytes
+        if num_bytes > most:
+            message = f"The request's line and headers may have {most} bytes together."
+            self._refuse(_Refusal("431 Request Header Fields Too Large", "headers_too_large", message))
+
+    def _head_is_late(self) -> None:
+        seconds = self.bounds.header_timeout_seconds
+        message = f"The request's headers were not complete after {seconds:g} s."
+        self._refuse(_Refusal("408 Request Timeout", "request_timeout", message))
+
+    def _body_is_late(self) -> None:
+        """Unless it is the server that does not read, or what came by now has earned more time."""
+        earned = self._num_body_bytes / _LEAST_RATE - (self.loop.time() - self._body_began_at)
+        if self.flow.read_paused:
+            earned = max(earned, 1.0)
+        if earned > 0:
+            self._within(earned + 0.1, self._body_is_late)
+            return
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.abort()  # the answer has come before the request was complete
+            return
+        message = f"The request's body was not complete after {self.bounds.body_timeout_seconds:g} s."
+        self._refuse(_Refusal("408 Request Timeout", "request_timeout", message))
+
+    def _refuse(self, refusal: _Refusal) -> None:
+        self._disarm()
+        self._is_refused = True
+        if not self.transport.is_closing():
+            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                self.transport.write(refusal.encoded())
+            self.transport.close()
+
+    def _within(self, seconds: float, otherwise: Callable[[], None]) -> None:
+        self._disarm()
+        self._deadline = self.loop.call_later(seconds, otherwise)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
