@@ -80,6 +80,10 @@ class EngineSettings(_Section, frozen=True):
         int,
         Help(ge=0, le=64, description="Longest guess of an answer's next tokens from its earlier ones; 0 for none."),
     ] = 8
+    deterministic: Annotated[
+        bool,
+        Help(description="Compute each request to the last bit alike, whoever shares its batch; slower."),
+    ] = False
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
     max_wait_seconds: Annotated[
         float, Help(gt=0, description="How long a request may wait for its first step before it is refused.")

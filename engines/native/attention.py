@@ -45,11 +45,16 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """Where a step's tokens go in the cache (`slots`: Shape [T]) and what each may look at."""
+    """Where a step's tokens go in the cache (`slots`: Shape [T]) and what each may look at.
+
+    `one_by_one`: the tokens of `prefills`, decodes among them, are attended each in a call of its own, whose shape
+    depends on the token's position alone; rows that are in none of them are padding.
+    """
 
     slots: Tensor
     decodes: Decodes | None
     prefills: tuple[Prefill, ...]
+    one_by_one: bool = False
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
@@ -92,11 +97,12 @@ class PagedAttention:
         """Make the cache: for each call seen in the dry run `num_slots` rows of keys and of values.
 
         One more row, number `num_slots`, is never written: what is padded reads its zeros, not another sequence's
-        leavings, for a weight of zero does not take the harm out of a NaN.
+        leavings, for a weight of zero does not take the harm out of a NaN. And another one behind it is never read:
+        what is padding is written there.
         """
         for shape in self.shapes:
-            self._keys.append(_zeros((num_slots + 1, shape.num_heads, shape.key_width), dtype, device))
-            self._values.append(_zeros((num_slots + 1, shape.num_heads, shape.value_width), dtype, device))
+            self._keys.append(_zeros((num_slots + 2, shape.num_heads, shape.key_width), dtype, device))
+            self._values.append(_zeros((num_slots + 2, shape.num_heads, shape.value_width), dtype, device))
 
     def __call__(
         self,
@@ -123,6 +129,8 @@ class PagedAttention:
         keys, values = self._keys[call], self._values[call]
         keys.index_copy_(0, step.slots, key[0].transpose(0, 1))
         values.index_copy_(0, step.slots, value[0].transpose(0, 1))
+        if step.one_by_one:
+            return _attend_each(query, keys, values, form, step)[None], None
         if step.decodes is not None and not step.prefills:
             return self._decode(query[0].transpose(0, 1), keys, values, form, step)[None], None
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
@@ -160,6 +168,19 @@ class PagedAttention:
         k = keys.index_select(0, decodes.slots).view(batch, decodes.max_len, *keys.shape[1:])
         v = values.index_select(0, decodes.slots).view(batch, decodes.max_len, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
+
+
+def _attend_each(query: Tensor, keys: Tensor, values: Tensor, form: Form, step: AttentionStep) -> Tensor:
+    """query: Shape [1, H, T, D]. Result: Shape [T, H, Dv], zeros in rows of padding."""
+    out = query.new_zeros(query.shape[2], query.shape[1], values.shape[-1])
+    for prefill in step.prefills:
+        k, v = keys.index_select(0, prefill.slots)[None], values.index_select(0, prefill.slots)[None]
+        for row in range(prefill.begin, prefill.end):
+            end = prefill.start + row - prefill.begin + 1
+            own = slice(0 if form.window is None else max(end - form.window, 0), end)
+            mask = torch.ones(1, own.stop - own.start, dtype=torch.bool, device=query.device)
+            out[row] = attend_decode(query[:, :, row].contiguous(), k[:, own], v[:, own], mask, form)[0]
+    return out
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

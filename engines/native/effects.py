@@ -44,7 +44,9 @@ class Effects:
         self._wrapped: set[str] = set()
         self._now: dict[str, list[_Owned]] = {}
 
-    def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
+    def begin(
+        self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device, *, one_by_one: bool = False
+    ) -> None:
         """Set the step; the arguments are those of `LoraLayers.begin`."""
         self._now = {}
         for adapter_id in {adapter_id for parts in set(owners) for adapter_id, _ in parts}:
@@ -60,7 +62,10 @@ class Effects:
                 chosen = picked if self._passages[name].selected else rows
                 if chosen:
                     effect = self._effect(name, extras, self._arena.flat(adapter_id))
-                    self._now.setdefault(name, []).append(_Owned(effect, torch.tensor(chosen, device=device)))
+                    groups = [[row] for row in chosen] if one_by_one else [chosen]
+                    self._now.setdefault(name, []).extend(
+                        _Owned(effect, torch.tensor(group, device=device)) for group in groups
+                    )
                     self._wrap(name)
 
     def _wrap(self, name: str) -> None:

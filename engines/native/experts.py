@@ -5,9 +5,10 @@ Follows the attributes that transformers' own implementations of experts go by (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +19,21 @@ _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", 
 def runs_experts(module: nn.Module) -> bool:
     """Whether the module is one of those that transformers' interchangeable implementations compute."""
     return all(hasattr(module, name) for name in _ATTRIBUTES) and isinstance(module.down_proj, Tensor)
+
+
+def compute_each(module: nn.Module, is_asked: Callable[[], bool]) -> None:
+    """Let the module compute each token by itself while that is asked: how many share an expert varies otherwise."""
+    forward: Callable[..., Tensor] = module.forward
+
+    def forward_each(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not is_asked():
+            return forward(hidden_states, top_k_index, top_k_weights)
+        tokens = (slice(token, token + 1) for token in range(hidden_states.shape[0]))
+        return torch.cat([
+            forward(hidden_states[own].clone(), top_k_index[own].clone(), top_k_weights[own].clone()) for own in tokens
+        ])  # fmt: skip
+
+    module.forward = forward_each
 
 
 def experts_with_lora(

@@ -18,6 +18,7 @@ from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_ru
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
+from loraplex.engines.native.tiles import choose_tile
 from loraplex.engines.protocol import EngineInfo, Progress
 
 # The most that an unset kv_cache_bytes may take of what is free beside the weights and the adapters' arena.
@@ -74,6 +75,8 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     )
     base = base_of(model, trial, settings.adapters.max_rank)
     runner = Runner(model, trial, attention, arena, num_blocks, block_size)
+    if settings.engine.deterministic:
+        runner.tile = choose_tile(model, trial, runner, block_size, num_blocks)
     compare_with_reference(model, trial, runner, block_size, num_blocks)
     return Machine(settings, info, _eos_token_ids(model), runner, arena, capacity, num_blocks, base)
 

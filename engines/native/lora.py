@@ -89,6 +89,11 @@ class ActiveAdapters:
             for adapter_id in adapter_ids
         )
 
+    def gain(self, index: int, position: int) -> Tensor | None:
+        """DoRA's of one adapter for one module. Shape [out]."""
+        entry = self._entries[position].get(index)
+        return None if entry is None else entry.gain_of(self._flats[position])
+
     def factors(self, index: int, position: int) -> tuple[Tensor, Tensor, float] | None:
         """A, Bᵀ and scale of one adapter for one module."""
         entry, flat = self._entries[position].get(index), self._flats[position]
@@ -152,10 +157,14 @@ class ActiveAdapters:
 class TokenGroups:
     """Which adapter each token of one view of the step belongs to: all tokens, or those that are sampled."""
 
-    def __init__(self, parts: Sequence[Parts], active: ActiveAdapters, device: torch.device) -> None:
+    def __init__(
+        self, parts: Sequence[Parts], active: ActiveAdapters, device: torch.device, *, one_by_one: bool = False
+    ) -> None:
+        """`one_by_one`: nothing of one token may depend on which others there are."""
+        self.one_by_one = one_by_one
         self.is_composed = any(len(some) > 1 or (some and some[0][1] != 1.0) for some in set(parts))
         self.owners = [some[0][0] if some else -1 for some in parts]  # the only ones, unless it is composed
-        self._parts = parts
+        self.parts = parts
         self._active = active
         self._device = device
         self._masks: dict[int, Tensor] = {}
@@ -188,10 +197,16 @@ class TokenGroups:
         return DecodeStep(self._active.table, owners) if max(owners, default=-1) >= 0 else None
 
     @cached_property
+    def singles(self) -> list[DecodeStep | None]:
+        """For each token a step of it alone; None where it belongs to no adapter, or to a composition."""
+        return [DecodeStep(self._active.table, [-1] * token + [some[0][0]]) if len(some) == 1 and some[0][1] == 1.0
+                else None for token, some in enumerate(self.parts)]  # fmt: skip
+
+    @cached_property
     def stretches(self) -> list[tuple[int, int, Parts]]:
         """(begin, end, parts) of the longest stretches of tokens with the same parts; base tokens are left out."""
         stretches: list[tuple[int, int, Parts]] = []
-        for token, parts in enumerate(self._parts):
+        for token, parts in enumerate(self.parts):
             if stretches and stretches[-1][1] == token and stretches[-1][2] == parts:
                 stretches[-1] = (stretches[-1][0], token + 1, parts)
             elif parts:
@@ -248,8 +263,13 @@ class LoraLayers:
 
         layer.forward = forward_with_lora
 
-    def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
-        """Set the step. `owners[t]` are token t's adapters; `sampled` are the token numbers behind the selection."""
+    def begin(
+        self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device, *, one_by_one: bool = False
+    ) -> None:
+        """Set the step. `owners[t]` are token t's adapters; `sampled` are the token numbers behind the selection.
+
+        `one_by_one`: what a token gets does not depend, not in its last bit, on the others.
+        """
         kinds = set(owners)
         names = tuple(sorted({adapter_id for some in kinds for adapter_id, _ in some}))
         if not names:
@@ -260,8 +280,8 @@ class LoraLayers:
         parts = [known[some] for some in owners]
         self.step = LoraStep(
             active=active,
-            tokens=TokenGroups(parts, active, device),
-            sampled=TokenGroups([parts[token] for token in sampled], active, device),
+            tokens=TokenGroups(parts, active, device, one_by_one=one_by_one),
+            sampled=TokenGroups([parts[token] for token in sampled], active, device, one_by_one=one_by_one),
         )
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
@@ -281,6 +301,9 @@ class LoraLayers:
         self, y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
     ) -> None:
         """y: Shape [T, out], changed in place. x: Shape [T, in]."""
+        if groups.one_by_one:
+            self._add_one_by_one(y, x.contiguous(), index, active, groups, bias)
+            return
         gains = active.gains(index)
         if gains is not None and bias is not None:
             y.sub_(bias)
@@ -299,6 +322,27 @@ class LoraLayers:
             y.mul_(gains[groups.owner])
             if bias is not None:
                 y.add_(bias)
+
+    def _add_one_by_one(
+        self, y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
+    ) -> None:
+        """As `_add`, each token in calls of its own whose shapes and memory alignments never vary."""
+        for token, parts in enumerate(groups.parts):
+            gain = active.gain(index, parts[0][0]) if len(parts) == 1 else None
+            row = y[token]
+            if gain is not None and bias is not None:
+                row.sub_(bias)
+            if self._has_kernel and (single := groups.singles[token]) is not None:
+                add_decode(y, x, active.table, index, single)
+            else:
+                for position, weight in parts:
+                    if (factors := active.factors(index, position)) is not None:
+                        a, b, scale = factors
+                        row.add_((x[token : token + 1].clone() @ a.t() @ b).mul_(scale * weight)[0])
+            if gain is not None:
+                row.mul_(gain)
+                if bias is not None:
+                    row.add_(bias)
 
 
 def _rows(plan: AdapterPlan, num_modules: int, itemsize: int) -> AdapterRows:

@@ -38,8 +38,8 @@ def compare_with_reference(
     if sum(needed) > num_blocks:
         return  # a cache this small is a test's
     sequences = [
-        _sequence(ids[: lengths[0]], range(needed[0])),
-        _sequence(ids[-lengths[1] :], range(needed[0], sum(needed))),
+        plain_sequence(ids[: lengths[0]], range(needed[0])),
+        plain_sequence(ids[-lengths[1] :], range(needed[0], sum(needed))),
     ]
     try:
         errors = _errors(model, runner, sequences)
@@ -90,7 +90,8 @@ def _plain_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     return logits[0].float()
 
 
-def _sequence(token_ids: list[int], blocks: range) -> Sequence:
+def plain_sequence(token_ids: list[int], blocks: range) -> Sequence:
+    """A sequence of these tokens in these blocks, for trials."""
     request = GenerateRequest(
         request_id="", prompt_token_ids=tuple(token_ids), sampling=SamplingParams(max_tokens=1, temperature=0.0)
     )

@@ -20,6 +20,7 @@ from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.effects import Effects
+from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
@@ -28,7 +29,10 @@ from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
 
 class Runner:
-    """Steps one model over one KV cache and one arena."""
+    """Steps one model over one KV cache and one arena.
+
+    With a `tile`, every forward pass has exactly that many tokens, whatever the step: see `tiles.py`.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,9 @@ class Runner:
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
         self._effects = Effects(model, trial, arena)
+        self.tile: int | None = None
+        for experts in filter(runs_experts, model.modules()):
+            compute_each(experts, lambda: self.tile is not None)
         self._hidden: Tensor | None = None
         if trial.decoder is not None:
             trial.decoder.register_forward_hook(self._keep_hidden)
@@ -59,22 +66,83 @@ class Runner:
         with self.stopwatch.phase("forward"):
             logits = self.logits(batch)
         with self.stopwatch.phase("sample"):
-            outcomes = _outcomes(batch.segments, logits)
+            outcomes = _outcomes(batch.segments, logits) if self.tile is None else _each_outcome(batch, logits)
             return self._with_hidden(batch.segments, outcomes) if any(s.pooled for s in batch.segments) else outcomes
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """The forward pass: the logits behind the `rows` of each segment. Shape [N, V]."""
-        device = self._model.device
         segments = batch.segments
         positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
         token_ids = [token_id for segment in segments for token_id in segment.token_ids]
         starts = itertools.accumulate((segment.num_tokens for segment in segments), initial=0)
         sampled = [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.rows]
         owners = [owner for segment in segments for owner in _owners(segment)]
-        self._lora.begin(owners, sampled, device)
-        self._effects.begin(owners, sampled, device)
-        self._attention.begin(self._attention_step(segments, device))
+        if self.tile is not None:
+            return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
+        self._attention.begin(self._attention_step(segments, self._model.device))
+        return self._forward(token_ids, positions, owners, sampled)
+
+    def _in_tiles(
+        self,
+        segments: Sequence[Segment],
+        token_ids: list[int],
+        positions: list[int],
+        owners: list[Owners],
+        sampled: list[int],
+        tile: int,
+    ) -> Tensor:
+        """The same in forward passes of `tile` tokens, the last one padded; where logits are wanted, all are made."""
+        device = self._model.device
+        slots = [self._slots([s.sequence.block_table])[0, : s.start + s.num_tokens].to(device) for s in segments]
+        found, hidden = [], []
+        for begin in range(0, len(token_ids), tile):
+            end = min(begin + tile, len(token_ids))
+            padding = begin + tile - end
+            wanted = [row - begin for row in sampled if begin <= row < end]
+            self._attention.begin(self._tile_step(segments, slots, begin, end, padding))
+            logits = self._forward(
+                token_ids[begin:end] + [0] * padding,
+                positions[begin:end] + [0] * padding,
+                owners[begin:end] + [()] * padding,
+                list(range(tile)) if wanted else [],
+                one_by_one=True,
+            )
+            found.append(logits[wanted])
+            if self._hidden is not None:
+                hidden.append(self._hidden[: end - begin])
+        self._hidden = torch.cat(hidden) if hidden else None
+        return torch.cat(found)
+
+    def _tile_step(
+        self, segments: Sequence[Segment], slots: Sequence[Tensor], begin: int, end: int, padding: int
+    ) -> AttentionStep:
+        """Of the step's tokens begin … end − 1. `slots`: for each segment, the cache rows of all of its tokens."""
+        runs, new_slots, first = [], [], 0
+        for segment, own in zip(segments, slots, strict=True):
+            low, high = max(begin - first, 0), min(end - first, segment.num_tokens)
+            if low < high:
+                start = segment.start + low
+                own = own[: segment.start + high]
+                runs.append(Prefill(first + low - begin, first + high - begin, start, own))
+                new_slots.append(own[start:])
+            first += segment.num_tokens
+        new_slots.append(torch.full((padding,), self._num_slots + 1, device=self._model.device))
+        return AttentionStep(slots=torch.cat(new_slots), decodes=None, prefills=tuple(runs), one_by_one=True)
+
+    def _forward(
+        self,
+        token_ids: list[int],
+        positions: list[int],
+        owners: list[Owners],
+        sampled: list[int],
+        *,
+        one_by_one: bool = False,
+    ) -> Tensor:
+        """Over tokens whose attention is set. The logits behind those that are `sampled`. Shape [N, V]."""
+        device = self._model.device
+        self._lora.begin(owners, sampled, device, one_by_one=one_by_one)
+        self._effects.begin(owners, sampled, device, one_by_one=one_by_one)
         logits: Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -173,6 +241,13 @@ def _outcomes(segments: Sequence[Segment], logits: Tensor) -> list[Outcome]:
         _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
         for segment in segments
     ]
+
+
+def _each_outcome(batch: Batch, logits: Tensor) -> list[Outcome]:
+    """As `_outcomes`, each segment by itself."""
+    parts: tuple[Tensor, ...] = torch.split(logits, [len(segment.rows) for segment in batch.segments])
+    return [outcome for segment, part in zip(batch.segments, parts, strict=True)
+            for outcome in _outcomes([segment], part)]  # fmt: skip
 
 
 def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs]) -> Outcome:
