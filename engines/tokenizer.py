@@ -3,71 +3,50 @@
 from __future__ import annotations
 
 import json
-import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from loraplex.engines.chat_template import read_chat_template
+from loraplex.engines.codecs import Codec, JsonCodec, TextStream
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
 from loraplex.engines.protocol import ChatMessage, TokenSpan
+from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's way to write any byte as a printable character: those that are printable as themselves, others moved."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(moved)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+# Forms that transformers turns into a `tokenizer.json`.
+_CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
 class HubTokenizer:
-    """`tokenizer.json` and `tokenizer_config.json` (or `chat_template.jinja`) of a Hugging Face checkpoint."""
+    """The tokenizer of a Hugging Face checkpoint in any of its forms, and its chat template."""
 
     def __init__(self, directory: Path, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Raises ModelNotServable where there is no usable tokenizer."""
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ModelNotServable(f"{directory} holds no tokenizer.json")
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.eos_token_ids = eos_token_ids
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        self.special_token_ids = frozenset(token_id for token_id, token in added if token.special)
-        self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         config_path = directory / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        self._codec = read_codec(directory, config)
+        self.eos_token_ids = eos_token_ids
         self._template = read_chat_template(directory, config)
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        return self._codec.special_token_ids
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The only form that lets go of the interpreter's lock while it works, so a thread may take a long text."""
-        [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoded.ids)
+        return self._codec.encode(text, add_special_tokens=add_special_tokens)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
-        [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        return [TokenSpan(token_id, *place) for token_id, place in zip(encoded.ids, encoded.offsets, strict=True)]
+        return self._codec.spans(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return self._codec.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        name = self._tokenizer.id_to_token(token_id)
-        if name is None or token_id in self.special_token_ids:
-            return (name or "").encode()
-        if match := _BYTE_TOKEN.fullmatch(name):  # SentencePiece's fallback for single bytes
-            return bytes([int(match[1], 16)])
-        if self._is_byte_level:
-            return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
-        return name.replace("▁", " ").encode()
+        return self._codec.token_bytes(token_id)
 
     @property
     def chat_template(self) -> str | None:
@@ -99,26 +78,29 @@ class HubTokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""
-        return TextStream(self._tokenizer, skip_special_tokens)
+        return self._codec.stream(skip_special_tokens=skip_special_tokens)
 
 
-class TextStream:
-    """Token ids in, the text they complete out; a character whose bytes are incomplete waits."""
+def read_codec(directory: Path, config: Mapping[str, Any]) -> Codec:
+    """By the form that is there, `tokenizer.json` before others. Raises ModelNotServable."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        return JsonCodec(Tokenizer.from_file(str(path)))
+    if (tiktoken_file := find_tiktoken_file(directory)) is not None:
+        return TiktokenCodec(tiktoken_file, config)
+    if any((directory / name).is_file() for name in _CONVERTIBLE):
+        return JsonCodec(Tokenizer.from_str(_converted(directory)))
+    raise ModelNotServable(f"{directory} holds no tokenizer.json, no tokenizer.model and no tiktoken file")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skips_special = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._token_ids: list[int] = []
-        self._length = 0
 
-    def feed(self, token_id: int) -> str:
-        self._token_ids.append(token_id)
-        text: str = self._stream.step(self._tokenizer, token_id) or ""
-        self._length += len(text)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: incomplete characters as U+FFFD."""
-        whole: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skips_special)
-        return whole[self._length :]
+def _converted(directory: Path) -> str:
+    """The `tokenizer.json` of another form; made by another process, for it takes torch."""
+    made = subprocess.run(
+        [sys.executable, "-m", "loraplex.engines.native.tokenizer_conversion", str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        raise ModelNotServable(made.stderr.strip().splitlines()[-1] if made.stderr.strip() else f"{directory}: failed")
+    return made.stdout

@@ -74,7 +74,7 @@ class NativeEngine:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
-        self.tokenizer = HubTokenizer(self._settings.model.directory)
+        self.tokenizer = await asyncio.to_thread(HubTokenizer, self._settings.model.directory)
         self._context = zmq.asyncio.Context()
         self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._on_progress = on_progress

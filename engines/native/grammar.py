@@ -14,9 +14,12 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance.tiktoken import lltokenizer_from_encoding
 
-from loraplex.engines.errors import GenerationFailed, InvalidRequest
+from loraplex.engines.errors import GenerationFailed, InvalidRequest, ModelNotServable
+from loraplex.engines.native.tokenizer_conversion import tokenizer_json
 from loraplex.engines.protocol import Grammar
+from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
 _MAX_KEPT = 256
 # A model left to itself may add white space for ever; this is enough to print with indentation.
@@ -59,7 +62,7 @@ class Grammars:
     """Compiles each grammar once. `begin` early, `constraint` once `is_ready`."""
 
     def __init__(self, directory: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self._path = directory / "tokenizer.json"
+        self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._limits = LLParserLimits(verbose_errors=False)
@@ -88,9 +91,17 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        if not self._path.is_file():
-            raise InvalidRequest("grammars are not served for this model: it has no tokenizer.json", "grammar")
-        return LLTokenizer(str(self._path), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+        path, ends = self._directory / "tokenizer.json", self._eos_token_ids or None
+        if path.is_file():
+            return LLTokenizer(str(path), n_vocab=self._vocab_size, eos_token=ends)
+        if (tiktoken_file := find_tiktoken_file(self._directory)) is not None:
+            config = self._directory / "tokenizer_config.json"
+            codec = TiktokenCodec(tiktoken_file, json.loads(config.read_text()) if config.is_file() else {})
+            return lltokenizer_from_encoding(codec.encoding, n_vocab=self._vocab_size, eos_token=ends or [])
+        try:
+            return LLTokenizer(tokenizer_json(self._directory), n_vocab=self._vocab_size, eos_token=ends)
+        except ModelNotServable as error:
+            raise InvalidRequest(f"grammars are not served for this model: {error}", "grammar") from error
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = match(grammar, self._tokenizer, self._limits)

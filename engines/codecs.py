@@ -1,0 +1,109 @@
+"""Text to token ids and back, by `tokenizer.json`: what a tokenizer does apart from its chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from loraplex.engines.protocol import TokenSpan
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TextStream(Protocol):
+    """Token ids in, the text they complete out; a character whose bytes are incomplete waits."""
+
+    def feed(self, token_id: int) -> str: ...
+
+    def flush(self) -> str:
+        """What is left at the end: incomplete characters as U+FFFD."""
+        ...
+
+
+class Codec(Protocol):
+    """One vocabulary. Its methods are those of `protocol.Tokenizer`."""
+
+    @property
+    def special_token_ids(self) -> frozenset[int]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def stream(self, *, skip_special_tokens: bool) -> TextStream: ...
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's way to write any byte as a printable character: those that are printable as themselves, others moved."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(moved)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+
+class JsonCodec:
+    """The library that `tokenizer.json` belongs to."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_token_ids = frozenset(token_id for token_id, token in added if token.special)
+        self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The only form that lets go of the interpreter's lock while it works, so a thread may take a long text."""
+        [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoded.ids)
+
+    def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
+        [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return [TokenSpan(token_id, *place) for token_id, place in zip(encoded.ids, encoded.offsets, strict=True)]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None or token_id in self.special_token_ids:
+            return (name or "").encode()
+        if match := _BYTE_TOKEN.fullmatch(name):  # SentencePiece's fallback for single bytes
+            return bytes([int(match[1], 16)])
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
+        return name.replace("▁", " ").encode()
+
+    def stream(self, *, skip_special_tokens: bool) -> TextStream:
+        return JsonStream(self._tokenizer, skip_special_tokens)
+
+
+class JsonStream:
+    """Implements TextStream."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._token_ids: list[int] = []
+        self._length = 0
+
+    def feed(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        text: str = self._stream.step(self._tokenizer, token_id) or ""
+        self._length += len(text)
+        return text
+
+    def flush(self) -> str:
+        whole: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skips_special)
+        return whole[self._length :]
