@@ -63,6 +63,12 @@ class Model(_Section, frozen=True):
         Help(description="The tags a model reasons between; auto goes by its chat template."),
     ] = "auto"
 
+    embedding_pooling: Annotated[
+        Literal["mean", "last", "cls"],
+        Help(description="How embeddings are made of hidden states: their mean, the last token's, or the first's."),
+    ] = "mean"
+    normalize_embeddings: Annotated[bool, Help(description="Divide embeddings by their length.")] = True
+
     @property
     def directory(self) -> Path:
         return Path(self.path).expanduser()

@@ -75,6 +75,9 @@ class EchoTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<eos>"
 
+    def token_name(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("latin-1")
+
     def encode_chat(
         self,
         messages: Sequence[ChatMessage],

@@ -321,6 +321,10 @@ class Tokenizer(Protocol):
         """What one token stands for, as bytes; a special token's name."""
         ...
 
+    def token_name(self, token_id: int) -> str:
+        """How the vocabulary writes it."""
+        ...
+
     @property
     def chat_template(self) -> str | None:
         """The text of the model's chat template, or None."""

@@ -56,6 +56,9 @@ class HubTokenizer:
     def template_variables(self) -> frozenset[str]:
         return frozenset() if self._template is None else self._template.variables
 
+    def token_name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def encode_chat(
         self,
         messages: Sequence[ChatMessage],

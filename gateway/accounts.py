@@ -3,9 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, U
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
+
+T = TypeVar("T")
 
 
 class Accounts:
@@ -138,6 +140,25 @@ class Meter:
         if self._end is not None:
             raise self._end
 
+    async def carry(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work gives, where it is no stream of events. Raises the error of `end`."""
+        task = asyncio.current_task()
+        assert task is not None, "work is done in a task"
+        self._watchers.add(task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._end is None:
+                raise
+            task.uncancel()  # it was `end` that cancelled it
+            raise self._end from None
+        finally:
+            self._watchers.discard(task)
+
+    def saw_prompts(self, num_cached_tokens: int) -> None:
+        """All of a request's prompts were computed, or found in the cache, and nothing is generated for them."""
+        self._num_cached = num_cached_tokens
+
     def _count(self, event: TokenEvent) -> None:
         if self._first_token_at is None:
             self._first_token_at = time.time()
@@ -182,7 +203,7 @@ class Meter:
             )
         finally:  # after it is written down, and whatever becomes of that: a reservation never stays
             self._reservation.settle(num_prompt, self._num_tokens)
-        if outcome == COMPLETED:
+        if outcome == COMPLETED and self._num_tokens:
             self._admission.learn(self._record.key_id, self._record.model, self._num_tokens)
 
     def headers(self) -> list[tuple[bytes, bytes]]:

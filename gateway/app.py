@@ -18,6 +18,7 @@ from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
 from loraplex.gateway.audit import end_actions
 from loraplex.gateway.batches.runner import BatchRunner
+from loraplex.gateway.embedder import Embedder
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.idempotency import answer_once
 from loraplex.gateway.lorax.routes import lorax_routes
@@ -28,6 +29,7 @@ from loraplex.gateway.openai.batches import batch_routes
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
 from loraplex.gateway.openai.files import file_routes
+from loraplex.gateway.openai.embeddings import embedding_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.openai.responses import response_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
@@ -35,6 +37,7 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
+from loraplex.gateway.vllm.tokens import token_routes
 
 
 def create_app(settings: Settings, services: Services, batch_runner: BatchRunner) -> ASGIApp:
@@ -50,6 +53,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics()
     answers = Answers(engine, metrics, services.accounts, settings.server)
+    embedder = Embedder(engine, metrics, services.accounts, settings.model)
     adapters = RequestAdapters(
         catalogue,
         settings.adapters.request_trust_seconds,
@@ -63,7 +67,9 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *completion_routes(engine, catalogue, answers),
             *response_routes(engine, catalogue, answers, services.responses, settings.model),
             *model_routes(catalogue, started_at=int(time.time())),
-            *lorax_routes(settings, engine, catalogue, adapters, answers),
+            *lorax_routes(settings, engine, catalogue, adapters, answers, embedder),
+            *embedding_routes(engine, catalogue, embedder),
+            *token_routes(engine, catalogue, settings.model),
             *file_routes(services.files),
             *batch_routes(services.batches, batch_runner.notice),
             *tenant_routes(tenants, catalogue, services.files),

@@ -4,8 +4,8 @@ The names beginning with `vllm:` are those that llm-d and the Gateway API infere
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from itertools import accumulate
 
 from litestar import Response, get
@@ -57,6 +57,19 @@ class Metrics:
                     tokens.inc(len(event.token_ids))
                     outcome = event.finish_reason or outcome
                     yield event
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._requests.labels(model, outcome).inc()
+
+    @contextmanager
+    def counted(self, model: str) -> Iterator[None]:
+        """A request without tokens of its own; outcomes are `embedded`, `aborted`, or the error's class."""
+        outcome = "aborted"
+        try:
+            yield
+            outcome = "embedded"
         except Exception as error:
             outcome = type(error).__name__
             raise

@@ -51,10 +51,8 @@ async def completion_requests(
 
     Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
     """
-    require_ready(engine)
+    prompts = await prompts_of(prompt, engine, "prompt")
     info = engine.info()
-    length = len(prompt) if isinstance(prompt, str) else sum(len(part) for part in prompt if isinstance(part, str))
-    prompts = await _tokenised(length, lambda: _prompt_tokens(prompt, engine, info.vocab_size))
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
@@ -62,28 +60,34 @@ async def completion_requests(
     return _choices(body, limited, completion_id, route, caller, engine)
 
 
+async def prompts_of(said: str | list[str | int | list[int]], engine: Engine, field: str) -> list[list[int]]:
+    """The token ids of each prompt that the field says. Raises MalformedRequest, naming it, or EngineUnavailable."""
+    require_ready(engine)
+    length = len(said) if isinstance(said, str) else sum(len(part) for part in said if isinstance(part, str))
+    return await _tokenised(length, lambda: _prompt_tokens(said, engine, engine.info().vocab_size, field))
+
+
 async def _tokenised(num_characters: int, tokenise: Callable[[], T]) -> T:
     """What `tokenise` gives; a long text holds up no stream meanwhile."""
     return await asyncio.to_thread(tokenise) if num_characters > LONG_TEXT else tokenise()
 
 
-def _prompt_tokens(prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int) -> list[list[int]]:
-    """The token ids of each prompt. Raises MalformedRequest."""
+def _prompt_tokens(
+    prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int, field: str
+) -> list[list[int]]:
     if isinstance(prompt, str):
         prompts: list[list[int]] = [engine.tokenizer.encode(prompt)]
     elif prompt and all(isinstance(part, int) for part in prompt):
         prompts = [[part for part in prompt if isinstance(part, int)]]
     else:
         if any(isinstance(part, int) for part in prompt):
-            raise MalformedRequest(
-                "A prompt is a text, a list of texts, token ids, or a list of lists of them.", "prompt"
-            )
+            raise MalformedRequest("It is a text, a list of texts, token ids, or a list of lists of them.", field)
         prompts = [engine.tokenizer.encode(part) if isinstance(part, str) else list(part) for part in prompt
                    if not isinstance(part, int)]  # fmt: skip
     if not prompts or not all(prompts):
-        raise MalformedRequest("A prompt must not be empty.", "prompt")
+        raise MalformedRequest("A prompt must not be empty.", field)
     if not all(0 <= token < vocab_size for tokens in prompts for token in tokens):
-        raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "prompt")
+        raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", field)
     return prompts
 
 

@@ -17,10 +17,10 @@ from loraplex.gateway.lorax.headers import Stopwatch, stream_headers, whole_head
 from loraplex.gateway.lorax.problems import FRAMING, respond_flat
 from loraplex.gateway.lorax.replies import LoraxWire
 from loraplex.gateway.lorax.requests import lorax_requests
-from loraplex.gateway.lorax.wire import LoraxRequest, Parameters
+from loraplex.gateway.lorax.wire import LoraxRequest
 from loraplex.gateway.middleware import tell
 from loraplex.gateway.openai.answers import Answers
-from loraplex.gateway.request_adapters import RequestAdapters
+from loraplex.gateway.request_adapters import MergedAdapters, RequestAdapters
 
 _body = Body(LoraxRequest)
 _options: dict[str, Any] = {
@@ -67,7 +67,7 @@ def generate_routes(
         watch.validated()
         wire = LoraxWire(body.inputs, parameters, choices, engine.tokenizer, as_list=as_list)
         asked = _Asked(
-            model=_label(parameters, catalogue, caller),
+            model=label(parameters.adapter_id, parameters.merged_adapters, catalogue, caller),
             stream=streams,
             max_tokens=parameters.max_new_tokens,
             num_choices=len(choices),
@@ -101,9 +101,9 @@ def generate_routes(
     return [generate_either, generate, generate_stream]
 
 
-def _label(parameters: Parameters, catalogue: Catalogue, caller: Caller) -> str:
+def label(adapter_id: str | None, merged: MergedAdapters | None, catalogue: Catalogue, caller: Caller) -> str:
     """The model's name in metrics and books: one of the catalogue's, or what kind of adapter the request named."""
-    if parameters.merged_adapters is not None:
+    if merged is not None:
         return "merged-adapters"
-    name = parameters.adapter_id or catalogue.base
+    name = adapter_id or catalogue.base
     return name if catalogue.source_of(name, caller) is not None else "request-adapter"

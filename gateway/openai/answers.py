@@ -10,7 +10,7 @@ from litestar.types import ASGIApp
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
 from loraplex.engines.errors import InvalidRequest
-from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
+from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
 from loraplex.gateway.idempotency import tell_meter
@@ -146,15 +146,15 @@ def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[Gene
         trace_id=request_id_of(request),
         route=request.url.path,
         model=body.model,
-        adapter_id=_adapter_id(choices[0]),
+        adapter_id=computed_with(choices[0]),
         num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
         max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),
         is_open_ended=_is_open_ended(body),
     )
 
 
-def _adapter_id(request: GenerateRequest) -> str:
-    """The content hash of what the answer is computed with: of a composition, the hash of its parts and weights."""
+def computed_with(request: GenerateRequest | EmbedRequest) -> str:
+    """The content hash of what it is computed with: of a composition, the hash of its parts and weights."""
     if request.adapter is not None or not request.composition:
         return request.adapter.id if request.adapter else ""
     parts = sorted(f"{part.adapter.id} {part.weight!r}" for part in request.composition)

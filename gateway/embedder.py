@@ -1,0 +1,114 @@
+"""Texts' tokens -> vectors, admitted, counted and settled like every request; nothing is generated for them."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from litestar import Request
+from msgspec import Struct
+
+from loraplex.auth.metering import Demand
+from loraplex.config.settings import Model
+from loraplex.engines.protocol import Embedding, EmbedRequest, Engine, Pooling
+from loraplex.gateway.accounts import Accounts
+from loraplex.gateway.catalogue import Route
+from loraplex.gateway.guards import caller_of
+from loraplex.gateway.idempotency import tell_meter
+from loraplex.gateway.metrics import Metrics
+from loraplex.gateway.middleware import request_id_of, tell_limits
+from loraplex.gateway.openai.answers import computed_with
+from loraplex.gateway.sse import together, unless_client_leaves
+
+MAX_AT_ONCE = 64  # of one request, so that a long list fills no queue
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """What is to be embedded. `pooling` and `normalize` where the client says them; `model` as it names it.
+
+    Of each vector the first `dimensions` are kept, and normalised anew where it is normalised.
+    """
+
+    embedding_id: str
+    model: str
+    route: Route
+    prompts: Sequence[Sequence[int]]
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    dimensions: int | None = None
+
+
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+
+class Embedder:
+    """For all routes over one engine."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, accounts: Accounts, model: Model) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._accounts = accounts
+        self._model = model
+
+    async def embed(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[Vector]:
+        """A vector for each prompt, in order. Raises what the engine and the limits raise, and ClientLeft."""
+        asked = self._requests(request, wanted)
+        meter = await self._accounts.open(caller_of(request), _demand(request, wanted, asked))
+        tell_meter(request, meter)
+        tell_limits(request, meter.headers())
+        at_once = asyncio.Semaphore(MAX_AT_ONCE)
+
+        async def one(wish: EmbedRequest) -> Embedding:
+            async with at_once:
+                return await self._engine.embed(wish)
+
+        try:
+            with self._metrics.counted(wanted.model):
+                work = unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
+                found = await meter.carry(work)
+        except BaseException as error:
+            meter.settle(error)
+            raise
+        meter.saw_prompts(sum(embedding.num_cached_tokens for embedding in found))
+        meter.settle()
+        tell_limits(request, meter.headers())
+        return [_shortened(embedding.values, wanted.dimensions, asked[0]) for embedding in found]
+
+    def _requests(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[EmbedRequest]:
+        caller = caller_of(request)
+        pooling = self._model.embedding_pooling if wanted.pooling is None else wanted.pooling
+        normalize = self._model.normalize_embeddings if wanted.normalize is None else wanted.normalize
+        return [
+            EmbedRequest(
+                request_id=f"{wanted.embedding_id}-{place}",
+                prompt_token_ids=tuple(prompt),
+                pooling=pooling,
+                normalize=normalize,
+                adapter=wanted.route.adapter,
+                composition=wanted.route.composition,
+                tenant=caller.tenant_id,
+                weight=caller.policy.weight,
+                priority=caller.policy.priority,
+            )
+            for place, prompt in enumerate(wanted.prompts)
+        ]
+
+
+def _shortened(values: Sequence[float], dimensions: int | None, asked: EmbedRequest) -> Vector:
+    vector = np.asarray(values, np.float32)[:dimensions]
+    if dimensions is None or not asked.normalize:
+        return vector
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def _demand(request: Request[Any, Any, Any], wanted: Wanted, asked: Sequence[EmbedRequest]) -> Demand:
+    return Demand(
+        request_id=wanted.embedding_id,
+        trace_id=request_id_of(request),
+        route=request.url.path,
+        model=wanted.model,
+        adapter_id=computed_with(asked[0]),
+        num_prompt_tokens=sum(len(wish.prompt_token_ids) for wish in asked),
+        max_completion_tokens=0,
+    )

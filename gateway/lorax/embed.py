@@ -1,0 +1,80 @@
+"""POST /embed."""
+
+import secrets
+from typing import Any
+
+from litestar import Request, Response, post
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from loraplex.engines.protocol import Engine
+from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.decoding import Body
+from loraplex.gateway.embedder import Embedder, Wanted
+from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.health import require_ready
+from loraplex.gateway.lorax.generate import label
+from loraplex.gateway.lorax.problems import respond_flat
+from loraplex.gateway.lorax.requests import tokens_of
+from loraplex.gateway.replies import json_reply
+from loraplex.gateway.request_adapters import MergedAdapters, RequestAdapters
+
+
+class EmbedParameters(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Which adapter, and how much of the text; as in a generation."""
+
+    adapter_id: str | None = None
+    adapter_source: str | None = None
+    merged_adapters: MergedAdapters | None = None
+    api_token: str | None = None
+    truncate: int | None = None
+
+
+class LoraxEmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    inputs: str
+    parameters: EmbedParameters | None = None
+    stream: bool | None = None
+
+
+class EmbedResponse(Struct):
+    embeddings: list[float]
+
+
+_body = Body(LoraxEmbedRequest)
+
+
+def embed_routes(
+    engine: Engine, catalogue: Catalogue, adapters: RequestAdapters, embedder: Embedder
+) -> list[HTTPRouteHandler]:
+    """The handler of this resource."""
+
+    @post("/embed", status_code=200, guards=[require_inference], exception_handlers={Exception: respond_flat})
+    async def embed(request: Request[Any, Any, Any]) -> Response[bytes]:
+        body = await _body.of(request)
+        if body.stream:
+            raise MalformedRequest("`stream` is for generated text", "stream")
+        if not body.inputs:
+            raise MalformedRequest("`inputs` cannot be empty", "inputs")
+        said = body.parameters or EmbedParameters()
+        if said.truncate is not None and said.truncate < 1:
+            raise MalformedRequest("`truncate` must be strictly positive", "truncate")
+        caller = caller_of(request)
+        route = await adapters.route(
+            caller,
+            adapter_id=said.adapter_id,
+            adapter_source=said.adapter_source,
+            api_token=said.api_token,
+            merged=said.merged_adapters,
+        )
+        require_ready(engine)
+        wanted = Wanted(
+            embedding_id=f"embed-{secrets.token_hex(12)}",
+            model=label(said.adapter_id, said.merged_adapters, catalogue, caller),
+            route=route,
+            prompts=[await tokens_of(body.inputs, engine, truncate=said.truncate)],
+        )
+        [vector] = await embedder.embed(request, wanted)
+        return json_reply(EmbedResponse(vector.tolist()))
+
+    return [embed]

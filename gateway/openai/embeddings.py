@@ -1,0 +1,97 @@
+"""POST /v1/embeddings: texts or token ids -> vectors of the base or of an adapter."""
+
+import base64
+import secrets
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Request, Response, post
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from loraplex.engines.protocol import Engine
+from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.decoding import Body
+from loraplex.gateway.embedder import Embedder, Vector, Wanted
+from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.health import require_ready
+from loraplex.gateway.prompts import prompts_of
+from loraplex.gateway.replies import json_reply
+
+MAX_INPUTS = 2048  # as many as OpenAI takes in one request
+
+
+class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`input` is a text, a list of texts, the token ids of one, or a list of those. `user` has no effect.
+
+    `pooling` and `normalize` are ours; the settings say what holds without them.
+    """
+
+    input: str | list[str | int | list[int]]
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    user: str | None = None
+    pooling: Literal["mean", "last", "cls"] | None = None
+    normalize: bool | None = None
+
+
+class EmbeddingObject(Struct):
+    """Base64 is of little-endian float32s."""
+
+    embedding: list[float] | str
+    index: int
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct):
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
+_body = Body(EmbeddingRequest)
+
+
+def embedding_routes(engine: Engine, catalogue: Catalogue, embedder: Embedder) -> list[HTTPRouteHandler]:
+    """The handlers of this resource."""
+
+    @post("/v1/embeddings", status_code=200, guards=[require_inference])
+    async def create_embedding(request: Request[Any, Any, Any]) -> Response[bytes]:
+        body = await _body.of(request)
+        route = await catalogue.route(body.model, caller_of(request))
+        require_ready(engine)
+        width = engine.info().embedding_width
+        if body.dimensions is not None and body.dimensions > width:
+            raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
+        prompts = await prompts_of(body.input, engine, "input")
+        if len(prompts) > MAX_INPUTS:
+            raise MalformedRequest(f"One request has at most {MAX_INPUTS} inputs.", "input")
+        wanted = Wanted(
+            embedding_id=f"embd-{secrets.token_hex(12)}",
+            model=body.model,
+            route=route,
+            prompts=prompts,
+            pooling=body.pooling,
+            normalize=body.normalize,
+            dimensions=body.dimensions,
+        )
+        vectors = await embedder.embed(request, wanted)
+        data = [_told(index, vector, body) for index, vector in enumerate(vectors)]
+        total = sum(len(prompt) for prompt in prompts)
+        return json_reply(EmbeddingList(data, body.model, EmbeddingUsage(total, total)))
+
+    return [create_embedding]
+
+
+def _told(index: int, vector: Vector, body: EmbeddingRequest) -> EmbeddingObject:
+    if body.encoding_format == "base64":
+        return EmbeddingObject(base64.b64encode(vector.astype("<f4").tobytes()).decode(), index)
+    return EmbeddingObject(vector.tolist(), index)
