@@ -28,8 +28,8 @@ from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.batches import batch_routes
 from loraplex.gateway.openai.chat import chat_routes
 from loraplex.gateway.openai.completions import completion_routes
-from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.embeddings import embedding_routes
+from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.openai.responses import response_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
@@ -37,6 +37,7 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
+from loraplex.gateway.vllm.adapters import vllm_adapter_routes
 from loraplex.gateway.vllm.tokens import token_routes
 
 
@@ -70,6 +71,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *lorax_routes(settings, engine, catalogue, adapters, answers, embedder),
             *embedding_routes(engine, catalogue, embedder),
             *token_routes(engine, catalogue, settings.model),
+            *vllm_adapter_routes(catalogue, tenants),
             *file_routes(services.files),
             *batch_routes(services.batches, batch_runner.notice),
             *tenant_routes(tenants, catalogue, services.files),

@@ -17,6 +17,10 @@ class NotJson(MalformedRequest):
     """The body is missing, or not JSON at all."""
 
 
+class InvalidUserInput(MalformedRequest):
+    """What vLLM calls by this name: an adapter's name or path that is empty."""
+
+
 class UnknownParameter(GatewayError):
     """The body has a field that this route does not know."""
 

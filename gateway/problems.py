@@ -33,6 +33,7 @@ TABLE: dict[type[Exception], Row] = {
     gateway.GatewayError: Row(400, _INVALID, "invalid_request"),
     gateway.MalformedRequest: Row(400, _INVALID, "invalid_request"),
     gateway.NotJson: Row(400, _INVALID, "invalid_request"),
+    gateway.InvalidUserInput: Row(400, _INVALID, "invalid_request"),
     gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
     gateway.ModelNotFound: Row(404, _INVALID, "model_not_found"),

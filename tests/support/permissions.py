@@ -105,7 +105,8 @@ class Row:
 
     @property
     def changes_something(self) -> bool:
-        return self.method != "GET" and not (self.method == "POST" and self.path.startswith("/v1/"))
+        is_inference = self.method == "POST" and self.path.startswith("/v1/") and "lora_adapter" not in self.path
+        return self.method != "GET" and not is_inference
 
 
 _CHAT = {"model": "{model}", "messages": [{"role": "user", "content": "x"}]}
@@ -133,11 +134,18 @@ ROWS = (
     Row("POST", "/invocations", OWNERS, body=_GENERATE),
     Row("POST", "/generate", OWNERS, body=_GENERATE),
     Row("POST", "/generate_stream", OWNERS, body=_GENERATE),
+    Row("POST", "/embed", OWNERS, body=_GENERATE),
+    Row("POST", "/tokenize", OWNERS, body={"model": "{model}", "prompt": "x"}),
+    Row("POST", "/detokenize", OWNERS, body={"model": "{model}", "tokens": [1]}),
+    Row("GET", "/version", EVERYONE),
+    Row("POST", "/v1/load_lora_adapter", ADMINS_AT_LARGE, body={"lora_name": "{fresh}", "lora_path": "{source}"}),
+    Row("POST", "/v1/unload_lora_adapter" + _OF, MANAGERS, body={"lora_name": "{adapter}"}),
     Row("POST", "/classify", CALLERS, 422),
     Row("POST", "/classify_batch", CALLERS, 422),
     Row("GET", "/metrics", ADMINS_AT_LARGE),
     Row("POST", "/v1/chat/completions", OWNERS, body=_CHAT),
     Row("POST", "/v1/completions", OWNERS, body={"model": "{model}", "prompt": "x"}),
+    Row("POST", "/v1/embeddings", OWNERS, body={"model": "{model}", "input": "x"}),
     Row("GET", "/v1/models", CALLERS),
     Row("GET", "/v1/models/{model}", OWNERS),
     Row("POST", "/v1/files", CALLERS, uploads=True, body={"purpose": "batch"}),
