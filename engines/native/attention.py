@@ -12,12 +12,15 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
@@ -83,10 +86,15 @@ class PagedAttention:
         self.windows: list[int | None] = []
         self.layers: list[int | None] = []
         self.own_masks = False  # whether some layer brought a mask of its own making
+        self.intercepts = False
         self._step: AttentionStep | None = None
         self._call = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+
+    def intercepting(self) -> AbstractContextManager[object]:
+        """Within it the model's calls of torch's own attention come here, where it knows no other way."""
+        return _Interception(self) if self.intercepts else nullcontext()
 
     def begin(self, step: AttentionStep) -> None:
         """Set the step that the calls from now on belong to."""
@@ -168,6 +176,31 @@ class PagedAttention:
         k = keys.index_select(0, decodes.slots).view(batch, decodes.max_len, *keys.shape[1:])
         v = values.index_select(0, decodes.slots).view(batch, decodes.max_len, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
+
+
+class _Interception(TorchFunctionMode):
+    """Models that call `scaled_dot_product_attention` themselves, as Falcon does, are carried by catching the call.
+
+    A boolean mask says what is causal, which is known here; one of numbers adds to the scores, and shows in the trial.
+    """
+
+    def __init__(self, attention: PagedAttention) -> None:
+        super().__init__()
+        self._attention = attention
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        mask = None if mask is not None and mask.dtype == torch.bool else mask
+        out, _ = self._attention(_NO_MODULE, args[0], args[1], args[2], mask, kwargs.get("scale"))
+        return out.transpose(1, 2)
+
+
+_NO_MODULE = nn.Module()
 
 
 def _attend_each(query: Tensor, keys: Tensor, values: Tensor, form: Form, step: AttentionStep) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.config.settings import Model
@@ -35,24 +35,31 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
         raise ModelNotServable(f"model.path = {settings.path!r} holds no config.json")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES.get(settings.dtype, "auto"),
-            attn_implementation=attention.name,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        try:
+            model = _read_weights(settings, config, attention.name)
+        except KeyError as error:
+            if error.args != (attention.name,):
+                raise
+            attention.intercepts = True
+            model = _read_weights(settings, config, "sdpa")
     except KeyError as error:
-        if error.args != (attention.name,):
-            raise ModelNotServable(f"{settings.path}: {error!r}") from error
-        raise ModelNotServable(
-            f"{config.model_type} is not served: in transformers its layers do not use its attention interface"
-        ) from error
+        raise ModelNotServable(f"{settings.path}: {error!r}") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelNotServable(f"{settings.path}: {error}") from error
     module: nn.Module = model  # transformers leaves these methods untyped
     module.eval().requires_grad_(False).to(device)
+    return model
+
+
+def _read_weights(settings: Model, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        settings.directory,
+        config=config,
+        dtype=DTYPES.get(settings.dtype, "auto"),
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+    )
     return model
 
 
@@ -99,7 +106,7 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     if decoder is not None:
         hooks.append(decoder.register_forward_hook(lambda *call: hidden.append(_hidden_width(call[-1], ids.shape[1]))))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), attention.intercepting():
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits
     except Exception as error:  # any failure of foreign model code means the same: it cannot be carried
         raise ModelNotServable(f"{type(model).__name__} cannot be stepped: {error!r}") from error

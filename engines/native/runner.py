@@ -143,12 +143,13 @@ class Runner:
         device = self._model.device
         self._lora.begin(owners, sampled, device, one_by_one=one_by_one)
         self._effects.begin(owners, sampled, device, one_by_one=one_by_one)
-        logits: Tensor = self._model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
-        ).logits[0]
+        with self._attention.intercepting():
+            logits: Tensor = self._model(
+                input_ids=torch.tensor([token_ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
+            ).logits[0]
         return logits if self._selects else logits[sampled]
 
     def _with_hidden(self, segments: Sequence[Segment], outcomes: Sequence[Outcome]) -> list[Outcome]:

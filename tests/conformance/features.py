@@ -44,7 +44,7 @@ def _patterns(model: PreTrainedModel) -> dict[str, Any]:
     targets = attention_only(model)["target_modules"]
     return {
         "target_modules": targets, "rank_pattern": {rf".*\.1\..*{targets[0]}": 7},
-        "alpha_pattern": {targets[-1]: 3, rf".*\.2\..*{targets[0]}": 13},
+        "alpha_pattern": {rf".*\.2\..*{targets[0]}": 13, targets[-1]: 3},  # in the order that PEFT saves them in
     }  # fmt: skip
 
 
