@@ -145,6 +145,13 @@ class Adapters(_Section, frozen=True):
     disk_bytes: Annotated[int, Help(ge=1, description="Size of the disk cache; the least recently used leave.")] = (
         50 * 2**30
     )
+    upload_dir: Annotated[
+        str | None,
+        Help(description="Where uploaded adapters are kept until they are deleted; `CACHE_DIR-uploads` if unset."),
+    ] = None
+    upload_bytes: Annotated[int, Help(ge=1, description="Size of the uploads; beyond it further ones are refused.")] = (
+        50 * 2**30
+    )
     host_bytes: Annotated[int, Help(ge=2**20, description="Memory for parsed adapters in host memory.")] = 2 * 2**30
     device_bytes: Annotated[int, Help(ge=2**20, description="Memory for adapters on the device.")] = 2**30
 

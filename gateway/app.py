@@ -80,7 +80,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *secret_routes(tenants, services.secrets),
             *admin_key_routes(tenants.admins),
             *audit_routes(services.audit, tenants),
-            *adapter_routes(catalogue, tenants, engine),
+            *adapter_routes(catalogue, tenants, engine, settings.adapters.fetch_timeout_seconds),
             *route_routes(catalogue, tenants),
             *usage_routes(services.usage),
             *completion_usage_routes(services.usage),

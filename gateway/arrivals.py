@@ -7,7 +7,8 @@ ever: files that come back different make it `failed`.
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from loraplex.engines.adapters.recipe import MergeRecipe
 from loraplex.engines.errors import AdapterMismatch, EngineError, EngineUnavailable
 from loraplex.engines.protocol import Adapter, AdapterCard, Engine
 from loraplex.gateway.adapter_records import AdapterRecords, Key, Version
+from loraplex.gateway.uploads import Incoming
 
 _log = logging.getLogger("loraplex.gateway")
 _ENGINE_PAUSE_SECONDS = 0.2
@@ -46,6 +48,14 @@ class Store(Protocol):
         self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
     ) -> Stored:
         """`content`, if set, is the hash that the files must have, of the revision of that time."""
+        ...
+
+    def receive(self) -> AbstractContextManager[Incoming]:
+        """An upload, of which nothing stays unless it is kept. Blocks."""
+        ...
+
+    async def drop_uploads(self, kept: Collection[str], *, older_than_seconds: float = 0.0) -> None:
+        """Remove the uploads whose addresses are not among those `kept`, unless they are new."""
         ...
 
     async def merge(self, recipe: MergeRecipe, name: str) -> Stored:

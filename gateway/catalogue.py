@@ -135,6 +135,10 @@ class Catalogue:
         """Seconds since 1970; None for one that no request named so far."""
         return self._upkeep.last_used_at(entry)
 
+    def require_free(self, key: Key) -> None:
+        """Raises MalformedRequest or AdapterNameTaken for a name that cannot be registered."""
+        self._check_name(key[1], key[0])
+
     def has(self, key: Key) -> bool:
         return key in self._snapshot
 
@@ -271,6 +275,11 @@ class Catalogue:
         await self._records.change(key, targets=msgspec.to_builtins(targets))
         await self._refresh(key)
         return self.get(*key)
+
+    async def forget_uploads(self, *, older_than_seconds: float) -> None:
+        """Remove the files of uploads that no version names; a new one may not be entered so far."""
+        named = {version.source for entry in self.everything() for version in entry.versions}
+        await self.store.drop_uploads(named, older_than_seconds=older_than_seconds)
 
     async def _refresh(self, key: Key) -> None:
         """Read one name anew."""

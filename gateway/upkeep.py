@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Collection, Coroutine
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from loraplex.gateway.adapter_records import AdapterRecords, Key, Registered
 
 _log = logging.getLogger("loraplex.gateway")
 _ROUND_SECONDS = 1.0
+_UPLOAD_SECONDS = 3600.0  # how long an upload may be nobody's: another gateway enters it once it is checked
 _IDLE_SECONDS = 0.1
 
 
@@ -21,6 +23,8 @@ class Kept(Protocol):
     """The catalogue, as upkeep sees it."""
 
     def everything(self) -> list[Registered]: ...
+
+    async def forget_uploads(self, *, older_than_seconds: float) -> None: ...
 
 
 class Upkeep:
@@ -74,6 +78,7 @@ class Upkeep:
 
     async def _rounds(self) -> None:
         was_ready = False
+        forgotten_at = -math.inf
         while True:
             is_ready = self._engine.health().state == "ready"
             if is_ready and not was_ready:
@@ -83,6 +88,9 @@ class Upkeep:
                 await self._write_uses()
             except SQLAlchemyError as error:
                 _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
+            if time.monotonic() - forgotten_at > _UPLOAD_SECONDS:
+                forgotten_at = time.monotonic()
+                await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
             await asyncio.sleep(_ROUND_SECONDS)
 
     async def _write_uses(self) -> None:

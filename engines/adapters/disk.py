@@ -11,6 +11,7 @@ locks of a killed process. The cache must lie on a local file system: NFS does n
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -40,9 +41,13 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskCache:
-    """A content-addressed directory of at most `max_bytes`. All methods block and may be called from any thread."""
+    """A content-addressed directory of at most `max_bytes`. All methods block and may be called from any thread.
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
+    The least recently used leave it when it is full; where it is `for_good`, what is new is refused instead.
+    """
+
+    def __init__(self, root: Path, max_bytes: int, *, for_good: bool = False) -> None:
+        self._for_good = for_good
         self._objects, self._staging, self._refs = root / "objects", root / "staging", root / "refs"
         self._max_bytes = max_bytes
         self._guard = threading.Lock()
@@ -140,9 +145,14 @@ class DiskCache:
             return None
         return self.find(object_id) if _ID.fullmatch(object_id) else None
 
-    def ids(self) -> list[str]:
-        """Every object, the least recently used first."""
-        return [object_id for _, object_id, _ in self._inventory()]
+    def ids(self, before: float = math.inf) -> list[str]:
+        """Every object last used before a time, in seconds since 1970; the least recently used first."""
+        return [object_id for used_at, object_id, _ in self._inventory() if used_at / 1e9 < before]
+
+    def drop(self, object_id: str) -> bool:
+        """Remove an object unless someone holds it; whether it is gone."""
+        with flock(self._objects):
+            return not self._place(object_id).exists() or self._evict(object_id)
 
     def _place(self, object_id: str) -> Path:
         if not _ID.fullmatch(object_id):
@@ -163,6 +173,8 @@ class DiskCache:
             raise AdapterTooLarge(misfit)
         objects = self._inventory()
         excess = sum(size for _, _, size in objects) + num_bytes - self._max_bytes
+        if excess > 0 and self._for_good:
+            raise AdapterTooLarge(f"{num_bytes} bytes more do not fit the uploads: adapters.upload_bytes")
         for _, object_id, size in objects:
             if excess <= 0:
                 return

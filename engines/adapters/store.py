@@ -13,7 +13,8 @@ import itertools
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from loraplex.engines.adapters.screening import screen
 from loraplex.engines.adapters.sources.base import Address, Listing, Source, Transfer, TransferStopped, Workspace
 from loraplex.engines.adapters.sources.registry import Sources
 from loraplex.engines.adapters.sources.selection import check_sizes
+from loraplex.engines.adapters.upload import Upload
 from loraplex.engines.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterSourceUnavailable
 from loraplex.engines.protocol import Adapter
 
@@ -77,7 +79,8 @@ class AdapterStore:
     def __init__(self, settings: Adapters, *, retries: Retries = DEFAULT_RETRIES) -> None:
         self._settings = settings
         self._retries = retries
-        self._sources = Sources(settings)
+        self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
+        self._sources = Sources(settings, self._uploads)
         self._disk = DiskCache(Path(settings.cache_dir).expanduser().absolute(), settings.disk_bytes)
         self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
         self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
@@ -114,6 +117,20 @@ class AdapterStore:
     async def address(self, uri: str) -> str:
         """The normal form of an address, without any query. Raises AdapterInvalid, AdapterSourceForbidden."""
         return (await asyncio.to_thread(self._sources.find, uri))[1].shown
+
+    @contextmanager
+    def receive(self) -> Iterator[Upload]:
+        """An upload, of which nothing stays unless it is kept. Blocks."""
+        with self._uploads.stage() as workspace:
+            upload = Upload(self._uploads, workspace, self._settings.max_bytes)
+            try:
+                yield upload
+            finally:
+                upload.end()
+
+    async def drop_uploads(self, kept: Collection[str], *, older_than_seconds: float = 0.0) -> None:
+        """Remove the uploads whose addresses are not among those `kept`, unless they are new."""
+        await asyncio.to_thread(self._drop_uploads, frozenset(kept), time.time() - older_than_seconds)
 
     async def merge(self, recipe: MergeRecipe, name: str) -> StoredAdapter:
         """One adapter out of several that are here, computed in a process of its own, or found. Raises AdapterError.
@@ -155,6 +172,11 @@ class AdapterStore:
             raise AdapterSourceUnavailable(f"not done within {seconds:g} s") from error
         finally:
             transfer.stop()
+
+    def _drop_uploads(self, kept: frozenset[str], before: float) -> None:
+        for object_id in self._uploads.ids(before):
+            if f"upload://{object_id}" not in kept:
+                self._uploads.drop(object_id)
 
     def _fetch(self, source: Source, address: Address, token: str | None, transfer: Transfer) -> _Fetched:
         """Attempts in one workspace, so that each resumes what the last one left."""
@@ -211,6 +233,14 @@ class AdapterStore:
             stored = self._disk.commit(workspace)
             self._disk.remember(_MERGED, recipe.id, stored.id, workspace)
         return _Fetched(stored, recipe.id)
+
+
+def _upload_dir(settings: Adapters) -> Path:
+    """Beside the cache, which may be emptied at any time, unless the settings say where."""
+    cache = Path(settings.cache_dir).expanduser().absolute()
+    if settings.upload_dir is None:
+        return cache.with_name(f"{cache.name}-uploads")
+    return Path(settings.upload_dir).expanduser().absolute()
 
 
 def _stored(found: StoredObject, name: str, source: str, revision: str) -> StoredAdapter:

@@ -24,6 +24,7 @@ from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import AdapterNotRegistered, MalformedRequest
 from loraplex.gateway.guards import caller_of, require_tenant_admin
 from loraplex.gateway.replies import json_reply
+from loraplex.gateway.uploads import receive_upload
 
 _ADAPTERS = "/admin/v1/adapters"
 _ADAPTER = _ADAPTERS + "/{name:path}"
@@ -71,8 +72,10 @@ _examined = Body(Examined)
 _chosen = Body(ChosenVersion)
 
 
-def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> list[HTTPRouteHandler]:
-    """The handlers of this resource."""
+def adapter_routes(
+    catalogue: Catalogue, tenants: Tenants, engine: Engine, upload_seconds: float
+) -> list[HTTPRouteHandler]:
+    """The handlers of this resource. An upload may take `upload_seconds`."""
 
     async def views(entries: list[Registered]) -> list[AdapterView]:
         residency = {}
@@ -113,6 +116,29 @@ def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> li
         tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
         await require_fetchable(caller_of(request), wanted.source, catalogue)
         return json_reply(listed_versions([await catalogue.validate(wanted.source, tenant_id)], None)[0])
+
+    @post(f"{_ADAPTERS}/upload", guards=[require_tenant_admin], request_max_body_size=None)
+    async def upload_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """Files instead of a source: a new adapter, with `update=true` a new version, with `dry_run=true` neither."""
+        name = request.query_params.get("name", "")
+        is_update, is_dry = _flag(request, "update"), _flag(request, "dry_run")
+        if is_update:
+            key = scope_of(request), name
+            _adapter(catalogue, key)
+        else:
+            caller, asked = caller_of(request), request.query_params.get("tenant_id")
+            key = await own_or_named(caller, asked, tenants), name
+        tell_audit(request, f"adapters/{name}", tenant_id=key[0])
+        if not is_update and not is_dry:
+            catalogue.require_free(key)
+        with catalogue.store.receive() as upload:
+            source = await receive_upload(request, upload, upload_seconds)
+            if is_dry:
+                return json_reply(listed_versions([await catalogue.validate(source, key[0])], None)[0])
+            waits = _flag(request, "wait", default="true")
+            act = catalogue.update(key, source, waits=waits) if is_update else None
+            entry = await (act or catalogue.register(name, source, key[0], waits=waits))
+        return await shown(entry, 202 if not waits else 200 if is_update else 201)
 
     @get(_ADAPTERS, guards=[require_tenant_admin])
     async def list_adapters(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -164,6 +190,7 @@ def adapter_routes(catalogue: Catalogue, tenants: Tenants, engine: Engine) -> li
     return [
         register_adapter,
         validate_adapter,
+        upload_adapter,
         list_adapters,
         get_adapter,
         change_adapter,
@@ -207,8 +234,8 @@ def _adapter(catalogue: Catalogue, key: Key) -> Registered:
     return entry
 
 
-def _flag(request: Request[Any, Any, Any], name: str) -> bool:
-    value = request.query_params.get(name, "false")
+def _flag(request: Request[Any, Any, Any], name: str, default: str = "false") -> bool:
+    value = request.query_params.get(name, default)
     if value not in ("true", "false"):
         raise MalformedRequest(f"{name} is true or false.", name)
     return bool(value == "true")

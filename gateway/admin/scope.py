@@ -45,6 +45,8 @@ async def require_fetchable(caller: Caller, source: str, catalogue: Catalogue) -
     Raises AdapterError.
     """
     address = await catalogue.store.address(source)
+    if address.startswith("upload:"):
+        raise AdapterSourceForbidden(f"{address}: uploads are registered by sending the files")
     if caller.role == "admin" or address.startswith(("hf://", "https://")) or caller.policy.may_fetch(address):
         return
     if address.startswith("s3://") and await catalogue.has_token(caller.tenant_id, address):

@@ -56,6 +56,14 @@ class Shelf:
     async def address(self, uri: str) -> str:
         return uri
 
+    async def drop_uploads(self, kept: Any, *, older_than_seconds: float = 0.0) -> None: ...
+
+    def receive(self) -> Any:
+        raise NotImplementedError
+
+    async def merge(self, recipe: Any, name: str) -> Fetched:
+        raise NotImplementedError
+
     async def fetch(
         self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
     ) -> Fetched:
