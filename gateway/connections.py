@@ -40,6 +40,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     bounds: ClassVar[Server]
     _deadline: asyncio.TimerHandle | None = None
     _is_in_head = True
+    _has_passed_head = False  # by what came last
     _is_refused = False
     _num_head_bytes = 0  # of a head that is not complete
     _num_body_bytes = 0
@@ -58,13 +59,16 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         if self._is_in_head and self._deadline is None:
             self._within(self.bounds.header_timeout_seconds, self._head_is_late)
+        self._has_passed_head = False
         super().data_received(data)
-        if self._is_in_head and not self._is_refused:  # the parser keeps an endless header without a word
+        # the parser keeps an endless header without a word; what holds the end of a head or a body is not all header
+        if self._is_in_head and not self._has_passed_head and not self._is_refused:
             self._num_head_bytes += len(data)
             self._check_head(self._num_head_bytes)
 
     def on_headers_complete(self) -> None:
         self._disarm()
+        self._has_passed_head = True
         self._is_in_head = False
         self._num_head_bytes = self._num_body_bytes = 0
         self._check_head(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
@@ -81,7 +85,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._disarm()
-        self._is_in_head = True  # the next one's
+        self._is_in_head = self._has_passed_head = True  # the next one's
         if not self._is_refused:
             super().on_message_complete()
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.gateway import BASE, Gateway, running, settings_in
+from support.problems import assert_problem
 
 CHAT = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "x"}]}).encode()
 
@@ -154,3 +155,13 @@ def test_odd_authorization_headers_are_401(strict: Gateway, value: str) -> None:
         status = answer(connection)[9:12]
     assert status in (b"401", b"400"), status
     assert serves(strict)
+
+
+@pytest.mark.parametrize("size", [40_000, 200_000, 900_000])
+def test_body_larger_than_a_head_may_be_is_no_head(strict: Gateway, size: int) -> None:
+    """In one piece with its head, and in pieces of which the last one is larger than a head may be."""
+    body = {"model": BASE, "messages": [{"role": "user", "content": "x" * size}]}
+    with strict.client() as client:
+        for _ in range(3):
+            refused = client.post("/v1/chat/completions", json=body)
+            assert_problem(refused, 400, "context_length_exceeded", "messages")
