@@ -153,7 +153,7 @@ class Dialogue:
             otherwise=form[1] if form and not is_forced else None,
         )
         if grammar is None and form is not None:
-            raise MalformedRequest("It is not possible together with tools; a schema is.", form[0])
+            raise MalformedRequest("This form is not possible together with tools that this model may call.", form[0])
         return grammar
 
     def _callable(self) -> list[CallableTool]:

@@ -51,8 +51,8 @@ def call_grammar(
 ) -> Grammar | None:
     """The grammar of an answer that calls one of these tools, or several where calls may be parallel.
 
-    Where no call is forced the answer may be any text, or one that `otherwise` admits; None where that is a grammar
-    that cannot be part of another.
+    Where no call is forced the answer may be any text, or one that `otherwise` admits; None where that cannot be part
+    of a grammar of this family's calls.
     """
     writer = _Writer(vocabulary)
     think = writer.thinking(thinking)
@@ -61,7 +61,8 @@ def call_grammar(
     if is_forced:
         start = f"start: {think} calls\n"
     elif otherwise is not None:
-        body = _body(otherwise)
+        # where calls begin like any JSON the lexer, which reads the longest word, could not tell them from other JSON
+        body = None if form.opens_answer else _body(otherwise)
         if body is None:
             return None
         start, rest = f"start: {think} (calls | body)\n", body
