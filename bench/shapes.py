@@ -48,6 +48,7 @@ SHAPES = {
     "toy": Shape(6, 256, 688, 8, 4, 2048, torch.float32),
     "135m": Shape(30, 576, 1536, 9, 3, 49152, torch.bfloat16),  # SmolLM2-135M
     "1.1b": Shape(22, 2048, 5632, 32, 4, 32000, torch.bfloat16),  # TinyLlama-1.1B
+    "8b": Shape(32, 4096, 14336, 32, 8, 128256, torch.bfloat16),  # Llama-3.1-8B
 }
 
 

@@ -90,6 +90,10 @@ class EngineSettings(_Section, frozen=True):
         bool,
         Help(description="Compute each request to the last bit alike, whoever shares its batch; slower."),
     ] = False
+    kernels: Annotated[
+        Literal["auto", "torch", "triton"],
+        Help(description="What computes LoRA and attention; auto is triton on CUDA, torch (and C) elsewhere."),
+    ] = "auto"
     max_waiting: Annotated[int, Help(ge=1, description="Queued requests beyond which new ones are refused.")] = 1024
     max_wait_seconds: Annotated[
         float, Help(gt=0, description="How long a request may wait for its first step before it is refused.")

@@ -21,6 +21,11 @@ class Arena:
         return self._buffer.dtype
 
     @property
+    def buffer(self) -> Tensor:
+        """All of it. Shape [capacity]."""
+        return self._buffer
+
+    @property
     def device(self) -> torch.device:
         return self._buffer.device
 

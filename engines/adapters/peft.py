@@ -29,12 +29,16 @@ _DTYPES = {"F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class BaseModule:
-    """One linear layer of the base model that an adapter may target; `index` is its place in the arena's table."""
+    """One linear layer of the base model that an adapter may target; `index` is its place in the arena's table.
+
+    Layers of one number `input` are given one and the same tensor, as q, k and v are.
+    """
 
     index: int
     name: str
     in_features: int
     out_features: int
+    input: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
+from loraplex.engines.native.device_attention import KernelStep
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
 
 
@@ -87,7 +88,7 @@ class PagedAttention:
         self.layers: list[int | None] = []
         self.own_masks = False  # whether some layer brought a mask of its own making
         self.intercepts = False
-        self._step: AttentionStep | None = None
+        self._step: AttentionStep | KernelStep | None = None
         self._call = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -96,7 +97,7 @@ class PagedAttention:
         """Within it the model's calls of torch's own attention come here, where it knows no other way."""
         return _Interception(self) if self.intercepts else nullcontext()
 
-    def begin(self, step: AttentionStep) -> None:
+    def begin(self, step: AttentionStep | KernelStep) -> None:
         """Set the step that the calls from now on belong to."""
         self._step = step
         self._call = 0
@@ -139,6 +140,8 @@ class PagedAttention:
         values.index_copy_(0, step.slots, value[0].transpose(0, 1))
         if step.one_by_one:
             return _attend_each(query, keys, values, form, step)[None], None
+        if isinstance(step, KernelStep):
+            return step.attend(query, keys, values, form)[None], None
         if step.decodes is not None and not step.prefills:
             return self._decode(query[0].transpose(0, 1), keys, values, form, step)[None], None
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from loraplex.config.settings import Settings
+from loraplex.config.settings import EngineSettings, Settings
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import Base
 from loraplex.engines.errors import ModelNotServable
@@ -20,6 +20,7 @@ from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
 from loraplex.engines.native.tiles import choose_tile
 from loraplex.engines.protocol import EngineInfo, Progress
+from loraplex.kernels.triton_support import is_available
 
 # The most that an unset kv_cache_bytes may take of what is free beside the weights and the adapters' arena.
 KV_SHARE = 0.5
@@ -74,11 +75,23 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         embedding_width=trial.embedding_width,
     )
     base = base_of(model, trial, settings.adapters.max_rank)
-    runner = Runner(model, trial, attention, arena, num_blocks, block_size)
+    uses_kernels = _uses_kernels(settings.engine, device)
+    runner = Runner(model, trial, attention, arena, num_blocks, block_size, uses_kernels=uses_kernels)
     if settings.engine.deterministic:
         runner.tile = choose_tile(model, trial, runner, block_size, num_blocks)
     compare_with_reference(model, trial, runner, block_size, num_blocks)
     return Machine(settings, info, _eos_token_ids(model), runner, arena, capacity, num_blocks, base)
+
+
+def _uses_kernels(engine: EngineSettings, device: torch.device) -> bool:
+    """Whether Triton computes LoRA and attention. Raises ModelNotServable where it is asked for and cannot."""
+    if engine.kernels == "triton" and not is_available(device):
+        raise ModelNotServable(f"engine.kernels = 'triton' needs a CUDA device, and the model is on {device}")
+    if engine.kernels == "triton" and engine.deterministic:
+        raise ModelNotServable("engine.deterministic computes with engine.kernels = 'torch' alone")
+    return engine.kernels == "triton" or (
+        engine.kernels == "auto" and device.type == "cuda" and not engine.deterministic
+    )
 
 
 def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:

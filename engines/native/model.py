@@ -103,6 +103,8 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     decoder, hidden = _decoder(model), [0]
     hooks = [module.register_forward_hook(_note(passages, name, ids.shape[1]), with_kwargs=True)
              for name, module in owners.items()]  # fmt: skip
+    given: dict[str, Tensor] = {}
+    hooks += [layer.register_forward_hook(_keep_input(given, name)) for name, layer in linear.items()]
     if decoder is not None:
         hooks.append(decoder.register_forward_hook(lambda *call: hidden.append(_hidden_width(call[-1], ids.shape[1]))))
     try:
@@ -117,10 +119,12 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         reason = "make attention masks of their own" if attention.layers else "do not use its attention interface"
         raise ModelNotServable(f"{type(model).__name__} is not served: in transformers its layers {reason}")
     fit = [name for name, layer in linear.items() if _is_linear_passage(passages.get(name), layer)]
+    kinds = {id(tensor): number for number, tensor in enumerate(given.values())}
+    inputs = {name: kinds[id(tensor)] for name, tensor in given.items()}
     num_layers = model.config.get_text_config().num_hidden_layers
     return Trial(
         selects=logits.shape[1] == 1,
-        layers={name: (linear[name], BaseModule(index, name, *_features(linear[name])))
+        layers={name: (linear[name], BaseModule(index, name, *_features(linear[name]), inputs[name]))
                 for index, name in enumerate(fit)},
         unfit={name: "does not turn each token's row into one" if name in passages else UNUSED for name in owners
                if name not in fit and (name in linear or passages.get(name) is None)},
@@ -143,6 +147,15 @@ def _hidden_width(output: Any, num_tokens: int) -> int:
     hidden = output[0] if not isinstance(output, Tensor) else output
     is_hidden = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == (1, num_tokens)
     return int(hidden.shape[2]) if is_hidden else 0
+
+
+def _keep_input(given: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A hook that keeps what a linear layer was given."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        given[name] = inputs[0]
+
+    return keep
 
 
 def _note(passages: dict[str, Passage | None], name: str, num_tokens: int) -> Callable[..., None]:

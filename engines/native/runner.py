@@ -19,6 +19,8 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
+from loraplex.engines.native.device_attention import KernelStep
+from loraplex.engines.native.device_lora import DeviceLora
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
@@ -42,13 +44,17 @@ class Runner:
         arena: Arena,
         num_blocks: int,
         block_size: int,
+        *,
+        uses_kernels: bool = False,
     ) -> None:
+        """`uses_kernels`: LoRA and attention are those of Triton."""
         self._model = model
         self.stopwatch = Stopwatch()
         self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
-        self._lora = LoraLayers(arena)
+        self._uses_kernels = uses_kernels
+        self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena)
         self._selects = trial.selects
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
@@ -141,7 +147,10 @@ class Runner:
     ) -> Tensor:
         """Over tokens whose attention is set. The logits behind those that are `sampled`. Shape [N, V]."""
         device = self._model.device
-        self._lora.begin(owners, sampled, device, one_by_one=one_by_one)
+        if isinstance(self._lora, LoraLayers):
+            self._lora.begin(owners, sampled, device, one_by_one=one_by_one)
+        else:
+            self._lora.begin(owners, sampled, device)
         self._effects.begin(owners, sampled, device, one_by_one=one_by_one)
         with self._attention.intercepting():
             logits: Tensor = self._model(
@@ -170,7 +179,9 @@ class Runner:
         """Of the step's tokens. Shape [T, H]."""
         self._hidden = output[0][0]
 
-    def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep:
+    def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep | KernelStep:
+        if self._uses_kernels:
+            return KernelStep.of(segments, self._block_size, device)
         new_slots: list[int] = []
         prefills: list[Prefill] = []
         decodes: list[tuple[int, Segment]] = []

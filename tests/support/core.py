@@ -15,7 +15,7 @@ from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 
-def make_core(small: SmallWorld, **engine: float | None) -> EngineCore:
+def make_core(small: SmallWorld, **engine: Any) -> EngineCore:
     return EngineCore(load_machine(small.settings(**engine), lambda progress: None))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.models import SPECS, Oracle, llama_config, make_adapter, make_model
 
@@ -19,11 +20,11 @@ class SmallWorld:
     adapters: dict[str, Adapter]
     oracle: Oracle
 
-    def settings(self, **engine: float | None) -> Settings:
-        options: dict[str, float | None] = {"kv_block_size": 4, "max_batch_tokens": 48, "num_threads": 1, **engine}
+    def settings(self, **engine: Any) -> Settings:
+        options: dict[str, Any] = {"kv_block_size": 4, "max_batch_tokens": 48, "num_threads": 1, **engine}
         return Settings(
             model=Model(path=str(self.directory), name="small", dtype="float32", device="cpu"),
-            engine=EngineSettings(**options),  # type: ignore[arg-type]
+            engine=EngineSettings(**options),
             adapters=Adapters(device_bytes=8 * 2**20),
         )
 

@@ -1,0 +1,166 @@
+"""LoRA beside the linear layers by the Triton kernels: adapters of any rank are read where they lie in the arena.
+
+Layers that are given the same tensor (q, k and v; gate and up) share one `shrink`. What the kernels read is a table of
+one row an adapter, written when the adapter is first computed with, and again after it has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.engines.adapters.arena import Arena
+from loraplex.engines.adapters.peft import AdapterPlan, BaseModule
+from loraplex.engines.native.lora import Owners
+from loraplex.kernels.lora.expand import expand
+from loraplex.kernels.lora.shrink import BLOCK_RANK, num_splits, shrink
+from loraplex.kernels.lora.table import NOBODY, AdapterTable, Tiles
+
+NUM_SLOTS = 4096  # adapters whose rows are kept, some tens of bytes a module each
+# Tokens in one tile: few where most adapters have one or two, as in decoding, many where they have long runs.
+_SMALL_TILE, _LARGE_TILE = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What the table says of one adapter: its slot, and the plan and place that it was written from."""
+
+    slot: int
+    plan: AdapterPlan
+    offset: int
+
+
+class _Table:
+    """The adapters' rows, the least recently used of which gives way."""
+
+    def __init__(self, arena: Arena, num_modules: int) -> None:
+        self._arena = arena
+        self._rows: dict[str, _Row] = {}
+        self._free = list(range(NUM_SLOTS))
+        self.table = AdapterTable.empty(arena.buffer, NUM_SLOTS, num_modules)
+
+    def slots(self, adapter_ids: Iterable[str]) -> dict[str, int]:
+        """The slot of each, written where it is not what the arena has by now. At most NUM_SLOTS at a time."""
+        found = {}
+        for adapter_id in adapter_ids:
+            plan, offset = self._arena.plan(adapter_id), int(self._arena.flat(adapter_id).storage_offset())
+            row = self._rows.pop(adapter_id, None)
+            if row is None or row.plan is not plan or row.offset != offset:
+                row = _Row(row.slot if row is not None else self._slot(), plan, offset)
+                self._write(row)
+            self._rows[adapter_id] = row
+            found[adapter_id] = row.slot
+        return found
+
+    def _slot(self) -> int:
+        return self._free.pop() if self._free else self._rows.pop(next(iter(self._rows))).slot
+
+    def _write(self, row: _Row) -> None:
+        table = self.table
+        columns = {name: getattr(table, name)[row.slot] for name in ("a", "b", "gain", "rank", "scale")}
+        fresh = {name: torch.zeros_like(column, device="cpu") for name, column in columns.items()}
+        fresh["gain"].fill_(-1)
+        for index, entry in row.plan.entries.items():
+            fresh["a"][index], fresh["b"][index] = row.offset + entry.a, row.offset + entry.b
+            fresh["rank"][index], fresh["scale"][index] = entry.rank, entry.scale
+            if entry.gain is not None:
+                fresh["gain"][index] = row.offset + entry.gain
+        for name, column in columns.items():
+            column.copy_(fresh[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The tokens one layer sees. Round n has the n-th adapter of each token, so that no token is in it twice."""
+
+    rounds: tuple[Tiles, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """`sampled` is the view of the layers behind the selection of tokens (lm_head)."""
+
+    touched: frozenset[int]
+    max_rank: int
+    tokens: _View
+    sampled: _View
+
+
+class DeviceLora:
+    """Implements what `LoraLayers` does, with the kernels."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._modules: list[BaseModule] = []
+        self._groups: dict[int, list[int]] = {}  # input -> the modules that are given it
+        self._members: dict[int, Tensor] = {}  # the same, as the kernel wants it
+        self._table: _Table | None = None
+        self._step: _Step | None = None
+        self._shrunk: tuple[Tensor, Tiles, Tensor] | None = None  # (input, tiles, h) of the last group
+
+    def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
+        """As `LoraLayers.wrap`."""
+        forward: Callable[[Tensor], Tensor] = layer.forward
+        bias = getattr(layer, "bias", None)
+        assert module.index == len(self._modules)
+        self._modules.append(module)
+        self._groups.setdefault(module.input, []).append(module.index)
+
+        def forward_with_lora(x: Tensor) -> Tensor:
+            y = forward(x)
+            step = self._step
+            if step is not None and module.index in step.touched:
+                view = step.sampled if behind_selection else step.tokens
+                for tiles in view.rounds:
+                    self._add(y.view(-1, y.shape[-1]), x, module, step, tiles, bias)
+            return y
+
+        layer.forward = forward_with_lora
+
+    def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
+        """As `LoraLayers.begin`."""
+        self._shrunk = None
+        names = {adapter_id for some in set(owners) for adapter_id, _ in some}
+        if not names:
+            self._step = None
+            return
+        if self._table is None:
+            self._table = _Table(self._arena, len(self._modules))
+            self._members = {key: torch.tensor(group, dtype=torch.int32, device=device)
+                             for key, group in self._groups.items()}  # fmt: skip
+        slots = self._table.slots(sorted(names))
+        plans = [self._arena.plan(name) for name in names]
+        largest = max(plan.rank for plan in plans)
+        self._step = _Step(
+            touched=frozenset(index for plan in plans for index in plan.entries),
+            max_rank=-(-largest // BLOCK_RANK) * BLOCK_RANK,
+            tokens=_view(owners, slots, device),
+            sampled=_view([owners[token] for token in sampled], slots, device),
+        )
+
+    def _add(self, y: Tensor, x: Tensor, module: BaseModule, step: _Step, tiles: Tiles, bias: Tensor | None) -> None:
+        """y: Shape [T, out], changed in place. x: Shape [..., in]."""
+        assert self._table is not None
+        table, members = self._table.table, self._members[module.input]
+        last = self._shrunk
+        if last is None or last[0] is not x or last[1] is not tiles:
+            rows = x.reshape(-1, x.shape[-1])
+            splits = num_splits(rows.shape[1], tiles.num_tiles, members.shape[0], step.max_rank)
+            last = (x, tiles, shrink(rows, table, members, tiles, step.max_rank, splits))
+            self._shrunk = last
+        expand(y, last[2][self._groups[module.input].index(module.index)], table, module.index, tiles, bias)
+
+
+def _view(owners: Sequence[Owners], slots: dict[str, int], device: torch.device) -> _View:
+    most = max((len(some) for some in owners), default=0)
+    rounds = []
+    for number in range(most):
+        own = [slots[some[number][0]] if number < len(some) else NOBODY for some in owners]
+        weights = [some[number][1] if number < len(some) else 1.0 for some in owners]
+        num_adapters = len(set(own) - {NOBODY})
+        block = _LARGE_TILE if len(own) > _LARGE_TILE * num_adapters else _SMALL_TILE
+        rounds.append(Tiles.of(own, weights, block, device))
+    return _View(tuple(rounds))

@@ -1,0 +1,91 @@
+"""The engine on the Triton kernels, interpreted where there is no GPU, against transformers + PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.cells import Asked, expected_logprobs, make_base, relative_error, serve
+from conformance.cells import make_core as make_tiny_core
+from conformance.shrinking import tiny_config
+from support.core import make_core, prompt_of, request, run, tokens
+from support.worlds import SmallWorld
+from transformers import AutoModelForCausalLM
+
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.device_lora import DeviceLora, _Table
+from loraplex.engines.protocol import GenerateRequest, SamplingParams, WeightedAdapter
+
+# float32 on both sides, in another order of summation.
+TOLERANCE = 1e-4
+
+
+pytestmark = pytest.mark.timeout(400)  # the interpreter takes milliseconds for what a GPU does in none
+
+
+@pytest.fixture(scope="module")
+def core(small: SmallWorld) -> EngineCore:
+    return make_core(small, kernels="triton", max_batch_tokens=24)
+
+
+def test_mixed_batch_on_the_kernels_gives_the_tokens_of_peft_alone(small: SmallWorld, core: EngineCore) -> None:
+    """Every kind of adapter in the same steps, prompts in chunks, prefill beside decode."""
+    assert isinstance(core._machine.runner._lora, DeviceLora)
+    adapters = [None, *small.adapters.values()]
+    prompts = [prompt_of(seed, 2 + 3 * seed) for seed in range(len(adapters))]
+    for number, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        core.submit(request(str(number), prompt, adapter, max_tokens=2))
+    emissions = run(core, seconds=300.0)
+    for number, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        assert tokens(emissions[str(number)]) == small.oracle.greedy(prompt, 2, adapter), adapter
+
+
+def test_composition_on_the_kernels_equals_the_torch_forms(small: SmallWorld, core: EngineCore) -> None:
+    """The torch forms are held against PEFT's weighted sum in tests/conformance."""
+    parts = tuple(
+        WeightedAdapter(small.adapters[name], weight) for name, weight in (("rank-8", 0.75), ("rank-4", -0.5))
+    )
+    sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    prompt = tuple(prompt_of(3, 12))
+    found = []
+    for one in (core, make_core(small)):
+        one.submit(GenerateRequest(request_id="some", prompt_token_ids=prompt, composition=parts, sampling=sampling))
+        one.submit(request("base", prompt_of(4, 3), max_tokens=3))
+        emissions = run(one, seconds=300.0)
+        found.append((tokens(emissions["some"]), tokens(emissions["base"])))
+    assert found[0] == found[1]
+    assert found[0][0] != small.oracle.greedy(list(prompt), 3, None)
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
+def test_windows_caps_and_sinks_reach_the_kernels(architecture: str, tmp_path: Path) -> None:
+    model: Any = make_base(tiny_config(architecture), tmp_path)
+    core = make_tiny_core(tmp_path, num_blocks=None, kernels="triton")
+    asked = [Asked("short", (5, 6, 7), None), Asked("long", tuple(range(3, 26)), None)]
+    answers = serve(core, asked, seconds=300.0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for one in asked:
+        expected = expected_logprobs(model, one, answers[one.name].tokens)
+        assert relative_error(answers[one.name], expected) < TOLERANCE
+
+
+def test_rows_of_the_table_are_written_anew_when_an_adapter_has_moved(small: SmallWorld) -> None:
+    core = make_core(small)
+    for adapter in small.adapters.values():
+        core.submit(request(adapter.name, prompt_of(1, 3), adapter, max_tokens=1))
+    run(core)
+    arena = core._machine.arena
+    table = _Table(arena, len(core._machine.base.modules))
+    ids = [adapter.id for adapter in small.adapters.values()]
+    slots = table.slots(ids)
+    assert sorted(slots) == sorted(ids)
+    assert len(set(slots.values())) == len(ids)
+    before = table.table.a[slots[ids[0]]].clone()
+    assert table.slots(ids) == slots
+    arena._offsets[ids[0]] += 64
+    assert table.slots(ids) == slots
+    moved = table.table.a[slots[ids[0]]]
+    touched = table.table.rank[slots[ids[0]]] > 0
+    assert torch.equal(moved[touched], before[touched] + 64)
