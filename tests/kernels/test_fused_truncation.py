@@ -45,7 +45,7 @@ def test_truncation_equals_transformers(case: tuple[int, float, float]) -> None:
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
-    expected = warpers(torch.zeros(1, 1, dtype=torch.long), given)
+    expected = warpers(torch.zeros(1, 1, dtype=torch.long), given)  # type: ignore[arg-type]  # an alias of Tensor
     assert torch.equal(truncate_logits(given, *columns([case])), expected)
 
 

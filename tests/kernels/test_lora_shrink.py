@@ -13,7 +13,7 @@ RANKS = [(1, 8), (256, 0), (0, 16), (5, 130), (64, 64), (16, 4)]  # of each slot
 WIDTHS = [(200, 40), (200, 56)]
 MODULES = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
 # float32: sums in another order. bfloat16: the inputs are exact in float32, where they are added up.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_shrink_equals_the_formula(mix: str, dtype: torch.dtype) -> None:
     tiles = Tiles.of(owners(mix, len(RANKS), 23), None, 16, DEVICE)
     h = shrink(x, table, MODULES, tiles, 256, splits=1)
     expected = shrink_reference(x.cpu(), table.to("cpu"), MODULES, tiles.to("cpu"), 256, 1)
-    torch.testing.assert_close(h.cpu(), expected, **TOLERANCE)
+    torch.testing.assert_close(h.cpu(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("splits", "block", "width"), [(2, 16, 200), (3, 32, 641), (5, 16, 129)])
@@ -36,7 +36,7 @@ def test_splits_add_up_to_the_whole(splits: int, block: int, width: int) -> None
     tiles = Tiles.of(owners("zipf", len(RANKS), 40), None, block, DEVICE)
     h = shrink(x, table, MODULES, tiles, 256, splits)
     expected = shrink_reference(x.cpu(), table.to("cpu"), MODULES, tiles.to("cpu"), 256, splits)
-    torch.testing.assert_close(h.sum(1).cpu(), expected.sum(1), **TOLERANCE)
+    torch.testing.assert_close(h.sum(1).cpu(), expected.sum(1), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_every_number_of_the_tiles_is_written_and_none_beside() -> None:

@@ -12,6 +12,7 @@ from support.worlds import SmallWorld
 from loraplex.engines.errors import DeadlineExceeded, EngineOverloaded, InvalidRequest, PromptTooLong
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.lora import LoraLayers
 from loraplex.engines.native.scheduler import Emission
 
 
@@ -88,8 +89,10 @@ def test_adapter_that_left_stays_stacked_and_changes_no_token(small: SmallWorld)
     core.submit(request("long", prompt_of(7, 9), wide, max_tokens=30, ignore_eos=True))
     core.submit(request("short", prompt_of(8, 9), narrow, max_tokens=3, ignore_eos=True))
     emissions = run(core)
-    assert len(core._machine.runner._lora._recent) <= 2
-    assert core._machine.runner._lora._recent[0].positions.keys() == {wide.id, narrow.id}
+    lora = core._machine.runner._lora
+    assert isinstance(lora, LoraLayers)
+    assert len(lora._recent) <= 2
+    assert lora._recent[0].positions.keys() == {wide.id, narrow.id}
     expected = small.oracle.greedy(prompt_of(7, 9), 30, wide)
     assert tokens(emissions["long"])[: len(expected)] == expected
 
