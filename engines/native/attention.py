@@ -138,10 +138,10 @@ class PagedAttention:
         keys, values = self._keys[call], self._values[call]
         keys.index_copy_(0, step.slots, key[0].transpose(0, 1))
         values.index_copy_(0, step.slots, value[0].transpose(0, 1))
-        if step.one_by_one:
-            return _attend_each(query, keys, values, form, step)[None], None
         if isinstance(step, KernelStep):
             return step.attend(query, keys, values, form)[None], None
+        if step.one_by_one:
+            return _attend_each(query, keys, values, form, step)[None], None
         if step.decodes is not None and not step.prefills:
             return self._decode(query[0].transpose(0, 1), keys, values, form, step)[None], None
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
