@@ -38,6 +38,8 @@ class Codec(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def token_name(self, token_id: int) -> str: ...
+
     def stream(self, *, skip_special_tokens: bool) -> TextStream: ...
 
 
@@ -83,6 +85,9 @@ class JsonCodec:
         if self._is_byte_level:
             return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
         return name.replace("▁", " ").encode()
+
+    def token_name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
         return JsonStream(self._tokenizer, skip_special_tokens)

@@ -114,6 +114,10 @@ class TiktokenCodec:
         except KeyError:
             return b""
 
+    def token_name(self, token_id: int) -> str:
+        """Its text: the file has bytes and no names."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
         return _BytesStream(self, self.special_token_ids if skip_special_tokens else frozenset())
 

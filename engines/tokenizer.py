@@ -57,7 +57,7 @@ class HubTokenizer:
         return frozenset() if self._template is None else self._template.variables
 
     def token_name(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id) or ""
+        return self._codec.token_name(token_id)
 
     def encode_chat(
         self,
