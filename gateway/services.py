@@ -1,5 +1,6 @@
 """Settings -> everything a server stands on, opened in order and closed in reverse."""
 
+import logging
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.audit import AuditLog
+from loraplex.auth.errors import LimitsUnavailable
 from loraplex.auth.keys import load_pepper
 from loraplex.auth.ledger.ledger import Ledger, open_ledger
 from loraplex.auth.ledger.retention import Retention
@@ -19,7 +21,6 @@ from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
-from loraplex.auth.metering import Books
 from loraplex.auth.secrets import TenantSecrets
 from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import open_database
@@ -35,6 +36,8 @@ from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.files.store import FileStore
 from loraplex.gateway.openai.response_store import ResponseStore
 from loraplex.gateway.source_tokens import SecretTokens
+
+_log = logging.getLogger("loraplex.gateway")
 
 
 class CannotOpen(Exception):
@@ -115,7 +118,7 @@ def _journal_dir(settings: Settings, database: AsyncEngine) -> Path:
 
 
 @asynccontextmanager
-async def _admission(settings: LimitSettings, books: Books) -> AsyncIterator[Admission]:
+async def _admission(settings: LimitSettings, books: Ledger) -> AsyncIterator[Admission]:
     """In this process, or shared through Redis. Raises CannotOpen."""
     if settings.redis_url is None:
         admission = Admission(MemoryStore(books))
@@ -127,6 +130,10 @@ async def _admission(settings: LimitSettings, books: Books) -> AsyncIterator[Adm
         fallback = (lambda: MemoryStore(books)) if settings.on_redis_loss == "open" else None
         admission = Admission(RedisStore(redis, books), fallback)
     try:
+        try:
+            await admission.correct(books.recovered)
+        except LimitsUnavailable as error:
+            _log.error("budgets may not count all that killed gateways used: %s", error)
         yield admission
     finally:
         await admission.close()

@@ -31,9 +31,15 @@ _MAX_UNWRITTEN = 100_000  # rows that the database did not take; beyond these no
 
 
 class Ledger:
-    """Implements `Books` over a database and a journal. Made by `open_ledger`."""
+    """Implements `Books` over a database and a journal. Made by `open_ledger`.
 
-    def __init__(self, database: AsyncEngine, rows: RowWriter, journal: Journal) -> None:
+    `recovered` are the tenants and keys of requests that dead processes had left.
+    """
+
+    def __init__(
+        self, database: AsyncEngine, rows: RowWriter, journal: Journal, recovered: frozenset[tuple[str, str]]
+    ) -> None:
+        self.recovered = recovered
         self._database = database
         self._rows = rows
         self._journal = journal
@@ -143,22 +149,23 @@ async def open_ledger(database: AsyncEngine, directory: Path) -> Ledger:
     Raises OSError, or SQLAlchemyError or sqlite3.Error where the database does not take what was left.
     """
     rows = row_writer(database)
+    recovered: set[tuple[str, str]] = set()
     try:
         for leftover in leftovers(directory):
-            await _settle(rows, leftover)
-        return Ledger(database, rows, Journal(directory))
+            recovered.update((record.tenant_id, record.key_id) for record in await _settle(rows, leftover))
+        return Ledger(database, rows, Journal(directory), frozenset(recovered))
     except BaseException:
         await rows.close()
         raise
 
 
-async def _settle(rows: RowWriter, leftover: Leftover) -> None:
+async def _settle(rows: RowWriter, leftover: Leftover) -> list[UsageRecord]:
     try:
         records, num_damaged = leftover.records()
     except ValueError as error:
         aside = leftover.set_aside()
         _log.error("%s is kept as %s and not settled: %s", leftover.path, aside.name, error)
-        return
+        return []
     for start in range(0, len(records), _BATCH):
         await rows.insert(records[start : start + _BATCH])
     if records:
@@ -168,3 +175,4 @@ async def _settle(rows: RowWriter, leftover: Leftover) -> None:
         _log.error("%s is kept as %s: %d requests in it cannot be read", leftover.path, aside.name, num_damaged)
     else:
         leftover.remove()
+    return records

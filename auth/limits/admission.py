@@ -7,7 +7,7 @@ back at settlement. Tokens are handed out only when they are reserved, so a budg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from loraplex.auth.caller import Caller
@@ -33,6 +33,13 @@ class Store(Protocol):
 
     def settle(self, charge: Charge, used: int) -> None:
         """Of what was taken so much was used; the rest comes back."""
+        ...
+
+    async def correct(self, tenant_id: str, key_id: str | None) -> None:
+        """The books have learned what a killed process used: budgets count at least what they say now.
+
+        Raises LimitsUnavailable.
+        """
         ...
 
     def standing(self, charge: Charge) -> Standing: ...
@@ -132,6 +139,13 @@ class Admission:
     def learn(self, key_id: str, model: str, num_output_tokens: int) -> None:
         """An answer was so long."""
         self._estimates.learn(key_id, model, num_output_tokens)
+
+    async def correct(self, callers: Collection[tuple[str, str]]) -> None:
+        """Of these tenants and keys the books have learned what a killed process used. Raises LimitsUnavailable."""
+        for tenant_id in {tenant_id for tenant_id, _ in callers}:
+            await self._store.correct(tenant_id, None)
+        for tenant_id, key_id in callers:
+            await self._store.correct(tenant_id, key_id)
 
     async def close(self) -> None:
         """Give back what this process holds."""

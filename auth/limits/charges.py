@@ -81,9 +81,25 @@ def _charges(
         if limit is None:
             continue
         since, until = period(kind, now) if family == "budget" else (0.0, 0.0)
-        bucket = f"{{{tenant_id}}}:{key_id or ''}:{kind}" + (f":{since:.0f}" if since else "")
+        bucket = _bucket(tenant_id, key_id, kind, since)
         found.append(Charge(bucket, family, kind, limit, amount, tenant_id, key_id, since, until))
     return found
+
+
+def budgets(tenant_id: str, key_id: str | None, now: float) -> list[Charge]:
+    """The budgets that a tenant or a key may have now, with nothing taken from them."""
+    kinds: tuple[Kind, ...] = ("day", "month")
+    found = []
+    for kind in kinds:
+        since, until = period(kind, now)
+        bucket = _bucket(tenant_id, key_id, kind, since)
+        found.append(Charge(bucket, "budget", kind, 0, 0, tenant_id, key_id, since, until))
+    return found
+
+
+def _bucket(tenant_id: str, key_id: str | None, kind: Kind, since: float) -> str:
+    """What shares a tenant in braces shares a slot of a Redis cluster."""
+    return f"{{{tenant_id}}}:{key_id or ''}:{kind}" + (f":{since:.0f}" if since else "")
 
 
 def period(kind: Kind, now: float) -> tuple[float, float]:

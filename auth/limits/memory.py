@@ -53,6 +53,9 @@ class MemoryStore:
         owed = max(self._rates.get(charge.bucket, 0.0) - self._clock(), 0.0)  # seconds
         return Standing(charge.limit, max(int(charge.limit * (1 - owed / RATE_SECONDS)), 0), owed)
 
+    async def correct(self, tenant_id: str, key_id: str | None) -> None:
+        """Nothing is counted that a process before this one held."""
+
     async def close(self) -> None: ...
 
     def _wait(self, charge: Charge, now: float) -> float:

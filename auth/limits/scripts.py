@@ -122,3 +122,14 @@ keep(KEYS[1], ARGV[5])
 return 1
 """
 )
+
+# ARGV: process, now, hold, spent. At least so much is spent, where anything is counted: what a killed process held has
+# lapsed, and some of it was used. What another process settled just now may be counted twice, never too little.
+CORRECT = (
+    _COMMON
+    + """
+local known = redis.call('HGET', KEYS[1], 'spent')
+if known and number(known) < tonumber(ARGV[4]) then redis.call('HSET', KEYS[1], 'spent', ARGV[4]) end
+return 1
+"""
+)

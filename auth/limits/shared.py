@@ -21,9 +21,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from loraplex.auth.errors import LimitReached, LimitsUnavailable
-from loraplex.auth.limits.charges import RATE_SECONDS, Charge, Standing, refusal
+from loraplex.auth.limits.charges import RATE_SECONDS, Charge, Standing, budgets, refusal
 from loraplex.auth.limits.pools import Outgoing, Pool
-from loraplex.auth.limits.scripts import LEASE, RENEW, SEED, SETTLE
+from loraplex.auth.limits.scripts import CORRECT, LEASE, RENEW, SEED, SETTLE
 from loraplex.auth.metering import Books
 
 _log = logging.getLogger("loraplex.limits")
@@ -51,8 +51,8 @@ class RedisStore:
         self._is_away = False
         self._news = asyncio.Event()
         self._renewing = asyncio.Lock()
-        self._lease, self._settle, self._renew, self._seed = (
-            redis.register_script(script) for script in (LEASE, SETTLE, RENEW, SEED)
+        self._lease, self._settle, self._renew, self._seed, self._correct = (
+            redis.register_script(script) for script in (LEASE, SETTLE, RENEW, SEED, CORRECT)
         )
         self._keeper: asyncio.Task[None] | None = None
 
@@ -69,6 +69,15 @@ class RedisStore:
                 raise
             await asyncio.sleep(_SLOT_SECONDS)
             await self._take(wanted, may_owe)
+
+    async def correct(self, tenant_id: str, key_id: str | None) -> None:
+        for budget in budgets(tenant_id, key_id, self.now()):
+            spent = await self._books.spent(tenant_id, key_id, budget.since)
+            try:
+                await self._correct(keys=[_key(budget.bucket)], args=[*self._head(), spent])
+            except (RedisError, OSError, TimeoutError) as error:
+                self._lost(error)
+                raise LimitsUnavailable("The limits cannot be checked at the moment.") from error
 
     def settle(self, charge: Charge, used: int) -> None:
         self._pool(charge).settle(charge.amount, used)

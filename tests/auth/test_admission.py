@@ -388,3 +388,24 @@ async def test_settlement_sent_twice_counts_once() -> None:
             await store.close()
         await redis.delete(*await redis.keys(f"loraplex:{{{world.tenant}}}*"))
         await redis.aclose()
+
+
+async def test_budget_counts_what_a_killed_gateway_used(world: World) -> None:
+    """What it held has lapsed and was used all the same; in Redis nobody else knows until the books do."""
+    caller = world.caller(Limits(tokens_per_day=100), Limits(tokens_per_month=100))
+    killed = world.admission()
+    await killed.reserve(caller, demand(30, 10))
+    if world.kind == "redis":
+        world.stores[-1]._keeper.cancel()  # type: ignore[attr-defined]
+    world.clock.now += 60
+    world.books.tokens = 40
+    admission = world.admission()
+    await admission.correct([(caller.tenant_id, caller.key_id)])
+    await admission.correct([(caller.tenant_id, caller.key_id)])  # again changes nothing
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(60, 1))
+    (await admission.reserve(caller, demand(50, 10))).settle(50, 10)
+    world.books.tokens = 30  # less than is known: nothing comes back
+    await admission.correct([(caller.tenant_id, caller.key_id)])
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(1, 0))
