@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ import pytest_asyncio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.services import REDIS, own_postgres_database, own_redis
-from support.witness import generated, install
+from support.witness import generated, install, run_gateway
 
 from loraplex.auth.store.tables import usage_days, usage_records
 
-LORAPLEX = str(Path(sys.executable).parent / "loraplex")
 ADMIN_KEY = "an-admin-key-of-the-tests"
 NUM_CLIENTS = 48
+# gateways are forked off a process that has imported everything: what takes long of a start is not what is looked at
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["support.witness"])
 BUDGET_PER_REQUEST = 6  # tokens of the poor tenant's budget for each request of the load, far less than it asks for
 GIVE_UP_SECONDS = 240.0  # a bound against hanging; a gateway starts in two seconds on a machine of its own
 
@@ -82,12 +84,11 @@ cache_dir = "{home / "cache"}"
 """
             + (f'[limits]\nredis_url = "{stores.redis_url}"\n' if stores.redis_url else "")
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkServerProcess | None = None
 
     def spawn(self) -> None:
-        command = [LORAPLEX, "serve", "--config", str(self._config)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+        self._process = _processes.Process(target=run_gateway, args=(self._config, self._environment, self._log))
+        self._process.start()
 
     async def start(self) -> None:
         self.spawn()
@@ -100,7 +101,7 @@ cache_dir = "{home / "cache"}"
                 except httpx.HTTPError:
                     pass
                 assert self._process is not None
-                assert self._process.poll() is None, self._log.read_text()[-2000:]
+                assert self._process.is_alive(), self._log.read_text()[-2000:]
                 assert time.monotonic() < deadline, self._log.read_text()[-2000:]
                 await asyncio.sleep(0.02)
         self.is_up.set()
@@ -108,20 +109,22 @@ cache_dir = "{home / "cache"}"
     def kill(self) -> None:
         assert self._process is not None
         self.is_up.clear()
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self._process.kill()
+        self._process.join()
+        assert self._process.exitcode == -signal.SIGKILL
         self.num_kills += 1
 
-    def stop(self) -> int:
+    def stop(self) -> int | None:
         """Its exit status after SIGTERM."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(60)
+        self._process.join(GIVE_UP_SECONDS)
+        return self._process.exitcode
 
     def close(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.is_alive():
             self._process.kill()
-            self._process.wait()
+            self._process.join()
 
 
 class Tenant:
@@ -263,8 +266,8 @@ class Books:
         await database.dispose()
         return cls(rows, days)
 
-    def tokens_of(self, tenant: Tenant) -> int:
-        mine = [row for row in self.rows if row["tenant_id"] == tenant.id]
+    def tokens_of(self, tenant: Tenant, outcome: str | None = None) -> int:
+        mine = [row for row in self.rows if row["tenant_id"] == tenant.id and outcome in (None, row["outcome"])]
         return sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in mine)
 
 
@@ -325,7 +328,8 @@ async def test_books_of_two_gateways_are_exact_and_hold_one_budget(
         await assert_slots_come_back(machines, admin, rich)
         books = await closed_books(shared, machines, load)
         budget = BUDGET_PER_REQUEST * num_requests
-        assert budget / 2 < books.tokens_of(poor) <= budget
+        # what a killed gateway held lapses after ten seconds, what it had used is known again when it has restarted
+        assert budget / 2 < books.tokens_of(poor) <= budget + books.tokens_of(poor, "interrupted")
 
 
 async def work(
@@ -347,6 +351,12 @@ async def work(
     return poor, rich, load
 
 
+# a token is not given out where its budget has none left, or where the kill came first; and where more must be reserved
+# in Redis for it, it waits for that, and whatever ends the request may come meanwhile
+INEXACT = frozenset({"interrupted", "QuotaSpent"})
+INEXACT_WITH_REDIS = INEXACT | {"aborted", "EngineDied", "GenerationFailed"}
+
+
 async def closed_books(stores: Stores, machines: list[Machine], load: Load) -> Books:
     """The books after the gateways have ended well, checked against what engine and clients saw."""
     assert [machine.stop() for machine in machines] == [0] * len(machines)
@@ -354,7 +364,7 @@ async def closed_books(stores: Stores, machines: list[Machine], load: Load) -> B
     books = await Books.read(stores.database_url)
     witness = generated(stores.home / "witness")
     print(report(load, books, witness))
-    check_rows(load, books, witness)
+    check_rows(load, books, witness, INEXACT_WITH_REDIS if stores.redis_url else INEXACT)
     check_days(books)
     return books
 
@@ -411,7 +421,8 @@ async def quiet(machine: Machine) -> None:
             await asyncio.sleep(0.05)
 
 
-def check_rows(load: Load, books: Books, witness: Counter[str]) -> None:
+def check_rows(load: Load, books: Books, witness: Counter[str], inexact: frozenset[str]) -> None:
+    """`inexact` are outcomes at which the last token of each choice may not have been given out, and so not counted."""
     by_request: dict[str, list[int]] = defaultdict(list)
     for choice, count in witness.items():
         by_request[choice.rsplit("-", 2)[0]].append(count)
@@ -422,8 +433,7 @@ def check_rows(load: Load, books: Books, witness: Counter[str]) -> None:
     assert max(traces.values()) == 1, "a request is there twice"
     for request_id, row in rows.items():
         made = by_request.get(request_id, [])
-        # of a choice that was cut by its budget or a kill, the last token may not have been given out
-        slack = len(made) if row["outcome"] in ("interrupted", "QuotaSpent") else 0
+        slack = len(made) if row["outcome"] in inexact else 0
         assert sum(made) - slack <= row["num_completion_tokens"] <= sum(made), (row, made)
     told = {row["trace_id"]: row for row in books.rows}
     for trace_id, num_characters in load.characters.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from pathlib import Path
 from loraplex.config.settings import Settings
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.gateway.cli import serve_command
 
 STEP_SECONDS = 0.002
 
@@ -35,11 +37,19 @@ def generated(path: Path) -> Counter[str]:
 
 
 def install(home: Path) -> dict[str, str]:
-    """Make the engine known as `witness`, as a third party's package would; returns the environment that finds it."""
+    """Make the engine known as `witness`, as a third party's package would; returns the environment it needs."""
     package = home / "packages" / "loraplex_witness-1.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: loraplex-witness\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[loraplex.engines]\nwitness = support.witness:WitnessEngine\n")
-    root = Path(__file__).parent.parent.parent
-    path = os.pathsep.join([str(root / ".src"), str(root / "tests"), str(package.parent)])
-    return {**os.environ, "PYTHONPATH": path, "WITNESS_FILE": str(home / "witness")}
+    return {"WITNESS_FILE": str(home / "witness"), "WITNESS_PACKAGES": str(package.parent)}
+
+
+def run_gateway(config: Path, environment: dict[str, str], log: Path) -> None:
+    """`loraplex serve --config CONFIG` in this process, once `install` has run."""
+    os.environ.update(environment)
+    sys.path.append(environment["WITNESS_PACKAGES"])
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    serve_command(config)
