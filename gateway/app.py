@@ -33,6 +33,7 @@ from loraplex.gateway.openai.files import file_routes
 from loraplex.gateway.openai.models import model_routes
 from loraplex.gateway.openai.responses import response_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
+from loraplex.gateway.openapi.routes import openapi_routes
 from loraplex.gateway.problems import respond
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
@@ -85,6 +86,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *usage_routes(services.usage),
             *completion_usage_routes(services.usage),
             *engine_routes(engine),
+            *openapi_routes(),
         ],
         exception_handlers={Exception: respond},
         request_max_body_size=settings.server.max_body_bytes,

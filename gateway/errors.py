@@ -73,6 +73,10 @@ class AdapterNameTaken(GatewayError):
     """The catalogue has this name already."""
 
 
+class NoSuchPage(GatewayError):
+    """The documentation has no such part."""
+
+
 class FileNotFound(GatewayError):
     """This caller has no such file."""
 
