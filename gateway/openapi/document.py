@@ -39,6 +39,21 @@ class FlatErrorReply(msgspec.Struct):
     error_type: str
 
 
+class VllmErrorBody(msgspec.Struct):
+    """What is wrong. `code` is the status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmErrorReply(msgspec.Struct):
+    """The shape of errors of vLLM's adapter calls."""
+
+    error: VllmErrorBody
+
+
 def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     """Every route that there is; one that nobody has described appears with what its path says."""
     found = list(_handlers(routes))
@@ -75,11 +90,13 @@ class _Shapes:
     """The schemas of every struct in use, and a reference to any of them."""
 
     def __init__(self, types: list[Any]) -> None:
-        distinct = list({repr(shape): shape for shape in (*types, ErrorReply, FlatErrorReply)}.values())
+        distinct = list({repr(shape): shape for shape in (*types, ErrorReply, FlatErrorReply, VllmErrorReply)}.values())
         schemas, self.components = msgspec.json.schema_components(distinct, ref_template=_REF)
         self._schemas = {repr(shape): schema for shape, schema in zip(distinct, schemas, strict=True)}
 
     def of(self, shape: Any) -> dict[str, Any]:
+        if isinstance(shape, tuple):
+            return {"anyOf": [self.of(one) for one in shape]}
         return self._schemas[repr(shape)]
 
     def resolved(self, shape: Any) -> dict[str, Any]:
@@ -90,7 +107,8 @@ class _Shapes:
 
 def _shapes(operation: Operation) -> list[Any]:
     used = (operation.body, operation.form, operation.query, operation.answer, operation.frames)
-    return [shape for shape in used if shape is not None and not isinstance(shape, str)]
+    several = [one for shape in used for one in (shape if isinstance(shape, tuple) else (shape,))]
+    return [shape for shape in several if shape is not None and not isinstance(shape, str)]
 
 
 def _operation(key: str, route: HTTPRoute, handler: HTTPRouteHandler, shapes: _Shapes) -> dict[str, Any]:
@@ -128,10 +146,9 @@ def _responses(route: HTTPRoute, handler: HTTPRouteHandler, told: Operation, sha
         event = {"type": "object", "description": events, "properties": {"data": data}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     success = {"description": HTTPStatus(handler.status_code).phrase, **({"content": content} if content else {})}
-    shape = shapes.of(FlatErrorReply) if _is_lorax(route.path_format) else shapes.of(ErrorReply)
-    anything = {"anyOf": [shape, shapes.of(ErrorReply)]}
+    error = {"anyOf": [shapes.of(kind) for kind in _error_kinds(route.path_format)]}
     told_errors = {
-        str(status): {"description": HTTPStatus(status).phrase, "content": {_JSON: {"schema": anything}}}
+        str(status): {"description": HTTPStatus(status).phrase, "content": {_JSON: {"schema": error}}}
         for status in told.errors
     }
     return {str(handler.status_code): success, **told_errors}
@@ -156,6 +173,13 @@ def _query_parameters(told: Operation, shapes: _Shapes) -> list[dict[str, Any]]:
 
 def _content(media_type: str, schema: dict[str, Any], *, required: bool) -> dict[str, Any]:
     return {"required": required, "content": {media_type: {"schema": schema}}}
+
+
+def _error_kinds(path: str) -> list[Any]:
+    """The shapes of a route's errors; what goes wrong before any route has its say has the first one."""
+    if path.endswith("load_lora_adapter"):
+        return [ErrorReply, VllmErrorReply]
+    return [ErrorReply, FlatErrorReply] if _is_lorax(path) else [ErrorReply]
 
 
 def _is_lorax(path: str) -> bool:

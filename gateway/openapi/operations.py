@@ -10,13 +10,19 @@ from loraplex.auth.tenants import ApiKey, Tenant
 from loraplex.engines.protocol import EngineInfo, EngineStats, Health
 from loraplex.gateway.admin import adapters, admin_keys, audit, keys, limits, routes, secrets, tenants, usage
 from loraplex.gateway.admin.adapter_views import AdapterList, AdapterView, VersionView
+from loraplex.gateway.lorax.embed import EmbedResponse, LoraxEmbedRequest
 from loraplex.gateway.lorax.info import Info
 from loraplex.gateway.lorax.replies import GenerateResponse, StreamResponse
+from loraplex.gateway.lorax.tokens import PlacedToken, TokenizeInputs
 from loraplex.gateway.lorax.wire import LoraxRequest
-from loraplex.gateway.openai import batches, files, models
+from loraplex.gateway.openai import batches, embeddings, files, models, responses
 from loraplex.gateway.openai import usage as openai_usage
 from loraplex.gateway.openai.chat_wire import ChatCompletion, ChatRequest
 from loraplex.gateway.openai.completions import Completion, CompletionRequest
+from loraplex.gateway.openai.responses_request import ResponseRequest
+from loraplex.gateway.openai.responses_stream import Response
+from loraplex.gateway.vllm.adapters import LoadLoraAdapter, UnloadLoraAdapter, Version
+from loraplex.gateway.vllm.tokens import Detokenize, Text, TokenizeChat, TokenizeText, Tokens
 
 READS = (401, 403)
 WRITES = (400, 401, 403, 413)
@@ -31,7 +37,10 @@ class Upload(msgspec.Struct, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One route. `answer` is a struct, or the media type of something that is none; None where there is no body."""
+    """One route. `answer` is a struct, or the media type of something that is none; None where there is no body.
+
+    Where there are several kinds of body or answer, a tuple of them.
+    """
 
     body: Any = None
     form: Any = None
@@ -49,6 +58,7 @@ def _admin(*errors: int, **fields: Any) -> Operation:
 _CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Where is the treasure?"}]}
 _TENANT = "/admin/v1/tenants/{tenant_id}"
 _KEY = f"{_TENANT}/keys/{{key_id}}"
+_RESPONSE = "/v1/responses/{response_id}"
 _BATCH = {
     "input_file_id": "file-0123456789abcdef01234567",
     "endpoint": "/v1/chat/completions",
@@ -66,6 +76,58 @@ OPERATIONS: dict[str, Operation] = {
         frames=Completion,
         errors=GENERATES,
         example={"model": "pirate", "prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    "POST /v1/embeddings": Operation(
+        body=embeddings.EmbeddingRequest,
+        answer=embeddings.EmbeddingList,
+        errors=GENERATES,
+        example={"model": "pirate", "input": ["Ahoy", "Farewell"]},
+    ),
+    "POST /v1/responses": Operation(
+        body=ResponseRequest,
+        answer=Response,
+        frames=dict[str, Any],
+        errors=GENERATES,
+        example={"model": "pirate", "input": "Where is the treasure?"},
+    ),
+    "POST /v1/responses/input_tokens": Operation(
+        body=ResponseRequest,
+        answer=responses.InputTokens,
+        errors=GENERATES,
+        example={"model": "pirate", "input": "Ahoy"},
+    ),
+    "POST /v1/responses/compact": Operation(errors=(400, 401, 403, 409, 422)),
+    f"GET {_RESPONSE}": Operation(answer=Response, errors=(400, 401, 403, 404)),
+    f"DELETE {_RESPONSE}": Operation(answer=responses.DeletedResponse, errors=(401, 403, 404)),
+    f"POST {_RESPONSE}/cancel": Operation(errors=(400, 401, 403, 404, 409, 422)),
+    f"GET {_RESPONSE}/input_items": Operation(answer=responses.ItemList, errors=(400, 401, 403, 404)),
+    "POST /tokenize": Operation(
+        body=(TokenizeText, TokenizeChat, TokenizeInputs),
+        answer=(Tokens, list[PlacedToken]),
+        errors=(*WRITES, 404, 409, 422, 503),
+        example={"prompt": "Ahoy"},
+    ),
+    "POST /detokenize": Operation(
+        body=Detokenize, answer=Text, errors=(*WRITES, 404, 409, 422, 503), example={"tokens": [72, 105]}
+    ),
+    "POST /v1/load_lora_adapter": _admin(
+        400,
+        404,
+        409,
+        413,
+        422,
+        503,
+        body=LoadLoraAdapter,
+        answer="text/plain",
+        example={"lora_name": "pirate", "lora_path": "/adapters/pirate"},
+    ),
+    "POST /v1/unload_lora_adapter": _admin(
+        400, 404, 409, 413, 422, body=UnloadLoraAdapter, answer="text/plain", example={"lora_name": "pirate"}
+    ),
+    "GET /version": Operation(answer=Version, errors=()),
+    "POST /ping": Operation(answer=Health, errors=(503,)),
+    "POST /embed": Operation(
+        body=LoraxEmbedRequest, answer=EmbedResponse, errors=GENERATES, example={"inputs": "Ahoy"}
     ),
     "GET /v1/models": Operation(answer=models.ModelList),
     "GET /v1/models/{name}": Operation(answer=models.ModelCard, errors=(401, 403, 404)),
