@@ -50,6 +50,14 @@ class Model(_Section, frozen=True):
         Help(description="Compute type; auto takes the checkpoint's."),
     ] = "auto"
     device: Annotated[str, Help(description="cpu, cuda, cuda:N, or auto for CUDA where there is one.")] = "auto"
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        Help(description="auto: what a request leaves open is as the checkpoint's generation_config.json says."),
+    ] = "auto"
+    random_weights: Annotated[
+        bool,
+        Help(description="For benchmarks: fill the shape that path's config.json describes with random weights."),
+    ] = False
     max_model_len: Annotated[
         PositiveInt | None, Help(description="Longest prompt plus answer in tokens; the model's own limit if unset.")
     ] = None

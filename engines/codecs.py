@@ -51,6 +51,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_alphabet()
+SYMBOL_OF = {byte: symbol for symbol, byte in _BYTE_OF.items()}
 
 
 class JsonCodec:

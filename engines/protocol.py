@@ -194,6 +194,17 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request that leaves these open is sampled with, as the model's makers recommend."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine serves. Lengths are tokens, `kv_block_size` tokens a block.
 
@@ -212,6 +223,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int
     max_lora_rank: int
     embedding_width: int = 0
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

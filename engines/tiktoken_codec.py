@@ -18,7 +18,7 @@ from typing import Any
 
 import tiktoken
 
-from loraplex.engines.codecs import TextStream
+from loraplex.engines.codecs import SYMBOL_OF, TextStream
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.protocol import TokenSpan
 
@@ -76,6 +76,7 @@ class TiktokenCodec:
             len(ranks) + place: (token, True) for place, token in enumerate(family.special)
         }
         self.special_token_ids = frozenset(token_id for token_id, (_, special) in added.items() if special)
+        self._added = frozenset(added)
         self._begin: list[int] = []
         names = {token: token_id for token_id, (token, _) in added.items()}
         if config.get("add_bos_token"):
@@ -115,8 +116,9 @@ class TiktokenCodec:
             return b""
 
     def token_name(self, token_id: int) -> str:
-        """Its text: the file has bytes and no names."""
-        return self.token_bytes(token_id).decode(errors="replace")
+        """Its bytes, each as a printable character: a part of a character is no text."""
+        token = self.token_bytes(token_id)
+        return token.decode() if token_id in self._added else "".join(SYMBOL_OF[byte] for byte in token)
 
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
         return _BytesStream(self, self.special_token_ids if skip_special_tokens else frozenset())

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from loraplex.engines.chat_template import read_chat_template
 from loraplex.engines.codecs import Codec, JsonCodec, TextStream
@@ -19,16 +21,23 @@ from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
 # Forms that transformers turns into a `tokenizer.json`.
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 
 class HubTokenizer:
     """The tokenizer of a Hugging Face checkpoint in any of its forms, and its chat template."""
 
-    def __init__(self, directory: Path, eos_token_ids: frozenset[int] = frozenset()) -> None:
-        """Raises ModelNotServable where there is no usable tokenizer."""
+    def __init__(
+        self, directory: Path, eos_token_ids: frozenset[int] = frozenset(), *, may_stand_in: bool = False
+    ) -> None:
+        """Raises ModelNotServable where there is no usable tokenizer; one made up may stand in for none at all."""
         config_path = directory / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
-        self._codec = read_codec(directory, config)
+        if may_stand_in and not _has_tokenizer(directory):
+            self._codec: Codec = JsonCodec(_numbered_words(directory))
+            config = {"chat_template": _PLAIN_TEMPLATE}
+        else:
+            self._codec = read_codec(directory, config)
         self.eos_token_ids = eos_token_ids
         self._template = read_chat_template(directory, config)
 
@@ -82,6 +91,22 @@ class HubTokenizer:
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""
         return self._codec.stream(skip_special_tokens=skip_special_tokens)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    forms = ("tokenizer.json", *_CONVERTIBLE)
+    return any((directory / name).is_file() for name in forms) or find_tiktoken_file(directory) is not None
+
+
+def _numbered_words(directory: Path) -> Tokenizer:
+    """Words w0, w1, …, as many as config.json says: every id has a text, so that every token shows in a stream."""
+    config = json.loads((directory / "config.json").read_text())
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise ModelNotServable(f"{directory}/config.json names no vocab_size to make up a tokenizer for")
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return words
 
 
 def read_codec(directory: Path, config: Mapping[str, Any]) -> Codec:

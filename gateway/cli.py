@@ -41,9 +41,20 @@ def demo_command(
 
 
 @app.command("serve")
-def serve_command(config: Annotated[Path, typer.Option(help="A TOML file; see config/example.toml.")]) -> None:
+def serve_command(
+    config: Annotated[Path, typer.Option(help="A TOML file; see config/example.toml.")],
+    random_weights: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="For benchmarks: serve this config.json's shape with random weights."),
+    ] = None,
+) -> None:
     """Serve what a settings file describes."""
-    _run(_load(config), _present_server, _show_new_admin_key)
+    settings = _load(config)
+    if random_weights is not None:
+        directory = random_weights if random_weights.is_dir() else random_weights.parent
+        model = msgspec.structs.replace(settings.model, path=str(directory), random_weights=True)
+        settings = msgspec.structs.replace(settings, model=model)
+    _run(settings, _present_server, _show_new_admin_key)
 
 
 @app.command("check-config")

@@ -138,6 +138,10 @@ def _reseeded(sampling: SamplingParams, number: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=(sampling.seed + number + 2**63) % 2**64 - 2**63)  # of 64 bits still
 
 
+def _either(said: T | None, default: T) -> T:
+    return default if said is None else said
+
+
 def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> SamplingParams:
     vocab_size = engine.info().vocab_size
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -152,15 +156,15 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> Sampli
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
-    form = body.form()
+    form, defaults = body.form(), engine.info().sampling_defaults
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=min(max(body.top_k or 0, 0), vocab_size),
-        min_p=body.min_p or 0.0,
-        typical_p=1.0 if body.typical_p is None else body.typical_p,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        temperature=_either(body.temperature, defaults.temperature),
+        top_p=_either(body.top_p, defaults.top_p),
+        top_k=min(max(_either(body.top_k, defaults.top_k), 0), vocab_size),
+        min_p=_either(body.min_p, defaults.min_p),
+        typical_p=_either(body.typical_p, defaults.typical_p),
+        repetition_penalty=_either(body.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): value for token, value in bias.items()},

@@ -74,7 +74,8 @@ class NativeEngine:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
-        self.tokenizer = await asyncio.to_thread(HubTokenizer, self._settings.model.directory)
+        model = self._settings.model
+        self.tokenizer = await asyncio.to_thread(HubTokenizer, model.directory, may_stand_in=model.random_weights)
         self._context = zmq.asyncio.Context()
         self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._on_progress = on_progress

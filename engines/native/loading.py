@@ -13,13 +13,14 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import Base
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
+from loraplex.engines.native.defaults import sampling_defaults
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
 from loraplex.engines.native.tiles import choose_tile
-from loraplex.engines.protocol import EngineInfo, Progress
+from loraplex.engines.protocol import EngineInfo, Progress, SamplingDefaults
 from loraplex.kernels.triton_support import is_available
 
 # The most that an unset kv_cache_bytes may take of what is free beside the weights and the adapters' arena.
@@ -73,6 +74,9 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         num_kv_blocks=num_blocks,
         max_lora_rank=settings.adapters.max_rank,
         embedding_width=trial.embedding_width,
+        sampling_defaults=sampling_defaults(settings.model.directory)
+        if settings.model.generation_config == "auto"
+        else SamplingDefaults(),
     )
     base = base_of(model, trial, settings.adapters.max_rank)
     uses_kernels = _uses_kernels(settings.engine, device)

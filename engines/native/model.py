@@ -41,7 +41,7 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
             if error.args != (attention.name,):
                 raise
             attention.intercepts = True
-            model = _read_weights(settings, config, "sdpa")
+            model = _read_weights_with_torchs_attention(settings, config)
     except KeyError as error:
         raise ModelNotServable(f"{settings.path}: {error!r}") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -52,7 +52,13 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
 
 
 def _read_weights(settings: Model, config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    """Or make them up, as transformers initialises them, where that is asked for."""
+    model: PreTrainedModel
+    if settings.random_weights:
+        dtype = DTYPES.get(settings.dtype) or config.dtype or torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-untyped-call]
+        return model
+    model = AutoModelForCausalLM.from_pretrained(
         settings.directory,
         config=config,
         dtype=DTYPES.get(settings.dtype, "auto"),
@@ -61,6 +67,15 @@ def _read_weights(settings: Model, config: PretrainedConfig, attention: str) -> 
         use_safetensors=True,
     )
     return model
+
+
+def _read_weights_with_torchs_attention(settings: Model, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return _read_weights(settings, config, "sdpa")
+    except ValueError as error:
+        raise ModelNotServable(
+            f"{config.model_type} is not served: in transformers its layers do not use its attention interface"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

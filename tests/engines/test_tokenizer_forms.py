@@ -82,6 +82,8 @@ def test_tiktoken_file_equals_its_hugging_face_form(kind: str, name: str, tmp_pa
     assert ours.special_token_ids == {first, first + 1}
     assert ours.decode([first, *theirs.encode("hi").ids, first + 1]) == "hi"
     assert ours.token_bytes(first) == b"<|begin|>"
+    assert ours.token_name(first) == "<|begin|>"
+    assert [ours.token_name(token_id) for token_id in range(first)] == [theirs.id_to_token(n) for n in range(first)]
     assert ours.token_bytes(first + 9999) == b""
     chat = ours.encode_chat([ChatMessage(role="user", content="hi")])
     assert chat == theirs.encode("<|begin|><|user|>hi<|end|>", add_special_tokens=False).ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -89,7 +90,8 @@ def test_check_config_url_of_no_database_is_told(tmp_path: Path) -> None:
 
 def test_check_config_unknown_engine_and_missing_model_are_told(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    path.write_text(path.read_text().replace('kind = "echo"', 'kind = "warp"'))
+    native = 'kind = "native"\nnum_threads = 1\nkv_cache_bytes = 65536'
+    path.write_text(path.read_text().replace('kind = "echo"', native))
     assert "'warp'" in run("check-config", str(path)).stderr
     path.write_text(path.read_text().replace('kind = "warp"', 'kind = "native"'))
     assert "config.json" in run("check-config", str(path)).stderr
@@ -239,3 +241,42 @@ def test_serve_first_start_that_fails_has_shown_the_admin_key(tmp_path: Path) ->
     assert done.returncode == 2
     assert "tokenizer.json" in done.stderr.replace("\n", "")
     assert "ak-loraplex-" in done.stdout
+
+
+def test_serve_random_weights_needs_a_shape_only(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 64, **sizes}
+    shape = tmp_path / "shape" / "config.json"
+    shape.parent.mkdir()
+    shape.write_text(json.dumps(config))
+    path = write_config(tmp_path, port := free_port())
+    path.write_text(
+        path.read_text().replace('kind = "echo"', 'kind = "native"\nnum_threads = 1\nkv_cache_bytes = 65536')
+    )
+    command = [LORAPLEX, "serve", "--config", str(path), "--random-weights", str(shape)]
+    environment = {**os.environ, "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+            assert when_ready(client, process).status_code == 200
+            tenant = client.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+            key = client.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+            body = {"model": "echo-base", "prompt": "w1 w2 w3", "max_tokens": 4, "ignore_eos": True}
+            answer = client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.json()["usage"] == answer.json()["usage"] | {"prompt_tokens": 3, "completion_tokens": 4}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def when_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> httpx.Response:
+    """The first answer that says so, or the last one before the process ended."""
+    while process.poll() is None:
+        try:
+            if (answer := client.get("/health")).status_code == 200:
+                return answer
+        except httpx.ConnectError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("the server ended")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.gateway import BASE, settings_in
 
@@ -12,6 +13,7 @@ from loraplex.auth.caller import Caller
 from loraplex.config.settings import Model
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.errors import EngineUnavailable
+from loraplex.engines.protocol import SamplingDefaults
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
@@ -52,3 +54,24 @@ async def test_long_prompt_is_tokenised_beside_the_event_loop(
     completion = CompletionRequest(model=BASE, prompt="x")
     await completion_requests(completion, ["x" * length], "c", ROUTE, CALLER, engine)
     assert [place is threading.current_thread() for place in places] == [is_in_loop] * 2
+
+
+async def test_what_a_request_leaves_open_is_as_the_model_recommends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EchoEngine(settings_in(tmp_path))
+    await engine.start(lambda progress: None)
+    defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, typical_p=0.8, repetition_penalty=1.2)
+    info = msgspec.structs.replace(engine.info(), sampling_defaults=defaults)
+    monkeypatch.setattr(engine, "info", lambda: info)
+
+    async def sampled(**said: float) -> tuple[float, ...]:
+        body = CompletionRequest(model=BASE, prompt="x", **said)  # type: ignore[arg-type]
+        [made] = await completion_requests(body, "x", "c", ROUTE, CALLER, engine)
+        one = made.sampling
+        return (one.temperature, one.top_p, one.top_k, one.min_p, one.typical_p, one.repetition_penalty)
+
+    assert await sampled() == (0.6, 0.9, 20, 0.1, 0.8, 1.2)
+    assert await sampled(temperature=0, top_p=1.0, top_k=-1, min_p=0, typical_p=1, repetition_penalty=1) == (
+        0, 1, 0, 0, 1, 1,
+    )  # fmt: skip
