@@ -301,11 +301,14 @@ def environment_in(home: Path) -> dict[str, str]:
     return {**install(home), "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
 
 
+def sample(num_requests: int, num_kills: int) -> Any:
+    return pytest.param(num_requests, num_kills, marks=pytest.mark.timeout(600))
+
+
 full = pytest.param(5000, 60, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_requests", "num_kills"), [(300, 2), full])
+@pytest.mark.parametrize(("num_requests", "num_kills"), [sample(300, 2), full])
 async def test_books_are_exact_through_aborts_engine_kills_and_gateway_kills(
     embedded: Stores, num_requests: int, num_kills: int
 ) -> None:
@@ -317,8 +320,7 @@ async def test_books_are_exact_through_aborts_engine_kills_and_gateway_kills(
         assert budget - 200 < books.tokens_of(poor) <= budget  # spent to the end, and not a token further
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_requests", "num_kills"), [(200, 2), full])
+@pytest.mark.parametrize(("num_requests", "num_kills"), [sample(200, 2), full])
 async def test_books_of_two_gateways_are_exact_and_hold_one_budget(
     shared: Stores, num_requests: int, num_kills: int
 ) -> None:
