@@ -125,7 +125,6 @@ class Authenticator:
                 api_keys,
                 tenants.c.name.label("tenant_name"),
                 tenants.c.limits.label("tenant_limits"),
-                tenants.c.log_prompts,
             )
             .join(tenants, tenants.c.id == api_keys.c.tenant_id)
             .where(is_it)
@@ -152,7 +151,6 @@ class Authenticator:
             key_id=row.id,
             role=row.role,
             policy=policy,
-            logs_prompts=row.log_prompts,
         )
         return min([until, *ends]), caller
 

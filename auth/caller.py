@@ -25,6 +25,5 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_id: str
     role: Role
     policy: Policy = NO_POLICY
-    logs_prompts: bool = False
     as_of: int = 0
     is_background: bool = False

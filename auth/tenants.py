@@ -31,7 +31,6 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     created_at: float
     limits: Limits = NO_LIMITS
-    log_prompts: bool = False
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,10 +163,6 @@ class Tenants:
     async def set_tenant_limits(self, tenant_id: str, limits: Limits) -> Tenant:
         """In force at once here, and in other processes after `POLL_SECONDS`. Raises TenantNotFound."""
         return await self._change_tenant(tenant_id, limits=_stored(limits))
-
-    async def set_log_prompts(self, tenant_id: str, log_prompts: bool) -> Tenant:
-        """Whether prompts and answers of this tenant are logged from now on. Raises TenantNotFound."""
-        return await self._change_tenant(tenant_id, log_prompts=log_prompts)
 
     async def _change_tenant(self, tenant_id: str, **values: Any) -> Tenant:
         _require_tenant_id(tenant_id)

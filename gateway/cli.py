@@ -1,4 +1,4 @@
-"""loraplex demo | serve | check-config"""
+"""loraplex demo | serve | check-config, and the operators' commands of `console/`."""
 
 import logging
 import socket
@@ -19,12 +19,16 @@ from loraplex.config.settings import Settings, SettingsError, load_settings
 from loraplex.engines.build import build_engine
 from loraplex.engines.errors import EngineError, ModelNotServable
 from loraplex.engines.protocol import Progress
+from loraplex.gateway.console.accounts import add_account_commands
+from loraplex.gateway.console.reports import add_report_commands
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
 from loraplex.gateway.server import listen, serve
 from loraplex.gateway.services import CannotOpen, Services, open_services
 
 _screen = Console(stderr=True, highlight=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+add_account_commands(app)
+add_report_commands(app)
 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
 

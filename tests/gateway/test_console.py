@@ -1,0 +1,137 @@
+"""Operators' commands against a live gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from support.gateway import BASE, Gateway
+from typer.testing import CliRunner
+
+from loraplex.gateway.cli import app
+
+
+def run(gateway: Gateway, *arguments: str, key: str | None = None, stdin: str = "") -> Result:
+    """In this process; starting one for each would take most of the tests' time."""
+    environment = {"LORAPLEX_URL": gateway.url, "LORAPLEX_ADMIN_KEY": gateway.admin_key if key is None else key}
+    return CliRunner().invoke(app, arguments, env=environment, input=stdin)
+
+
+def told(gateway: Gateway, *arguments: str, **options: Any) -> Any:
+    """What a command answers with --json."""
+    done = run(gateway, *arguments, "--json", **options)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_tenant_with_its_keys_and_limits_lives_its_life(gateway: Gateway) -> None:
+    name = f"console-{uuid.uuid4().hex[:8]}"
+    tenant = told(gateway, "tenants", "create", name, "max_tokens=50", "allowed_models=echo*,team/*")["id"]
+    key = told(gateway, "keys", "create", name, "--name", "production", "--expires", "2199-01-31", "weight=0.5")
+    assert (key["name"], key["limits"]["weight"], key["expires_at"]) == ("production", 0.5, 7229174400.0)
+    with gateway.client(key["key"]) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [BASE, "team/echo-one"]
+        body = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    changed = told(gateway, "limits", "set", tenant, "requests_per_minute=60", "allowed_models=none")
+    assert {name: value for name, value in changed["limits"].items() if value is not None} == {
+        "max_tokens": 50, "requests_per_minute": 60,
+    }  # fmt: skip
+    told(gateway, "limits", "set", name, "priority=3", "--key-id", key["id"])
+    shown = run(gateway, "limits", "show", name, "--key-id", key["id"])
+    assert [line.split() for line in shown.stdout.splitlines()] == [
+        ["limit", "set", "here", "in", "force"],
+        ["requests_per_minute", "-", "60"],
+        ["max_tokens", "-", "50"],
+        ["weight", "0.5", "0.5"],
+        ["priority", "3", "3"],
+    ]
+    rotated = told(gateway, "keys", "rotate", name, key["id"], "--overlap-seconds", "0")
+    assert rotated["id"] == key["id"]
+    assert rotated["key"] != key["key"]
+    listed = run(gateway, "keys", "list", tenant).stdout
+    assert key["id"] in listed
+    assert rotated["last_four"] in listed
+    assert rotated["key"] not in listed
+    assert "2199-01-31 00:00:00" in listed
+    usage = told(gateway, "usage", "--by", "tenant,model", "--tenant", name)["data"]
+    assert [(row["model"], row["num_requests"]) for row in usage] == [(BASE, 1)]
+    assert run(gateway, "keys", "revoke", name, key["id"]).stdout == f"Revoked {key['id']}.\n"
+    audit = told(gateway, "audit", "--tenant", tenant, "--limit", "3")
+    assert [row["action"] for row in audit["data"]] == ["revoke_key", "rotate_key", "set_key_limits"]
+    assert f"--after {audit['last_id']}" in run(gateway, "audit", "--tenant", tenant, "--limit", "3").stdout
+    assert run(gateway, "tenants", "delete", name, stdin="n\n").exit_code == 2
+    assert run(gateway, "tenants", "delete", name, "--yes").exit_code == 0
+    assert name not in run(gateway, "tenants", "list").stdout
+
+
+def test_adapters_secrets_and_admin_keys(gateway: Gateway) -> None:
+    name, tenant = f"console-{uuid.uuid4().hex[:8]}", f"console-{uuid.uuid4().hex[:8]}"
+    run(gateway, "tenants", "create", tenant)
+    added = run(gateway, "adapters", "add", name, str(gateway.adapter_dir / "shared"), "--tenant", tenant)
+    assert added.exit_code == 0, added.stderr
+    assert name in added.stdout
+    assert told(gateway, "adapters", "warm", name, "--tenant", tenant)["tier"] == "device"
+    assert "versions" in run(gateway, "adapters", "show", name, "--tenant", tenant).stdout
+    assert [one["name"] for one in told(gateway, "adapters", "list", "--tenant", tenant)["data"]] == [name]
+    assert run(gateway, "adapters", "delete", name, "--tenant", tenant).exit_code == 0
+    put = run(gateway, "secrets", "put", tenant, "hf_token", stdin="hf_deep-secret\n")
+    assert put.exit_code == 0, put.stderr
+    assert "deep-secret" not in put.stdout + run(gateway, "secrets", "list", tenant).stdout
+    assert run(gateway, "secrets", "delete", tenant, "hf_token").exit_code == 0
+    made = told(gateway, "admin-keys", "create", "console")
+    assert told(gateway, "tenants", "list", key=made["key"])["data"]
+    assert run(gateway, "admin-keys", "revoke", made["id"]).exit_code == 0
+    assert made["id"] in run(gateway, "admin-keys", "list").stdout
+    assert run(gateway, "tenants", "list", key=made["key"]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "exit_code", "says"),
+    [
+        (["tenants", "list"], "", 2, "LORAPLEX_ADMIN_KEY"),
+        (["tenants", "list"], "wrong", 1, "invalid_api_key"),
+        (["tenants", "list", "--url", "ftp://x"], None, 2, "ftp://x"),
+        (["tenants", "list", "--url", "http://127.0.0.1:1"], None, 3, "cannot be reached"),
+        (["tenants", "show", "nobody"], None, 1, "'nobody'"),
+        (["tenants", "show", "tenant_0000000000000000"], None, 1, "tenant_not_found"),
+        (["limits", "set", "tests", "max_tokens"], None, 2, "NAME=VALUE"),
+        (["limits", "set", "tests", "max_tokens=many"], None, 1, "max_tokens"),
+        (["limits", "set", "tests", "max_tolkiens=1"], None, 1, "max_tolkiens"),
+        (["keys", "create", "tests", "--expires", "tomorrow"], None, 2, "tomorrow"),
+        (["keys", "create", "tests", "--role", "pope"], None, 1, "role"),
+        (["usage", "--by", "colour"], None, 1, "group_by"),
+        (["nonsense"], None, 2, "nonsense"),
+    ],
+    ids=str,
+)
+def test_failure_is_one_line_and_an_exit_code(
+    gateway: Gateway, arguments: list[str], key: str | None, exit_code: int, says: str
+) -> None:
+    done = run(gateway, *arguments, key=key)
+    assert (done.exit_code, done.stdout) == (exit_code, ""), done.stderr
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_with_markup_are_shown_as_they_are(gateway: Gateway) -> None:
+    name = f"[red]{uuid.uuid4().hex[:8]}[/red]"
+    assert run(gateway, "tenants", "create", name).exit_code == 0
+    assert name in run(gateway, "tenants", "list").stdout
+
+
+def test_command_works_in_a_process_of_its_own(gateway: Gateway) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"LORAPLEX_URL": gateway.url, "LORAPLEX_ADMIN_KEY": gateway.admin_key}
+    command = [str(Path(sys.executable).parent / "loraplex"), "tenants", "list", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert gateway.tenant_id in [tenant["id"] for tenant in json.loads(done.stdout)["data"]]
