@@ -69,3 +69,17 @@ def test_engine_times_become_histograms(gateway: Gateway, monkeypatch: pytest.Mo
     buckets = {labels["le"]: value for labels, value in found["loraplex_engine_step_seconds_bucket"]}
     assert (buckets["0.0005"], buckets["0.001"], buckets["60.0"], buckets["+Inf"]) == (1, 3, 3, 7)
     assert found["loraplex_engine_step_seconds_sum"] == [({}, 500.0)]
+
+
+def test_metrics_as_json_say_the_same(gateway: Gateway) -> None:
+    with gateway.client() as client:
+        client.post("/v1/completions", json={"model": BASE, "prompt": "x"})
+    with gateway.admin() as admin:
+        told = admin.get("/metrics", headers={"accept": "application/json"})
+        lines = admin.get("/metrics").text.splitlines()
+    assert told.headers["content-type"] == "application/json"
+    families = told.json()
+    assert all(list(family) == ["type", "data"] for family in families.values())
+    [found] = [one for one in families["loraplex_generated_tokens"]["data"] if f'total{{model="{BASE}"}}' in one["key"]]
+    assert families["loraplex_generated_tokens"]["type"] == "counter"
+    assert f"{found['key']} {found['value']}" in lines
