@@ -48,6 +48,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "best of": ("generate", {"do_sample": True, "top_k": 40, "top_p": 0.95, "typical_p": 0.95, "best_of": 3}),
     "penalised": ("generate", {"repetition_penalty": 1.4, "ignore_eos_token": True}),
     "json": ("generate", {"response_format": {"type": "json_object", "schema": SCHEMA}}),
+    "embed": ("embed", {"inputs": PROMPT}),
     "classify": ("classify", {"inputs": "a"}),
 }
 
@@ -57,7 +58,7 @@ def found(request: pytest.FixtureRequest, demo: Demo, tmp_path_factory: pytest.T
     """What came of each call."""
     calls = []
     for method, arguments in CALLS.values():
-        if method != "classify":
+        if method.startswith("generate"):
             arguments = {"prompt": PROMPT, "max_new_tokens": MAX_TOKENS, **arguments}
         if arguments.get("truncate") == -1:
             arguments["truncate"] = len(_tokenizer(PROMPT)["input_ids"])
@@ -197,6 +198,17 @@ def test_response_format_gives_json_of_the_schema(found: dict[str, Any]) -> None
     answer = told(found, "json")
     assert answer["details"]["finish_reason"] == "eos_token"
     assert json.loads(answer["generated_text"]) in SCHEMA["enum"]
+
+
+def test_embedding_is_the_mean_of_the_last_hidden_states(
+    found: dict[str, Any], model: Callable[[str | None], Any]
+) -> None:
+    inputs = _tokenizer(PROMPT, return_tensors="pt")
+    with torch.no_grad(), model(None).disable_adapter():
+        states = model(None)(**inputs, output_hidden_states=True).hidden_states[-1][0]
+    mean = states.mean(0)
+    expected = (mean / mean.norm()).tolist()
+    assert told(found, "embed")["embeddings"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_classification_is_refused_clearly(found: dict[str, Any]) -> None:
