@@ -29,9 +29,9 @@ class SmallWorld:
         )
 
 
-def make_small_world(directory: Path) -> SmallWorld:
-    """A small random Llama with adapters of every kind."""
+def make_small_world(directory: Path, **changes: Any) -> SmallWorld:
+    """A small random Llama with adapters of every kind; `changes` are to its config."""
     base = directory / "base"
-    make_model(llama_config(), base)
+    make_model(llama_config(**changes), base)
     adapters = {spec.name: make_adapter(base, spec, directory / "adapters") for spec in SPECS}
     return SmallWorld(base, adapters, Oracle(base))
