@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
@@ -280,6 +282,12 @@ async def running(stores: Stores, count: int) -> AsyncIterator[list[Machine]]:
     finally:
         for machine in machines:
             machine.close()
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gateways are forked off is started by the first of them, and imports by its environment's path."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
 @pytest_asyncio.fixture
