@@ -41,7 +41,7 @@ class Dialogue:
             self._tools = tools
         template = self._tokenizer.chat_template
         self._tags = reasoning_tags(model.reasoning_parser, template)
-        self._form = call_format(model.tool_parser, template) if knows_tools or not self._names else HERMES
+        self._form = call_format(model.tool_parser, template) if self._names and knows_tools else HERMES
         self._variables = _variables(body, self._tokenizer, may_reason=self._tags is not None)
         self._is_begun = False
 

@@ -77,6 +77,8 @@ class CallParser:
         """Length of the longest end of the held text that may be the beginning of an opening."""
         longest = 0
         for opening in self._form.openings:
+            if opening[0] not in self._held:  # the common case, and cheap
+                continue
             for length in range(min(len(self._held), len(opening) - 1), longest, -1):
                 if self._held.endswith(opening[:length]):
                     longest = length
