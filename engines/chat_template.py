@@ -151,7 +151,7 @@ def _arguments(text: str) -> object:
     """Templates print a call's arguments as JSON, from values rather than from text."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
 

@@ -14,12 +14,11 @@ from loraplex.gateway.openai.chat_wire import (
     ChatRequest,
     Choice,
     ChoiceLogprobs,
-    TokenLogprob,
-    TopLogprob,
 )
 from loraplex.gateway.openai.tiers import GrantedTier
+from loraplex.gateway.openai.token_logprobs import described_tokens
 from loraplex.gateway.openai.tool_wire import MadeCall, MadeFunction
-from loraplex.gateway.openai.wire import LEAST_LOGPROB, CompletionTokensDetails, Usage
+from loraplex.gateway.openai.wire import CompletionTokensDetails, Usage
 from loraplex.gateway.speech.deltas import CallArguments, CallBegun, Delta, Reasoning, Text
 from loraplex.gateway.speech.speech import Speech
 
@@ -69,20 +68,8 @@ class ChatWire:
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> ChoiceLogprobs | None:
         """None where the request did not ask."""
-        told = told_tokens(events)
-        found = [pair for event in told for pair in zip(event.token_ids, event.logprobs, strict=False)]
-        if not found:
-            return None
-        content = []
-        for token_id, logprobs in found:
-            own = self._describe(token_id, logprobs.logprob)
-            top = [self._describe(*other) for other in logprobs.top]
-            content.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
-        return ChoiceLogprobs(content)
-
-    def _describe(self, token_id: int, logprob: float) -> TopLogprob:
-        raw = self._tokenizer.token_bytes(token_id)
-        return TopLogprob(raw.decode(errors="replace"), max(logprob, LEAST_LOGPROB), list(raw))
+        found = described_tokens(told_tokens(events), self._tokenizer)
+        return ChoiceLogprobs(found) if found else None
 
 
 class SpokenWire(ChatWire):

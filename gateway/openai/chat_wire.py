@@ -8,6 +8,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from loraplex.engines.protocol import FinishReason
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_messages import Message, check_messages
+from loraplex.gateway.openai.token_logprobs import TokenLogprob
 from loraplex.gateway.openai.tool_wire import MadeCall, ToolFields
 from loraplex.gateway.openai.wire import Count, Usage
 
@@ -78,19 +79,6 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class TopLogprob(Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(Struct):

@@ -8,6 +8,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_messages import Message
+from loraplex.gateway.openai.token_logprobs import TokenLogprob
 from loraplex.gateway.openai.tool_wire import CalledFunction, SaidCall
 from loraplex.gateway.openai.wire import refuse_what_matters
 
@@ -144,7 +145,7 @@ def new_id(kind: str) -> str:
 class OutputText(Struct, tag="output_text"):
     text: str
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class MessageItem(Struct, tag="message"):

@@ -23,7 +23,7 @@ from loraplex.gateway.openai.responses_items import (
 )
 from loraplex.gateway.openai.responses_request import ResponseRequest
 from loraplex.gateway.openai.tiers import GrantedTier
-from loraplex.gateway.openai.token_logprobs import described_tokens
+from loraplex.gateway.openai.token_logprobs import TokenLogprob, described_tokens
 from loraplex.gateway.openai.wire import Usage
 from loraplex.gateway.problems import problem_of
 from loraplex.gateway.speech.deltas import CallArguments, CallBegun, Delta, Reasoning, Text
@@ -105,7 +105,7 @@ class ResponseWire:
         self._tokenizer = tokenizer
         self._output: list[OutputItem] = []
         self._is_open = False  # whether the last item is
-        self._logprobs: list[Any] = []  # of tokens whose text is not told yet
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not told yet
         self._num_events = 0
         self._num_reasoning = 0
         self._reason: FinishReason = "stop"
@@ -199,8 +199,7 @@ class ResponseWire:
         item.content[0].logprobs += logprobs
         if not text and not logprobs:
             return b""
-        told = [{name: one[name] for name in ("token", "logprob", "top_logprobs")} for one in logprobs]
-        return self._at_item("response.output_text.delta", item, content_index=0, delta=text, logprobs=told)
+        return self._at_item("response.output_text.delta", item, content_index=0, delta=text, logprobs=logprobs)
 
     def _tell_reasoning(self, text: str) -> bytes:
         item = self._output[-1]
@@ -235,8 +234,8 @@ class ResponseWire:
         item.status = status
         match item:
             case MessageItem(content=[part]):
-                told = [{name: one[name] for name in ("token", "logprob", "top_logprobs")} for one in part.logprobs]
-                done = self._at_item("response.output_text.done", item, content_index=0, text=part.text, logprobs=told)
+                told = {"text": part.text, "logprobs": part.logprobs}
+                done = self._at_item("response.output_text.done", item, content_index=0, **told)
                 done += self._at_item("response.content_part.done", item, content_index=0, part=part)
             case ReasoningItem(content=[thought]):
                 done = self._at_item("response.reasoning_text.done", item, content_index=0, text=thought.text)

@@ -138,6 +138,14 @@ def test_template_that_stumbles_is_the_requests_error(tmp_path: Path, template: 
         ours.encode_chat(HISTORY)
 
 
+@pytest.mark.parametrize("arguments", ["[1]", "no JSON", '{"a":' * 50_000, "[" * 50_000 + "]" * 50_000])
+def test_arguments_that_are_no_object_are_shown_as_they_are(tmp_path: Path, arguments: str) -> None:
+    ours, _ = saved(tmp_path, "{{ messages[0].tool_calls[0].function.arguments }}")
+    call = ToolCall(id="c", name="f", arguments=arguments)
+    message = ChatMessage(role="assistant", content=None, tool_calls=(call,))
+    assert ours.decode(ours.encode_chat([message])) == arguments
+
+
 def test_special_tokens_leave_text_where_asked(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = HubTokenizer(tmp_path)

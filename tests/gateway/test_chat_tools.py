@@ -140,6 +140,18 @@ class Answer(BaseModel):
     warm: bool
 
 
+def test_beta_helpers_are_the_same(client: OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(weather)]
+    chats: Any = client.beta.chat.completions
+    parsed = chats.parse(model=BASE, messages=user(SAYS_WEATHER), tools=tools).choices[0].message
+    assert parsed.tool_calls[0].function.parsed_arguments == weather(place="Łódź")
+    with chats.stream(model=BASE, messages=user(SAYS_WEATHER), tools=tools) as stream:
+        assert stream.get_final_completion().choices[0].message.tool_calls[0].function.parsed_arguments == weather(
+            place="Łódź"
+        )
+    assert client.beta.responses.create(model=BASE, input="hey").output[0].type == "message"
+
+
 def test_parse_reads_strict_tools_and_forms(client: OpenAI) -> None:
     tools = [openai.pydantic_function_tool(weather)]
     parsed = client.chat.completions.parse(model=BASE, messages=user(SAYS_WEATHER), tools=tools).choices[0].message
