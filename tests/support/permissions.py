@@ -114,6 +114,7 @@ _GENERATE = {"inputs": "x", "parameters": {"adapter_id": "{model}"}}
 _TENANT = "/admin/v1/tenants/{tenant}"
 _KEY = _TENANT + "/keys/{key}"
 _BATCH = {"input_file_id": "{file}", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+_RESPOND = {"model": "{model}", "input": "x"}
 _OF = "?tenant_id={tenant}"
 _ADAPTERS = "/admin/v1/adapters"
 _ADAPTER = _ADAPTERS + "/{adapter}" + _OF
@@ -130,6 +131,9 @@ ROWS = (
     Row("GET", "/", EVERYONE),
     Row("GET", "/startup", EVERYONE),
     Row("GET", "/info", CALLERS),
+    Row("GET", "/openapi.json", EVERYONE),
+    Row("GET", "/docs", EVERYONE),
+    Row("GET", "/docs/{page}", EVERYONE),
     Row("POST", "/", OWNERS, body=_GENERATE),
     Row("POST", "/invocations", OWNERS, body=_GENERATE),
     Row("POST", "/generate", OWNERS, body=_GENERATE),
@@ -148,6 +152,13 @@ ROWS = (
     Row("POST", "/v1/embeddings", OWNERS, body={"model": "{model}", "input": "x"}),
     Row("GET", "/v1/models", CALLERS),
     Row("GET", "/v1/models/{model}", OWNERS),
+    Row("POST", "/v1/responses", OWNERS, body=_RESPOND),
+    Row("POST", "/v1/responses/input_tokens", OWNERS, body=_RESPOND),
+    Row("POST", "/v1/responses/compact", CALLERS, 400, {}),  # not offered
+    Row("GET", "/v1/responses/{response}", PRIVATE),
+    Row("GET", "/v1/responses/{response}/input_items", PRIVATE),
+    Row("POST", "/v1/responses/{response}/cancel", PRIVATE, 400),  # none runs in the background
+    Row("DELETE", "/v1/responses/{response}", PRIVATE),
     Row("POST", "/v1/files", CALLERS, uploads=True, body={"purpose": "batch"}),
     Row("GET", "/v1/files", CALLERS),
     Row("GET", "/v1/files/{file}", PRIVATE),
@@ -183,6 +194,7 @@ ROWS = (
     Row("GET", "/v1/organization/usage/completions?start_time=0", CALLERS),
     Row("POST", _ADAPTERS, LOCAL_REGISTRARS, 201, {"name": "{fresh}", **_LOCAL}),
     Row("POST", _ADAPTERS + "/validate", LOCAL_REGISTRARS, 200, _LOCAL),
+    Row("POST", _ADAPTERS + "/upload?name={fresh}&tenant_id={tenant}", MANAGERS, 400, {}),  # the body is no archive
     Row("GET", _ADAPTERS, MANAGERS_AT_LARGE),
     Row("GET", _ADAPTER, MANAGERS),
     Row("PATCH", _ADAPTER, MANAGERS, body={"pinned": False}),
@@ -308,6 +320,16 @@ def _batch(world: World, whose: Whose) -> str:
         return str(made.json()["id"])
 
 
+def _response(world: World, whose: Whose) -> str:
+    if whose == "missing":
+        return "resp_000000000000000000000000"
+    key = world.make(f"/admin/v1/tenants/{_tenant(world, whose)}/keys")["key"]
+    with world.gateway.client(key) as client:
+        made = client.post("/v1/responses", json={"model": BASE, "input": "x"})
+        assert made.status_code == 200, made.text
+        return str(made.json()["id"])
+
+
 def _route(world: World, whose: Whose) -> str:
     name = fresh()
     if whose != "missing":
@@ -331,6 +353,8 @@ OBJECTS: dict[str, Callable[[World, Whose], str]] = {
     "route": _route,
     "file": _file,
     "batch": _batch,
+    "response": _response,
+    "page": lambda world, whose: "swagger-ui.css",
     "model": _model,
 }
 
