@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
+import socket
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -140,3 +144,42 @@ def test_limits_count_the_prompts_alone(gateway: Gateway) -> None:
     assert post(gateway, key, input=["abc", "de"]).status_code == 200
     assert post(gateway, key, input="fghij").status_code == 200
     assert_problem(post(gateway, key, input="k"), 429, "insufficient_quota")
+
+
+def test_key_that_is_revoked_ends_the_request(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenant, _ = gateway.new_tenant("embeddings-revoked")
+    with gateway.admin() as admin:
+        made = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()
+        began = threading.Event()
+
+        async def never(request: EmbedRequest) -> Embedding:
+            began.set()
+            await asyncio.Event().wait()
+            raise AssertionError("it is cancelled")
+
+        monkeypatch.setattr(gateway.services.engine, "embed", never)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(post, gateway, made["key"])
+            assert began.wait(30)
+            assert admin.delete(f"/admin/v1/tenants/{tenant}/keys/{made['id']}").status_code == 204
+            assert_problem(waiting.result(30), 401, "invalid_api_key")
+
+
+def test_client_that_leaves_ends_its_embeddings(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def never(request: EmbedRequest) -> Embedding:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError("it is cancelled")
+
+    monkeypatch.setattr(gateway.services.engine, "embed", never)
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
+        body = b'{"model":"echo-base","input":"x"}'
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert began.wait(30)
+    assert ended.wait(30)
