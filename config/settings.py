@@ -166,6 +166,9 @@ class Adapters(_Section, frozen=True):
     )
     host_bytes: Annotated[int, Help(ge=2**20, description="Memory for parsed adapters in host memory.")] = 2 * 2**30
     device_bytes: Annotated[int, Help(ge=2**20, description="Memory for adapters on the device.")] = 2**30
+    max_names_in_figures: Annotated[
+        int, Help(ge=1, description="Adapters that figures tell apart by name; all others are counted together.")
+    ] = 100
 
 
 class Database(_Section, frozen=True):

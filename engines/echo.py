@@ -265,6 +265,7 @@ class EchoEngine:
                 pinned=adapter.id in self._pinned,
                 num_bytes=0,
                 num_requests=self._num_naming(adapter.id),
+                num_running=self._num_naming(adapter.id),
             )
             for adapter in self._adapters.values()
         ]

@@ -49,7 +49,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one adapter is right now. `num_requests` counts queued and running requests that name it."""
+    """Where one adapter is right now. `num_requests` name it, `num_running` of them run, the others wait."""
 
     adapter_id: str
     name: str
@@ -57,6 +57,7 @@ class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
     num_bytes: int
     num_requests: int
+    num_running: int = 0
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,6 +240,37 @@ class Durations(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier of adapters: what is in it, and since the process started how requests found theirs there or not.
+
+    `load_durations` are the ways of adapters into the tier, from when it was their turn.
+    """
+
+    tier: Literal["disk", "host", "device"]
+    num_adapters: int
+    num_bytes: int
+    capacity_bytes: int
+    total_hits: int = 0
+    total_misses: int = 0
+    total_evictions: int = 0
+    load_durations: Durations = Durations()
+
+
+class AdapterTierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The same of one adapter in one tier. `name` is OTHERS for all that are not told apart."""
+
+    name: str
+    tier: Literal["disk", "host", "device"]
+    total_hits: int = 0
+    total_misses: int = 0
+    total_evictions: int = 0
+    total_loads: int = 0
+    load_seconds: float = 0.0
+
+
+OTHERS = "(others)"
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters and gauges of an engine. Counters (`total_*`, `num_steps`) restart with the engine process.
 
@@ -265,6 +297,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     phase_seconds: dict[str, float] = {}
     step_durations: Durations = Durations()
     wait_durations: Durations = Durations()
+    tiers: tuple[TierStats, ...] = ()
+    adapter_tiers: tuple[AdapterTierStats, ...] = ()
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):

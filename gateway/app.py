@@ -53,8 +53,8 @@ def create_app(settings: Settings, services: Services, batch_runner: BatchRunner
 def create_routes(settings: Settings, services: Services, batch_runner: BatchRunner) -> Litestar:
     """Every route of the server."""
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
-    metrics = Metrics()
-    answers = Answers(engine, metrics, services.accounts, settings.server)
+    metrics = Metrics(settings.adapters.max_names_in_figures)
+    answers = Answers(engine, services.store, metrics, services.accounts, settings.server)
     embedder = Embedder(engine, metrics, services.accounts, settings.model)
     adapters = RequestAdapters(
         catalogue,
@@ -64,7 +64,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     routes = Litestar(
         route_handlers=[
             *health_routes(engine),
-            *metric_routes(metrics, engine, is_open=settings.server.open_metrics),
+            *metric_routes(metrics, engine, services.store, is_open=settings.server.open_metrics),
             *chat_routes(engine, catalogue, answers, settings.model),
             *completion_routes(engine, catalogue, answers),
             *response_routes(engine, catalogue, answers, services.responses, settings.model),

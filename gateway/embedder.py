@@ -64,7 +64,7 @@ class Embedder:
                 return await self._engine.embed(wish)
 
         try:
-            with self._metrics.counted(wanted.model):
+            with self._metrics.counted(wanted.model, asked[0]):
                 work = unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
                 found = await meter.carry(work)
         except BaseException as error:

@@ -1,12 +1,12 @@
 """GET /metrics: what the gateway saw of requests, and the engine's own figures at the moment of the scrape.
 
 The names beginning with `vllm:` are those that llm-d and the Gateway API inference extension route by.
+`docs/metrics.md` lists every metric.
 """
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -14,38 +14,50 @@ from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import Guard
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from loraplex.engines.protocol import SECONDS_BUCKETS, AdapterResidency, Engine, EngineStats, TokenEvent
+from loraplex.engines.protocol import OTHERS, EmbedRequest, Engine, GenerateRequest, TokenEvent
+from loraplex.gateway.engine_metrics import EngineCollector, Moment
 from loraplex.gateway.guards import require_admin
+from loraplex.gateway.holding import DiskTier
 
+COMPOSITION = "(composition)"
+_LABELS = ("model", "adapter")
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
-    """The gateway's own counts, by model name (only names the catalogue knows become labels)."""
+    """The gateway's own counts, by the model's name and the adapter that it led to.
 
-    def __init__(self) -> None:
+    The first `max_names` pairs are told apart, all later ones are counted together.
+    """
+
+    def __init__(self, max_names: int) -> None:
         self.registry = CollectorRegistry()
+        self.max_names = max_names
+        self._known: set[tuple[str, str]] = set()
         self._requests = Counter(
-            "loraplex_requests", "Generations by outcome.", ["model", "outcome"], registry=self.registry
+            "loraplex_requests", "Generations by outcome.", [*_LABELS, "outcome"], registry=self.registry
         )
-        self._tokens = Counter("loraplex_generated_tokens", "Tokens generated.", ["model"], registry=self.registry)
+        self._tokens = self._counter("loraplex_generated_tokens", "Tokens generated.")
+        self._prompt_tokens = self._counter("loraplex_prompt_tokens", "Tokens of prompts that got an answer.")
+        self._cached_tokens = self._counter("loraplex_cached_prompt_tokens", "Of these, found in the prefix cache.")
         self._ttft = Histogram(
-            "loraplex_time_to_first_token_seconds", "From submission to the first token.", ["model"],
+            "loraplex_time_to_first_token_seconds", "From submission to the first token.", _LABELS,
             buckets=_TTFT_BUCKETS, registry=self.registry,
         )  # fmt: skip
         self._gap = Histogram(
-            "loraplex_inter_token_seconds", "Between the tokens of one answer.", ["model"],
+            "loraplex_inter_token_seconds", "Between the tokens of one answer.", _LABELS,
             buckets=_GAP_BUCKETS, registry=self.registry,
         )  # fmt: skip
 
-    async def watch(self, model: str, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
+    async def watch(
+        self, model: str, request: GenerateRequest, events: AsyncIterator[TokenEvent]
+    ) -> AsyncIterator[TokenEvent]:
         """The same events, counted; outcomes are `stop`, `length`, `aborted`, or the error's class."""
-        tokens, gap = self._tokens.labels(model), self._gap.labels(model)
+        names = self._names(model, request)
+        tokens, gap = self._tokens.labels(*names), self._gap.labels(*names)
         outcome = "aborted"
         last = began = time.perf_counter()
         try:
@@ -53,7 +65,9 @@ class Metrics:
                 async for event in closing:
                     now = time.perf_counter()
                     if last == began:
-                        self._ttft.labels(model).observe(now - began)
+                        self._ttft.labels(*names).observe(now - began)
+                        self._prompt_tokens.labels(*names).inc(len(request.prompt_token_ids))
+                        self._cached_tokens.labels(*names).inc(event.num_cached_tokens)
                     else:
                         gap.observe(now - last)
                     last = now
@@ -64,11 +78,24 @@ class Metrics:
             outcome = type(error).__name__
             raise
         finally:
-            self._requests.labels(model, outcome).inc()
+            self._requests.labels(*names, outcome).inc()
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(name, help, _LABELS, registry=self.registry)
+
+    def _names(self, model: str, request: GenerateRequest | EmbedRequest) -> tuple[str, str]:
+        adapter = request.adapter.name if request.adapter else COMPOSITION if request.composition else ""
+        names = (model, adapter)
+        if names not in self._known:
+            if len(self._known) >= self.max_names:
+                return OTHERS, OTHERS
+            self._known.add(names)
+        return names
 
     @contextmanager
-    def counted(self, model: str) -> Iterator[None]:
+    def counted(self, model: str, request: EmbedRequest) -> Iterator[None]:
         """A request without tokens of its own; outcomes are `embedded`, `aborted`, or the error's class."""
+        names = self._names(model, request)
         outcome = "aborted"
         try:
             yield
@@ -77,63 +104,10 @@ class Metrics:
             outcome = type(error).__name__
             raise
         finally:
-            self._requests.labels(model, outcome).inc()
+            self._requests.labels(*names, outcome).inc()
 
 
-class _EngineCollector(Collector):
-    """The engine's figures as metric families."""
-
-    def __init__(self, stats: EngineStats, residency: list[AdapterResidency]) -> None:
-        self._stats = stats
-        self._residency = residency
-
-    def collect(self) -> Iterable[Metric]:
-        stats = self._stats
-        used = stats.num_kv_blocks_used / stats.num_kv_blocks if stats.num_kv_blocks else 0.0
-        yield GaugeMetricFamily("vllm:num_requests_running", "Sequences in the current step.", stats.num_running)
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences waiting.", stats.num_waiting)
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks held, from 0 to 1.", used)
-        yield self._lora_info()
-        yield from self._times()
-        for name in EngineStats.__struct_fields__:
-            value = getattr(stats, name)
-            if not isinstance(value, int):
-                continue
-            if name.startswith("total_") or name in ("num_steps", "num_restarts"):
-                plain = name.removeprefix("total_").removeprefix("num_")
-                yield CounterMetricFamily(f"loraplex_engine_{plain}", "Since the engine process started.", value)
-            else:
-                yield GaugeMetricFamily(f"loraplex_engine_{name}", "At this moment.", value)
-        tiers = GaugeMetricFamily("loraplex_adapter_bytes", "Bytes of an adapter and where they are.",
-                                  labels=["adapter", "tier"])  # fmt: skip
-        for found in self._residency:
-            tiers.add_metric([found.name, found.tier], found.num_bytes)
-        yield tiers
-
-    def _times(self) -> Iterable[Metric]:
-        phases = CounterMetricFamily("loraplex_engine_phase_seconds", "Time of steps by phase.", labels=["phase"])
-        for phase, seconds in self._stats.phase_seconds.items():
-            phases.add_metric([phase], seconds)
-        yield phases
-        for name, found, help in (
-            ("step", self._stats.step_durations, "Whole steps of the engine."),
-            ("queue", self._stats.wait_durations, "From a request's arrival to its first step."),
-        ):
-            bounds = [*(str(bound) for bound in SECONDS_BUCKETS), "+Inf"]
-            buckets = list(zip(bounds, accumulate(found.counts), strict=True))
-            yield HistogramMetricFamily(f"loraplex_engine_{name}_seconds", help, buckets, found.seconds)
-
-    def _lora_info(self) -> Metric:
-        wanted = [found for found in self._residency if found.num_requests]
-        running = sorted({found.name for found in wanted if found.tier == "device"})
-        waiting = sorted({found.name for found in wanted if found.tier != "device"})
-        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-        info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use; the value is the time.", labels=labels)
-        info.add_metric([str(self._stats.num_adapters_on_device), ",".join(running), ",".join(waiting)], time.time())
-        return info
-
-
-def metric_routes(metrics: Metrics, engine: Engine, *, is_open: bool) -> list[HTTPRouteHandler]:
+def metric_routes(metrics: Metrics, engine: Engine, store: DiskTier, *, is_open: bool) -> list[HTTPRouteHandler]:
     """The handler of this resource; without `is_open` it takes an admin key."""
     guards: list[Guard] = [] if is_open else [require_admin]
 
@@ -141,8 +115,16 @@ def metric_routes(metrics: Metrics, engine: Engine, *, is_open: bool) -> list[HT
     async def get_metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
         registries = [metrics.registry]
         if engine.health().state == "ready":
+            stats, (disk, by_adapter) = await engine.stats(), await store.stats()
+            moment = Moment(
+                stats,
+                await engine.residency(),
+                (disk, *stats.tiers),
+                (*by_adapter, *stats.adapter_tiers),
+                metrics.max_names,
+            )
             at_the_moment = CollectorRegistry()
-            at_the_moment.register(_EngineCollector(await engine.stats(), await engine.residency()))
+            at_the_moment.register(EngineCollector(moment))
             registries.append(at_the_moment)
         if "application/json" in request.headers.get("accept", ""):
             return Response(_as_json(registries), media_type="application/json")

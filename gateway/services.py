@@ -48,6 +48,7 @@ class Services(msgspec.Struct, frozen=True):
     """What `create_app` needs. `new_admin_key` is set at the first start only, and known nowhere else."""
 
     engine: Engine
+    store: AdapterStore
     tenants: Tenants
     catalogue: Catalogue
     accounts: Accounts
@@ -89,7 +90,9 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             watch.on(ACCESS, tenants.forget)
             watch.on(CATALOGUE, catalogue.reload)
             responses = ResponseStore(database, settings.responses.retention_days * 86400.0)
-            yield Services(engine, tenants, catalogue, accounts, secrets, audit, usage, files, batches, responses, made)
+            yield Services(
+                engine, store, tenants, catalogue, accounts, secrets, audit, usage, files, batches, responses, made
+            )
     finally:
         await store.close()
         await database.dispose()

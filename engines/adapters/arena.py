@@ -1,20 +1,30 @@
-"""The device tier: one flat buffer in which each resident adapter is one contiguous extent of exactly its size."""
+"""The device tier: one flat buffer in which each resident adapter is one contiguous extent of exactly its size.
+
+What is copied into it, or within it, is copied piece by piece, where nobody reads; an adapter is known at a place from
+`publish` on, all of it at once.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.peft import AdapterPlan, LoadedAdapter
+from loraplex.engines.adapters.pieces import Pieces
 
 
 class Arena:
-    """`capacity` elements of `dtype` on `device`. Who may use which extent is not decided here (see Residency)."""
+    """`capacity` elements of `dtype` on `device`. Who may use which extent is not decided here (see Residency).
+
+    `version` changes whenever some adapter is to be found elsewhere, or nowhere.
+    """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self._buffer = torch.empty(capacity, dtype=dtype, device=device)
         self._plans: dict[str, AdapterPlan] = {}
         self._offsets: dict[str, int] = {}
+        self.version = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,15 +39,32 @@ class Arena:
     def device(self) -> torch.device:
         return self._buffer.device
 
-    def write(self, offset: int, loaded: LoadedAdapter) -> None:
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._offsets
+
+    def write(self, offset: int, loaded: LoadedAdapter) -> Pieces[None]:
         """Copy an adapter to `offset`; the extent must belong to nobody who is being computed with."""
-        adapter_id = loaded.plan.adapter.id
-        self._buffer[offset : offset + loaded.plan.size].copy_(loaded.flat)
-        self._plans[adapter_id] = loaded.plan
-        self._offsets[adapter_id] = offset
+        return pieces.copy(self._buffer[offset : offset + loaded.plan.size], loaded.flat)
+
+    def move(self, adapter_id: str, offset: int) -> Pieces[None]:
+        """Copy a resident adapter to a lower `offset`. Where the extents overlap, nobody may compute with it."""
+        source, size = self._offsets[adapter_id], self._plans[adapter_id].size
+        overlaps = source - offset < pieces.PIECE
+        for begin in range(0, size, pieces.PIECE):
+            end = min(begin + pieces.PIECE, size)
+            piece = self._buffer[source + begin : source + end]
+            self._buffer[offset + begin : offset + end].copy_(piece.clone() if overlaps else piece)
+            yield
+
+    def publish(self, plan: AdapterPlan, offset: int) -> None:
+        """The adapter lies at `offset` from now on."""
+        self._plans[plan.adapter.id] = plan
+        self._offsets[plan.adapter.id] = offset
+        self.version += 1
 
     def forget(self, adapter_id: str) -> None:
         del self._plans[adapter_id], self._offsets[adapter_id]
+        self.version += 1
 
     def plan(self, adapter_id: str) -> AdapterPlan:
         return self._plans[adapter_id]

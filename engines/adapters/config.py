@@ -237,9 +237,9 @@ def _check_regex(field: str, pattern: str) -> None:
 
 
 def _match(pattern: str, module: str) -> regex.Match[str] | None:
-    """`re.match` that a hostile pattern cannot turn into an endless loop. Raises AdapterInvalid."""
+    """`re.match` that a hostile pattern can neither keep for ever nor keep others waiting by. Raises AdapterInvalid."""
     try:
-        return regex.match(pattern, module, timeout=_MATCH_SECONDS)
+        return regex.match(pattern, module, timeout=_MATCH_SECONDS, concurrent=True)
     except TimeoutError as error:
         raise AdapterInvalid(f"the pattern {pattern!r} takes too long to match") from error
 

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,7 +46,16 @@ class DiskCache:
     The least recently used leave it when it is full; where it is `for_good`, what is new is refused instead.
     """
 
-    def __init__(self, root: Path, max_bytes: int, *, for_good: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        max_bytes: int,
+        on_evict: Callable[[str], None] = lambda object_id: None,
+        *,
+        for_good: bool = False,
+    ) -> None:
+        """`on_evict` is told the id of each object that leaves, in the thread that removes it."""
+        self._on_evict = on_evict
         self._for_good = for_good
         self._objects, self._staging, self._refs = root / "objects", root / "staging", root / "refs"
         self._max_bytes = max_bytes
@@ -145,6 +154,11 @@ class DiskCache:
             return None
         return self.find(object_id) if _ID.fullmatch(object_id) else None
 
+    def usage(self) -> tuple[int, int]:
+        """(objects, bytes on disk) right now, of all processes that share the cache."""
+        sizes = [size for _, _, size in self._inventory()]
+        return len(sizes), sum(sizes)
+
     def ids(self, before: float = math.inf) -> list[str]:
         """Every object last used before a time, in seconds since 1970; the least recently used first."""
         return [object_id for used_at, object_id, _ in self._inventory() if used_at / 1e9 < before]
@@ -193,6 +207,7 @@ class DiskCache:
             self._discard(place)
         finally:
             os.close(descriptor)
+        self._on_evict(object_id)
         return True
 
     def _remove_damaged(self, place: Path) -> None:

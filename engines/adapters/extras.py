@@ -13,7 +13,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig
+from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 
 Shape = tuple[int, ...]
@@ -239,7 +241,9 @@ class ExtraPlanner:
                 raise AdapterUnsupported(f"modules_to_save names {saved}, which the base does not use")
 
 
-def load_extras(plan: ExtraPlan, flat: Tensor, tensor: Callable[[str], Tensor], base: Callable[[str], Tensor]) -> None:
+def read_extras(
+    plan: ExtraPlan, flat: Tensor, tensor: Callable[[str], Tensor], base: Callable[[str], Tensor]
+) -> Pieces[None]:
     """Read the extras into `flat`. `tensor` reads the file's, `base` the model's. Raises AdapterError."""
     for extra, sources in zip(plan.extras, plan.sources, strict=True):
         for part, source in sources.items():
@@ -250,13 +254,25 @@ def load_extras(plan: ExtraPlan, flat: Tensor, tensor: Callable[[str], Tensor], 
                 value = value.float() - base(f"{extra.module}.{extra.parameter}").float().cpu()
             elif extra.kind == "bias":
                 value = value.float() * extra.scale
-            extra.spans[part].of(flat).copy_(value)
+            yield from pieces.copy(extra.spans[part].of(flat), value)
     for source, name in plan.copies.items():
-        own, ours = tensor(source).float(), base(name).float().cpu()
-        if not torch.allclose(own, ours, rtol=_SAME, atol=_SAME * float(ours.abs().max()) * 2**-7):
+        if not (yield from _are_same(tensor(source), base(name))):
             raise AdapterUnsupported(
                 f"{source} differs from the base's: an adapter over other weights is not supported"
             )
+
+
+def _are_same(own: Tensor, ours: Tensor) -> Pieces[bool]:
+    """But for rounding."""
+    largest = 0.0
+    for rows in pieces.slices(ours):
+        largest = max(largest, float(ours[rows].abs().max()))
+        yield
+    for rows in pieces.slices(ours):
+        if not torch.allclose(own[rows].float(), ours[rows].float().cpu(), rtol=_SAME, atol=_SAME * largest * 2**-7):
+            return False
+        yield
+    return True
 
 
 def _numel(shape: Shape) -> int:

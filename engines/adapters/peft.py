@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
-from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, load_extras
+from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
+from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 
@@ -122,7 +124,8 @@ class Base:
     `modules` are the linear layers that A and B may stand beside, `unfit` says why another one is none of them.
     `weight(index)` is a linear layer's, dequantised, Shape [out, in]. `parameters` are those of all modules that each
     token passes once, `parameter(name)` gives one. `tied_head` is the head where it shares the input embedding's
-    weight. `transposed` are the expert weights that lie as [experts, in, out].
+    weight. `transposed` are the expert weights that lie as [experts, in, out]. With `pins_memory` what is read lies
+    where a device can fetch it by itself.
     """
 
     modules: dict[str, BaseModule]
@@ -136,13 +139,14 @@ class Base:
     input_embedding: str = ""
     tied_head: str | None = None
     transposed: frozenset[str] = frozenset()
+    pins_memory: bool = False
 
 
 def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     """Check config and tensor headers against the base; no weights are read. Raises AdapterError."""
     directory = Path(adapter.path)
     config = read_config(directory)
-    shapes = _tensor_shapes(directory / "adapter_model.safetensors")
+    shapes = _tensor_shapes(_weights(adapter))
     parts, others = _group_by_module(shapes, config, base)
     _check_names(config, parts, base)
     entries, size = {}, 0
@@ -162,30 +166,43 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
 
 
 def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
-    """Read the weights into the arena's layout. Raises AdapterError; non-finite weights are refused."""
-    plan = plan_adapter(adapter, base)
-    flat = torch.zeros(plan.size, dtype=base.dtype)
-    with safe_open(Path(adapter.path) / "adapter_model.safetensors", framework="pt") as file:
-        keys = {match: key for key in file.keys() if (match := _parse_key(key))}  # noqa: SIM118  not a dict
-        for entry in plan.entries.values():
-            a = file.get_tensor(keys[entry.module.name, "lora_A"])
-            b = file.get_tensor(keys[entry.module.name, "lora_B"])
-            entry.a_of(flat).copy_(a)
-            entry.b_of(flat).copy_(b.t())
-            if (gain := entry.gain_of(flat)) is not None:
-                magnitude = file.get_tensor(keys[entry.module.name, "lora_magnitude_vector"])
-                gain.copy_(_dora_gain(base.weight(entry.module.index), a, b, entry.scale, magnitude))
-        load_extras(plan.extra, flat, lambda name: file.get_tensor(_PREFIX + name), base.parameter)
-    if not bool(torch.isfinite(flat).all()):
+    """Plan and read in one go. Raises AdapterError; non-finite weights are refused."""
+    return pieces.exhaust(read_adapter(plan_adapter(adapter, base), base))
+
+
+def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
+    """Read the weights into the arena's layout, piece by piece. Raises AdapterError; non-finite weights are refused."""
+    flat = torch.zeros(plan.size, dtype=base.dtype, pin_memory=base.pins_memory)
+    try:
+        with safe_open(_weights(plan.adapter), framework="pt") as file:
+            keys = {match: key for key in file.keys() if (match := _parse_key(key))}  # noqa: SIM118  not a dict
+            for entry in plan.entries.values():
+                a = file.get_tensor(keys[entry.module.name, "lora_A"])
+                b = file.get_tensor(keys[entry.module.name, "lora_B"])
+                yield from pieces.copy(entry.a_of(flat), a)
+                yield from pieces.copy(entry.b_of(flat), b.t())
+                if (gain := entry.gain_of(flat)) is not None:
+                    magnitude = file.get_tensor(keys[entry.module.name, "lora_magnitude_vector"])
+                    weight = base.weight(entry.module.index)
+                    yield from _read_gain(gain, weight, a, b, entry.scale, magnitude.float().flatten())
+            yield from read_extras(plan.extra, flat, lambda name: file.get_tensor(_PREFIX + name), base.parameter)
+    except (SafetensorError, OSError) as error:
+        raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
+    if not (yield from pieces.are_finite(flat)):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
 
 
-def _dora_gain(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
-    """m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out]."""
-    norm = torch.linalg.norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
-    gain: Tensor = magnitude.float().flatten() / norm
-    return gain
+def _read_gain(gain: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Pieces[None]:
+    """gain = m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out]."""
+    for rows in pieces.slices(weight):
+        norm = torch.linalg.norm(weight[rows].float() + scale * (b[rows].float() @ a.float()), dim=1)
+        gain[rows].copy_(magnitude[rows] / norm)
+        yield
+
+
+def _weights(adapter: Adapter) -> Path:
+    return Path(adapter.path) / "adapter_model.safetensors"
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

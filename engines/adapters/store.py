@@ -14,6 +14,7 @@ import logging
 import random
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -32,10 +33,12 @@ from loraplex.engines.adapters.sources.registry import Sources
 from loraplex.engines.adapters.sources.selection import check_sizes
 from loraplex.engines.adapters.upload import Upload
 from loraplex.engines.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterSourceUnavailable
-from loraplex.engines.protocol import Adapter
+from loraplex.engines.figures import TierFigures
+from loraplex.engines.protocol import OTHERS, Adapter, AdapterTierStats, TierStats
 
 MAX_TOKEN_CHARACTERS = 8192
 _MERGED = "merged"
+_MAX_NAMES = 4096
 _logger = logging.getLogger(__name__)
 
 
@@ -69,8 +72,11 @@ DEFAULT_RETRIES = Retries()
 
 
 class _Fetched(msgspec.Struct, frozen=True):
+    """`seconds` the transfer took; None where there was none."""
+
     stored: StoredObject
     revision: str
+    seconds: float | None = None
 
 
 class AdapterStore:
@@ -81,7 +87,10 @@ class AdapterStore:
         self._retries = retries
         self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
         self._sources = Sources(settings, self._uploads)
-        self._disk = DiskCache(Path(settings.cache_dir).expanduser().absolute(), settings.disk_bytes)
+        self._figures = TierFigures("disk", settings.max_names_in_figures)
+        self._names: OrderedDict[str, str] = OrderedDict()  # of the adapters served last, for the figures
+        place = Path(settings.cache_dir).expanduser().absolute()
+        self._disk = DiskCache(place, settings.disk_bytes, self._count_eviction)
         self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
         self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
         self._is_closed = False
@@ -110,6 +119,10 @@ class AdapterStore:
             fetched = await self._flights.join(key, functools.partial(self._fly, source, address, token))
         except AdapterError as error:
             raise type(error)(f"{address.shown}: {error}") from error
+        self._remember_name(fetched.stored.id, name)
+        if fetched.seconds is not None:
+            self._figures.found(name, is_hit=False)
+            self._figures.loaded(name, fetched.seconds)
         if content and fetched.stored.id != content:
             raise AdapterChanged(f"{shown}: the source has other files by now; those registered are {content[:12]}…")
         return _stored(fetched.stored, name, shown, fetched.revision)
@@ -143,16 +156,35 @@ class AdapterStore:
         return _stored(fetched.stored, name, _MERGED, fetched.revision)
 
     @contextmanager
-    def hold(self, adapter_id: str) -> Iterator[Path]:
-        """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone; fetch again then."""
-        with self._disk.hold(adapter_id) as path:
+    def hold(self, adapter: Adapter) -> Iterator[Path]:
+        """Keep an adapter's files from eviction, now the most recently used.
+
+        Raises AdapterNotFound where they are gone; fetch again then.
+        """
+        with self._disk.hold(adapter.id) as path:
+            self._remember_name(adapter.id, adapter.name)
+            self._figures.found(adapter.name, is_hit=True)
             yield path
+
+    async def stats(self) -> tuple[TierStats, list[AdapterTierStats]]:
+        """The disk tier's figures. A hit is a request that finds the files here, a miss one transfer."""
+        num_adapters, num_bytes = await asyncio.to_thread(self._disk.usage)
+        return self._figures.stats(num_adapters, num_bytes, self._settings.disk_bytes), [*self._figures.by_adapter()]
 
     async def close(self) -> None:
         """Give up what is under way; returns when no thread works any more."""
         self._is_closed = True
         await self._flights.cancel_all()
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+
+    def _remember_name(self, adapter_id: str, name: str) -> None:
+        self._names[adapter_id] = name
+        self._names.move_to_end(adapter_id)
+        if len(self._names) > _MAX_NAMES:
+            self._names.popitem(last=False)
+
+    def _count_eviction(self, adapter_id: str) -> None:
+        self._figures.evicted(self._names.get(adapter_id, OTHERS))
 
     async def _fly(self, source: Source, address: Address, token: str | None) -> _Fetched:
         transfer = Transfer(self._settings.max_bytes)
@@ -214,13 +246,14 @@ class AdapterStore:
         revision = listing.revision
         if revision is not None and (known := self._disk.recall(address.uri, revision)) is not None:
             return _Fetched(known, revision)
+        began = time.monotonic()
         source.download(address, listing, token, workspace, transfer)
         screen(workspace.files, self._settings.max_bytes)
         transfer.check()
         stored = self._disk.commit(workspace)
         if revision is not None:
             self._disk.remember(address.uri, revision, stored.id, workspace)
-        return _Fetched(stored, revision or stored.id)
+        return _Fetched(stored, revision or stored.id, time.monotonic() - began)
 
     def _merge(self, recipe: MergeRecipe, transfer: Transfer) -> _Fetched:
         if (known := self._disk.recall(_MERGED, recipe.id)) is not None:

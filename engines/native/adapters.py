@@ -1,20 +1,27 @@
-"""Brings adapters to the device for the engine's core: disk -> host (in threads) -> arena, and books about each.
+"""Brings adapters to the device for the engine's core: disk -> host -> arena, and books about each.
 
-The step loop calls `poll` between steps; reading and parsing happen in threads, so a step never waits for a disk.
+Threads read the files and plan; what touches weights is done between steps in small pieces, as many as the step's
+allowance of time admits, so that no stream waits for an adapter. An adapter that nobody waits for any more on its way
+is given up where it is. All methods are called by the loop that steps.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Set
+import time
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, load_adapter, plan_adapter
+from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, plan_adapter, read_adapter
+from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterInvalid, AdapterTooLarge
-from loraplex.engines.native.residency import Residency
-from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency
+from loraplex.engines.figures import TierFigures
+from loraplex.engines.native.host import HostTier
+from loraplex.engines.native.preparation import Preparation
+from loraplex.engines.native.residency import Move, Residency
+from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency, AdapterTierStats, TierStats
 
 Done = Callable[[AdapterError | None], None]
 
@@ -27,6 +34,20 @@ class _Tracked:
     num_requests: int = 0
     waiters: list[Done] = field(default_factory=list)
 
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.num_requests or self.waiters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chore:
+    """Work on one adapter in pieces; `finish` takes what the last one gave."""
+
+    adapter_id: str
+    pieces: Pieces[LoadedAdapter] | Pieces[None]
+    finish: Callable[[LoadedAdapter | None], None]
+    is_move: bool = False
+
 
 class AdapterTiers:
     """Host and device tiers of one engine process. Bytes are those of the engine's dtype."""
@@ -38,23 +59,38 @@ class AdapterTiers:
         residency: Residency,
         host_bytes: int,
         on_failure: Callable[[str, AdapterError], None],
+        *,
+        max_names: int = 100,
         num_threads: int = 2,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`on_failure(adapter_id, error)` is called when an adapter that requests wait for cannot be had."""
         self._base = base
         self._on_failure = on_failure
         self._arena = arena
         self._residency = residency
-        self._host: OrderedDict[str, LoadedAdapter] = OrderedDict()
-        self._host_room = host_bytes
+        self._clock = clock
+        self._host = HostTier(host_bytes)
         self._tracked: dict[str, _Tracked] = {}
-        self._reading: dict[str, Future[LoadedAdapter]] = {}
+        self._cold: dict[str, None] = {}  # wanted, and not known to be on the device; in order of asking
+        self._preparing: dict[str, Preparation] = {}
+        self._planned: dict[str, tuple[AdapterPlan, float]] = {}  # and when its way began
+        self._chores: dict[
+            str, _Chore
+        ] = {}  # at most one of a kind: "read" to the host, "copy" to or within the device
+        self._host_figures = TierFigures("host", max_names)
+        self._device_figures = TierFigures("device", max_names)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter")
 
     @property
     def is_loading(self) -> bool:
-        """Whether a thread is reading an adapter, so that `poll` will soon have something to do."""
-        return bool(self._reading)
+        """Whether a thread is preparing an adapter, so that `poll` will soon have something to do."""
+        return bool(self._preparing)
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether `poll` has something to do right now."""
+        return bool(self._chores or self._planned)
 
     @property
     def num_on_device(self) -> int:
@@ -67,18 +103,26 @@ class AdapterTiers:
     def plans(self, adapter_ids: Iterable[str]) -> list[AdapterPlan]:
         """The plans of those adapters that are on the host or the device."""
         found = (self._host[id].plan if id in self._host else self._arena.plan(id) for id in adapter_ids
-                 if id in self._host or id in self._residency)  # fmt: skip
+                 if id in self._host or id in self._arena)  # fmt: skip
         return list(found)
 
     def enter(self, adapter: Adapter) -> None:
         """A request that names the adapter arrived: start reading it before the request is scheduled."""
         tracked = self._track(adapter)
         tracked.num_requests += 1
-        self._read_ahead(tracked)
+        is_on_device = adapter.id in self._residency
+        self._device_figures.found(adapter.name, is_hit=is_on_device)
+        if not is_on_device:
+            self._host_figures.found(adapter.name, is_hit=adapter.id in self._host)
+        self._want(tracked)
 
     def leave(self, adapter_id: str) -> None:
-        """A request that named the adapter ended."""
-        self._tracked[adapter_id].num_requests -= 1
+        """A request that named the adapter ended; what was on its way for it alone is given up."""
+        tracked = self._tracked[adapter_id]
+        tracked.num_requests -= 1
+        if not tracked.is_wanted:
+            self._abandon(adapter_id)
+            self._prune(adapter_id)
 
     def load(self, adapter: Adapter, done: Done) -> None:
         """Bring an adapter to the device for nobody in particular; `done` is called when it is there or cannot be."""
@@ -87,12 +131,12 @@ class AdapterTiers:
             done(None)
             return
         tracked.waiters.append(done)
-        self._read_ahead(tracked)
+        self._want(tracked)
 
     def pin(self, adapter: Adapter, *, pinned: bool, done: Done) -> None:
         """Keep an adapter on the device (loading it first), or stop doing so."""
         if not pinned:
-            if adapter.id in self._residency:
+            if self._residency.holds(adapter.id):
                 self._residency.pin(adapter.id, pinned=False)
             done(None)
             return
@@ -107,33 +151,49 @@ class AdapterTiers:
     def unload(self, adapter_id: str) -> None:
         """Drop an adapter from host and device. Raises AdapterInUse while requests name it."""
         tracked = self._tracked.get(adapter_id)
-        if tracked is not None and (tracked.num_requests or tracked.waiters):
+        if tracked is not None and tracked.is_wanted:
             raise AdapterInUse(f"{tracked.num_requests} requests use the adapter")
+        self._abandon(adapter_id, moves_too=True)
+        if adapter_id in self._host:
+            self._host.drop(adapter_id)
+        if self._residency.holds(adapter_id):
+            self._residency.drop(adapter_id)
+            self._arena.forget(adapter_id)
         self._tracked.pop(adapter_id, None)
-        self._host.pop(adapter_id, None)
-        if adapter_id in self._residency:
-            self._drop(adapter_id)
 
-    def poll(self, wanted: Iterable[str]) -> None:
-        """Move along what can be moved, between steps: finished reads to the host tier, wanted adapters to the device.
+    def poll(self, wanted: Iterable[str], seconds: float) -> None:
+        """Move along what can be moved, between steps, for about so long.
 
         `wanted` names the adapters of waiting sequences, first come first: none of them is evicted for a later one.
         """
-        for adapter_id in [adapter_id for adapter_id, future in self._reading.items() if future.done()]:
-            self._finish_read(adapter_id, self._reading.pop(adapter_id))
-        if not self._cold():
+        end = self._clock() + seconds
+        for adapter_id in [adapter_id for adapter_id, one in self._preparing.items() if one.is_done]:
+            self._take_plan(adapter_id, self._preparing.pop(adapter_id))
+        if not (self._cold or self._chores or self._planned):
             return
-        protected: set[str] = set()
-        for adapter_id in dict.fromkeys([*wanted, *self._called_for()]):
-            if adapter_id in self._residency:
-                protected.add(adapter_id)
-            elif adapter_id not in self._host:
-                self._read_ahead(self._tracked[adapter_id])
-            elif self._place(self._tracked[adapter_id], self._host[adapter_id], protected):
-                protected.add(adapter_id)
+        order = list(dict.fromkeys([*wanted, *self._cold]))
+        while (kind := self._next_chore(order)) is not None:
+            if not self._go_on(kind, end):
+                return
 
-    def residents(self) -> list[AdapterResidency]:
-        return [self._residency_of(tracked) for tracked in self._tracked.values()]
+    def residents(self, *, only_on_device: bool = False) -> list[AdapterResidency]:
+        """Those known here: on the host, the device, or wanted."""
+        return [
+            self._residency_of(tracked)
+            for tracked in self._tracked.values()
+            if not only_on_device or tracked.adapter.id in self._residency
+        ]
+
+    def stats(self) -> tuple[TierStats, TierStats]:
+        itemsize, books = self._base.dtype.itemsize, self._residency
+        return (
+            self._host_figures.stats(len(self._host), self._host.num_bytes, self._host.capacity),
+            self._device_figures.stats(len(books), books.num_used * itemsize, books.capacity * itemsize),
+        )
+
+    def stats_by_adapter(self) -> Iterator[AdapterTierStats]:
+        yield from self._host_figures.by_adapter()
+        yield from self._device_figures.by_adapter()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -141,82 +201,165 @@ class AdapterTiers:
     def _track(self, adapter: Adapter) -> _Tracked:
         return self._tracked.setdefault(adapter.id, _Tracked(adapter))
 
-    def _cold(self) -> bool:
-        return any(
-            (tracked.num_requests or tracked.waiters) and adapter_id not in self._residency
-            for adapter_id, tracked in self._tracked.items()
-        )
-
-    def _called_for(self) -> list[str]:
-        return [adapter_id for adapter_id, tracked in self._tracked.items() if tracked.waiters]
-
-    def _read_ahead(self, tracked: _Tracked) -> None:
-        adapter_id = tracked.adapter.id
-        if not (adapter_id in self._residency or adapter_id in self._host or adapter_id in self._reading):
-            self._reading[adapter_id] = self._threads.submit(self._read, tracked.adapter)
-
     def _inspect(self, adapter: Adapter) -> AdapterCard:
         return plan_adapter(adapter, self._base).card(self._base.dtype.itemsize)
 
-    def _read(self, adapter: Adapter) -> LoadedAdapter:
-        return load_adapter(adapter, self._base)
+    def _want(self, tracked: _Tracked) -> None:
+        """See that an adapter comes to the device."""
+        adapter_id = tracked.adapter.id
+        if adapter_id in self._residency:
+            return
+        self._cold[adapter_id] = None
+        is_on_its_way = (
+            adapter_id in self._preparing
+            or adapter_id in self._planned
+            or any(chore.adapter_id == adapter_id for chore in self._chores.values())
+        )
+        if adapter_id not in self._host and not is_on_its_way:
+            self._preparing[adapter_id] = Preparation(tracked.adapter, self._base, self._threads, self._clock())
 
-    def _finish_read(self, adapter_id: str, future: Future[LoadedAdapter]) -> None:
-        error = future.exception()
-        if error is None:
-            self._keep_on_host(future.result())
-        else:
+    def _take_plan(self, adapter_id: str, preparation: Preparation) -> None:
+        try:
+            self._planned[adapter_id] = preparation.plan(), preparation.began
+        except AdapterError as error:
+            self._fail(adapter_id, error)
+
+    def _next_chore(self, order: Iterable[str]) -> str | None:
+        """What is to be gone on with: a copy before a read, for it is nearer to its end."""
+        if "copy" not in self._chores:
+            self._begin_copy(order)
+        if "read" not in self._chores and self._planned:
+            adapter_id = next(iter(self._planned))
+            plan, began = self._planned.pop(adapter_id)
+            pieces = read_adapter(plan, self._base)
+            self._chores["read"] = _Chore(adapter_id, pieces, partial(self._finish_read, began))
+        return next((kind for kind in ("copy", "read") if kind in self._chores), None)
+
+    def _begin_copy(self, order: Iterable[str]) -> None:
+        """Start the copy of the first adapter that room can be made for."""
+        protected: set[str] = set()
+        for adapter_id in order:
+            tracked = self._tracked.get(adapter_id)
+            if self._residency.holds(adapter_id):
+                protected.add(adapter_id)
+            elif tracked is not None and tracked.is_wanted and adapter_id in self._host:
+                loaded = self._host[adapter_id]
+                if loaded.plan.size > self._residency.capacity:
+                    self._fail(adapter_id, self._too_large(loaded))
+                elif (chore := self._place(loaded, protected)) is not None:
+                    self._chores["copy"] = chore
+                    return
+
+    def _place(self, loaded: LoadedAdapter, protected: Set[str]) -> _Chore | None:
+        """The copy into the arena, or a move that has to be made before; None where no room can be made."""
+        plan, began = loaded.plan, self._clock()
+        room = self._residency.reserve(plan.adapter.id, plan.size, protected)
+        if room is None:
+            return None
+        for victim in room.evicted:
+            self._leave_device(victim)
+        if (move := room.move) is not None:
+            finish_move = partial(self._finish_move, move)
+            return _Chore(move.adapter_id, self._arena.move(move.adapter_id, move.target), finish_move, is_move=True)
+        offset = self._residency.extent(plan.adapter.id).offset
+        return _Chore(plan.adapter.id, self._arena.write(offset, loaded), partial(self._finish_copy, plan, began))
+
+    def _go_on(self, kind: str, end: float) -> bool:
+        """With one chore, to its end or to the allowance's; whether time is left."""
+        chore = self._chores[kind]
+        try:
+            while True:
+                next(chore.pieces)
+                if self._clock() >= end:
+                    return False
+        except StopIteration as stop:
+            result = stop.value
+        except Exception as error:
+            if kind != "read":  # a copy fails with the machine, a read with its adapter
+                raise
+            del self._chores[kind]
             known = error if isinstance(error, AdapterError) else AdapterInvalid(f"cannot be loaded: {error!r}")
-            self._fail(adapter_id, known)
+            self._fail(chore.adapter_id, known)
+            return self._clock() < end
+        del self._chores[kind]
+        chore.finish(result)
+        return self._clock() < end
 
-    def _keep_on_host(self, loaded: LoadedAdapter) -> None:
-        """The newest always stays, so that an adapter larger than the tier can still be served."""
-        self._host[loaded.plan.adapter.id] = loaded
-        used = sum(kept.flat.nbytes for kept in self._host.values())
-        for adapter_id in list(self._host)[:-1]:
-            if used <= self._host_room:
-                break
-            used -= self._host.pop(adapter_id).flat.nbytes
+    def _finish_read(self, began: float, loaded: LoadedAdapter | None) -> None:
+        assert loaded is not None
+        adapter = loaded.plan.adapter
+        self._host_figures.loaded(adapter.name, self._clock() - began)
+        for left in self._host.keep(loaded):
+            self._host_figures.evicted(left.plan.adapter.name)
+            self._prune(left.plan.adapter.id)
 
-    def _place(self, tracked: _Tracked, loaded: LoadedAdapter, protected: Set[str]) -> bool:
-        adapter_id, size = tracked.adapter.id, loaded.plan.size
-        if size > self._residency.capacity:
-            room = self._residency.capacity * self._base.dtype.itemsize
-            self._fail(adapter_id, AdapterTooLarge(f"{loaded.flat.nbytes} bytes exceed adapters.device_bytes = {room}"))
-            return False
-        evicted = self._residency.place(adapter_id, size, protected)
-        if evicted is None:
-            return False
-        for victim in evicted:
-            self._arena.forget(victim)
-        self._arena.write(self._residency.extent(adapter_id).offset, loaded)
-        self._host.move_to_end(adapter_id)
+    def _finish_copy(self, plan: AdapterPlan, began: float, _: LoadedAdapter | None) -> None:
+        adapter_id = plan.adapter.id
+        self._arena.publish(plan, self._residency.extent(adapter_id).offset)
+        self._residency.publish(adapter_id)
+        self._cold.pop(adapter_id, None)
+        self._device_figures.loaded(plan.adapter.name, self._clock() - began)
+        if adapter_id in self._host:
+            self._host.touch(adapter_id)
         self._tell(adapter_id, None)
-        return True
+
+    def _finish_move(self, move: Move, _: LoadedAdapter | None) -> None:
+        self._residency.publish(move.adapter_id)
+        self._arena.publish(self._arena.plan(move.adapter_id), move.target)
+
+    def _leave_device(self, adapter_id: str) -> None:
+        """The books have given its extent to another one."""
+        self._arena.forget(adapter_id)
+        self._device_figures.evicted(self._tracked[adapter_id].adapter.name)
+        if self._tracked[adapter_id].is_wanted:
+            self._want(self._tracked[adapter_id])
+        self._prune(adapter_id)
+
+    def _too_large(self, loaded: LoadedAdapter) -> AdapterTooLarge:
+        room = self._residency.capacity * self._base.dtype.itemsize
+        return AdapterTooLarge(f"{loaded.flat.nbytes} bytes exceed adapters.device_bytes = {room}")
 
     def _fail(self, adapter_id: str, error: AdapterError) -> None:
+        self._abandon(adapter_id)
         self._tell(adapter_id, error)
         self._on_failure(adapter_id, error)
+        self._prune(adapter_id)
 
     def _tell(self, adapter_id: str, error: AdapterError | None) -> None:
-        tracked = self._tracked[adapter_id]
-        waiters, tracked.waiters = tracked.waiters, []
-        for done in waiters:
-            done(error)
+        if (tracked := self._tracked.get(adapter_id)) is not None:
+            waiters, tracked.waiters = tracked.waiters, []
+            for done in waiters:
+                done(error)
 
-    def _drop(self, adapter_id: str) -> None:
-        self._residency.drop(adapter_id)
-        self._arena.forget(adapter_id)
+    def _abandon(self, adapter_id: str, *, moves_too: bool = False) -> None:
+        """Give up what is on its way; a move of it within the device goes on, unless it leaves."""
+        self._cold.pop(adapter_id, None)
+        self._planned.pop(adapter_id, None)
+        if (preparation := self._preparing.pop(adapter_id, None)) is not None:
+            preparation.give_up()
+        for kind, chore in list(self._chores.items()):
+            if chore.adapter_id == adapter_id and (moves_too or not chore.is_move):
+                chore.pieces.close()
+                del self._chores[kind]
+        self._residency.give_up(adapter_id)
+
+    def _prune(self, adapter_id: str) -> None:
+        """Forget one that is nowhere here and that nobody wants."""
+        tracked = self._tracked.get(adapter_id)
+        is_here = adapter_id in self._host or self._residency.holds(adapter_id)
+        if tracked is not None and not tracked.is_wanted and not is_here:
+            del self._tracked[adapter_id]
 
     def _residency_of(self, tracked: _Tracked) -> AdapterResidency:
         adapter = tracked.adapter
-        on_device, on_host = adapter.id in self._residency, self._host.get(adapter.id)
-        elements = self._arena.plan(adapter.id).size if on_device else on_host.plan.size if on_host else 0
+        on_device, on_host = adapter.id in self._residency, adapter.id in self._host
+        plan = next(iter(self.plans([adapter.id])), None)
         return AdapterResidency(
             adapter_id=adapter.id,
             name=adapter.name,
             tier="device" if on_device else "host" if on_host else "disk",
             pinned=self._residency.is_pinned(adapter.id),
-            num_bytes=elements * self._base.dtype.itemsize,
+            num_bytes=plan.size * self._base.dtype.itemsize if plan else 0,
             num_requests=tracked.num_requests,
+            num_running=self._residency.num_running(adapter.id),
         )

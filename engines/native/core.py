@@ -22,6 +22,7 @@ from loraplex.engines.errors import (
     InvalidRequest,
     PromptTooLong,
 )
+from loraplex.engines.figures import DurationCounts
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.deadlines import Deadlines
@@ -31,8 +32,11 @@ from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.native.stopwatch import DurationCounts
 from loraplex.engines.protocol import EmbedRequest, EngineStats, GenerateRequest, SamplingParams
+
+# How much longer than without them steps may take while adapters are brought; how long between two looks at commands.
+ADAPTER_SHARE = 0.12
+IDLE_SECONDS = 0.005
 
 
 class EngineCore:
@@ -44,12 +48,18 @@ class EngineCore:
         self._clock = clock
         self._stopwatch = machine.runner.stopwatch
         self._step_durations = DurationCounts()
+        self._recent_seconds = (0.0, 0.0)
         self._max_waiting = settings.engine.max_waiting
         self._max_wait = settings.engine.max_wait_seconds
         self.blocks = BlockPool(machine.num_kv_blocks, settings.engine.kv_block_size)
         residency = Residency(machine.arena_capacity)
         self.adapters = AdapterTiers(
-            machine.base, machine.arena, residency, settings.adapters.host_bytes, self._fail_adapter
+            machine.base,
+            machine.arena,
+            residency,
+            settings.adapters.host_bytes,
+            self._fail_adapter,
+            max_names=settings.adapters.max_names_in_figures,
         )
         limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running, settings.engine.max_draft_tokens)
         self.scheduler = Scheduler(limits, self.blocks, residency, clock)
@@ -120,7 +130,7 @@ class EngineCore:
     def step(self) -> list[Emission]:
         """One step, or nothing where none can be made; what it gave each sequence, errors since the last one first."""
         self._expire()
-        self.adapters.poll(id for sequence in self.scheduler.waiting for id in sequence.adapter_ids)
+        self._move_adapters()
         self._settle()
         self._constrain()
         emissions, self._failed = self._failed, []
@@ -133,6 +143,7 @@ class EngineCore:
                 emissions += self._record(self.scheduler.commit(batch, outcomes))
             seconds = time.perf_counter() - began
             self._step_durations.add(seconds)
+            self._recent_seconds = (self._recent_seconds[-1], seconds)
             self.scheduler.drafter.time(batch, seconds)
         return emissions
 
@@ -140,6 +151,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step may compute something right now."""
         return self.scheduler.has_work or bool(self._failed)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has something to do that waits for nobody."""
+        return bool(self.scheduler.running or self.adapters.has_chores)
 
     @property
     def is_preparing(self) -> bool:
@@ -167,7 +183,15 @@ class EngineCore:
             phase_seconds=dict(self._stopwatch.seconds),
             step_durations=self._step_durations.snapshot(),
             wait_durations=self.scheduler.wait_durations.snapshot(),
+            tiers=self.adapters.stats(),
+            adapter_tiers=tuple(self.adapters.stats_by_adapter()),
         )
+
+    def _move_adapters(self) -> None:
+        """Within a share of the shorter of the last two steps, so that the streams hardly notice."""
+        seconds = ADAPTER_SHARE * min(self._recent_seconds) if self.scheduler.running else IDLE_SECONDS
+        with self._stopwatch.phase("adapters"):
+            self.adapters.poll((id for sequence in self.scheduler.waiting for id in sequence.adapter_ids), seconds)
 
     def _record(self, emissions: list[Emission]) -> list[Emission]:
         for emission in emissions:

@@ -30,6 +30,8 @@ Owners = tuple[tuple[str, float], ...]
 Parts = tuple[tuple[int, float], ...]  # the same by the adapters' positions among the active ones
 _MAX_KNOWN_ROWS = 4096  # adapters; a few kilobytes each
 _MAX_STACKS = 2  # each may be a copy of its adapters' matrices
+# Elements that a step may copy into stacks, some 2 ms; the modules that have none yet are computed run by run.
+_MAX_STACKED = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class ActiveAdapters:
         self._plans = [arena.plan(adapter_id) for adapter_id in adapter_ids]
         self._entries = [plan.entries for plan in self._plans]
         self._flats = [arena.flat(adapter_id) for adapter_id in adapter_ids]
+        self._version = arena.version
         self._layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout] = {}
         self._stacks: dict[int, Stack] = {}
         self._gains: dict[int, Tensor | None] = {}
@@ -79,15 +82,21 @@ class ActiveAdapters:
 
         An adapter whose last request ended stays in, multiplied by zero, until half the rows are such.
         """
-        if not adapter_ids <= self.positions.keys():
+        if not adapter_ids <= self.positions.keys() or not self._is_in_place():
             return False
         wanted = [self.positions[adapter_id] for adapter_id in adapter_ids]
-        if sum(plan.rank for plan in self._plans) > 2 * sum(self._plans[position].rank for position in wanted):
-            return False
-        return all(
-            self._arena.flat(adapter_id).data_ptr() == self._flats[self.positions[adapter_id]].data_ptr()
-            for adapter_id in adapter_ids
-        )
+        return sum(plan.rank for plan in self._plans) <= 2 * sum(self._plans[position].rank for position in wanted)
+
+    def _is_in_place(self) -> bool:
+        """Whether all of them still lie where they did: what else lies there now might be no number times zero."""
+        if self._version != self._arena.version:
+            if not all(
+                adapter_id in self._arena and self._arena.flat(adapter_id).data_ptr() == flat.data_ptr()
+                for adapter_id, flat in zip(self.positions, self._flats, strict=True)
+            ):
+                return False
+            self._version = self._arena.version
+        return True
 
     def gain(self, index: int, position: int) -> Tensor | None:
         """DoRA's of one adapter for one module. Shape [out]."""
@@ -127,6 +136,13 @@ class ActiveAdapters:
             known = _KnownRows(plan, _rows(plan, len(self._modules), itemsize))
             self._known_rows[plan.adapter.id] = known
         return known.rows
+
+    def num_to_stack(self, index: int) -> int:
+        """Elements that must be copied before a module has its stack."""
+        if index in self._stacks:
+            return 0
+        present = [entries[index] for entries in self._entries if index in entries]
+        return sum(entry.rank * (entry.module.in_features + entry.module.out_features) for entry in present)
 
     def stack(self, index: int) -> Stack:
         if index not in self._stacks:
@@ -244,6 +260,7 @@ class LoraLayers:
         self._modules: list[BaseModule] = []
         self._known_rows: dict[str, _KnownRows] = {}
         self._recent: list[ActiveAdapters] = []
+        self._left_to_stack = 0
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """Replace the layer's `forward` by one that adds the step's adapters. To be called in the order of `index`."""
@@ -270,6 +287,7 @@ class LoraLayers:
 
         `one_by_one`: what a token gets does not depend, not in its last bit, on the others.
         """
+        self._left_to_stack = _MAX_STACKED
         kinds = set(owners)
         names = tuple(sorted({adapter_id for some in kinds for adapter_id, _ in some}))
         if not names:
@@ -297,6 +315,14 @@ class LoraLayers:
         self._recent = [active, *self._recent[: _MAX_STACKS - 1]]
         return active
 
+    def _may_stack(self, index: int, active: ActiveAdapters) -> bool:
+        """Whether the module has its stack, or may have it made in this step; the first one may be any size."""
+        wanted = active.num_to_stack(index)
+        if wanted > self._left_to_stack < _MAX_STACKED:
+            return False
+        self._left_to_stack -= wanted
+        return True
+
     def _add(
         self, y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
     ) -> None:
@@ -309,7 +335,7 @@ class LoraLayers:
             y.sub_(bias)
         if groups.is_composed:
             _add_composed(y, x, index, active, groups)
-        elif self._has_kernel or groups.prefers_runs:
+        elif self._has_kernel or groups.prefers_runs or not self._may_stack(index, active):
             for begin, end, owner in groups.long_runs if self._has_kernel else groups.runs:
                 if (factors := active.factors(index, owner)) is not None:
                     add_run(y[begin:end], x[begin:end], *factors)

@@ -303,4 +303,5 @@ def base_of(model: PreTrainedModel, trial: Trial, max_rank: int) -> Base:
         input_embedding=next((name for name, module in embeddings.items() if module is embedding), ""),
         tied_head=next((name for name, module in own.items() if module is head), None) if is_tied else None,
         transposed=frozenset(name for name in tensors if getattr(own[name.rpartition(".")[0]], "is_transposed", False)),
+        pins_memory=model.device.type == "cuda",
     )

@@ -3,8 +3,9 @@
 Continuous batching under one token budget: running sequences first (a decode takes one token, a prefill a chunk),
 then waiting ones, fairly across tenants. What the prefix cache knows of a prompt's beginning is not computed. KV
 blocks are taken as they are needed; when they run out, the youngest running sequence gives its blocks back and is
-computed again later. A sequence whose adapter is not on the device waits without delaying anyone, but not for ever:
-past `cold_patience` seconds nothing behind it is admitted, so that running sequences drain and make room. A sequence
+computed again later. A sequence whose adapter is not on the device waits without delaying anyone, but not for ever
+where there is no room for it: past `cold_patience` seconds nothing behind it is admitted, so that running sequences
+drain and make room. A sequence
 whose beginning a running one is about to compute waits for that too, and shares it: the choices of one request compute
 their prompt once. What a step of decodes has room for goes to drafts, where they pay.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from loraplex.engines.errors import EngineError, GenerationFailed
+from loraplex.engines.figures import DurationCounts
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.drafting import Drafter
@@ -22,7 +24,6 @@ from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
 from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.native.stopwatch import DurationCounts
 from loraplex.engines.protocol import FinishReason, TokenLogprobs
 
 
@@ -201,7 +202,7 @@ class Scheduler:
                 skipped.add(sequence)
                 continue
             if not all(adapter_id in self._residency for adapter_id in sequence.adapter_ids):
-                if self._clock() - sequence.arrival > self._limits.cold_patience:
+                if not self._residency.lacking.isdisjoint(sequence.adapter_ids) and self._has_waited(sequence):
                     return
                 skipped.add(sequence)
                 continue
@@ -219,6 +220,9 @@ class Scheduler:
             self._start(sequence)
             plan.add(sequence)
             coming.update(self._keys_to_compute(sequence))
+
+    def _has_waited(self, sequence: Sequence) -> bool:
+        return self._clock() - sequence.arrival > self._limits.cold_patience
 
     def _draft(self, plan: _Plan) -> None:
         """Let decodes guess ahead with what is left of the budget, where blocks are free."""

@@ -86,7 +86,7 @@ class Worker:
 
     def _patience(self) -> int | None:
         """How long the loop may sleep for a command: not at all while something runs, for ever when idle."""
-        if self._core.scheduler.running:
+        if self._core.is_busy:
             return 0
         if self._core.is_preparing or self._num_inspecting:
             return _LOADING_MS

@@ -13,6 +13,7 @@ from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
+from loraplex.gateway.holding import DiskTier, held
 from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
@@ -69,8 +70,9 @@ class Wire(Protocol):
 class Answers:
     """Answers generation requests of any route over one engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, accounts: Accounts, server: Server) -> None:
+    def __init__(self, engine: Engine, store: DiskTier, metrics: Metrics, accounts: Accounts, server: Server) -> None:
         self._engine = engine
+        self._store = store
         self._accounts = accounts
         self._metrics = metrics
         self._server = server
@@ -98,7 +100,7 @@ class Answers:
         tell_limits(request, meter.headers())
         try:
             answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
-            events = [meter.watch(self._metrics.watch(body.model, self._engine.generate(choice))) for choice in choices]
+            events = [meter.watch(self._events(body.model, choice)) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, events, body, meter, framing)
             collected = await unless_client_leaves(request.receive, answer.collect(events))
@@ -109,6 +111,9 @@ class Answers:
         meter.settle()
         tell_limits(request, meter.headers())
         return Response(collected, media_type="application/json")  # type: ignore[return-value]
+
+    def _events(self, model: str, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        return self._metrics.watch(model, choice, held(self._store, choice, self._engine.generate(choice)))
 
     async def _stream(
         self,

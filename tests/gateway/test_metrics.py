@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import msgspec
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
-from loraplex.engines.protocol import SECONDS_BUCKETS, Durations, EngineStats
+from loraplex.engines.protocol import (
+    OTHERS,
+    SECONDS_BUCKETS,
+    Adapter,
+    AdapterResidency,
+    Durations,
+    EngineStats,
+    GenerateRequest,
+    SamplingParams,
+    TierStats,
+    TokenEvent,
+)
+from loraplex.gateway.engine_metrics import EngineCollector, Moment
+from loraplex.gateway.metrics import Metrics
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def scrape(gateway: Gateway) -> dict[str, list[tuple[dict[str, str], float]]]:
@@ -27,11 +48,11 @@ def test_metrics_count_requests_tokens_and_outcomes(gateway: Gateway) -> None:
         for prompt in ("abcd", "<fail>...."):
             client.post("/v1/chat/completions", json={"model": BASE, "messages": [{"role": "user", "content": prompt}]})
     found = scrape(gateway)
-    assert ({"model": BASE, "outcome": "stop"}, 1.0) in found["loraplex_requests_total"]
-    assert ({"model": BASE, "outcome": "GenerationFailed"}, 1.0) in found["loraplex_requests_total"]
-    assert found["loraplex_generated_tokens_total"] == [({"model": BASE}, 5.0 + 4.0)]
-    assert found["loraplex_time_to_first_token_seconds_count"] == [({"model": BASE}, 2.0)]
-    assert found["loraplex_inter_token_seconds_count"] == [({"model": BASE}, 4.0 + 3.0)]
+    assert ({"model": BASE, "adapter": "", "outcome": "stop"}, 1.0) in found["loraplex_requests_total"]
+    assert ({"model": BASE, "adapter": "", "outcome": "GenerationFailed"}, 1.0) in found["loraplex_requests_total"]
+    assert found["loraplex_generated_tokens_total"] == [({"model": BASE, "adapter": ""}, 5.0 + 4.0)]
+    assert found["loraplex_time_to_first_token_seconds_count"] == [({"model": BASE, "adapter": ""}, 2.0)]
+    assert found["loraplex_inter_token_seconds_count"] == [({"model": BASE, "adapter": ""}, 4.0 + 3.0)]
 
 
 def test_metrics_show_what_routers_route_by(gateway: Gateway) -> None:
@@ -80,6 +101,88 @@ def test_metrics_as_json_say_the_same(gateway: Gateway) -> None:
     assert told.headers["content-type"] == "application/json"
     families = told.json()
     assert all(list(family) == ["type", "data"] for family in families.values())
-    [found] = [one for one in families["loraplex_generated_tokens"]["data"] if f'total{{model="{BASE}"}}' in one["key"]]
+    [found] = [
+        one
+        for one in families["loraplex_generated_tokens"]["data"]
+        if f'total{{adapter="",model="{BASE}"}}' in one["key"]
+    ]
     assert families["loraplex_generated_tokens"]["type"] == "counter"
     assert f"{found['key']} {found['value']}" in lines
+
+
+def test_docs_list_every_metric_and_no_other(gateway: Gateway) -> None:
+    with gateway.client() as client:
+        client.post("/v1/chat/completions", json={"model": BASE, "messages": [{"role": "user", "content": "a"}]})
+    with gateway.admin() as admin:
+        families = list(text_string_to_metric_families(admin.get("/metrics").text))
+    served = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    served -= {name for name in served if name.endswith("_created")}
+    listed = re.findall(r"^\| `([a-z_:]+)` \|", DOCS.read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(served)
+
+
+def test_disk_tier_counts_requests_that_find_files_and_transfers(gateway: Gateway) -> None:
+    before = scrape(gateway)
+    with gateway.client() as client:
+        for _ in range(3):
+            body = {"model": "team/echo-one", "messages": [{"role": "user", "content": "a"}]}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+    after = scrape(gateway)
+
+    def grown(name: str, **labels: str) -> float:
+        was = sum(value for own, value in before.get(name, []) if own == labels)
+        [now] = [value for own, value in after[name] if own == labels]
+        return now - was
+
+    name = "team/echo-one"
+    assert grown("loraplex_tier_hits_total", tier="disk") == 3.0
+    assert grown("loraplex_adapter_hits_total", adapter=name, tier="disk") == 3.0
+    assert grown("loraplex_tier_misses_total", tier="disk") == 0.0
+    assert grown("loraplex_requests_total", model=name, adapter=name, outcome="stop") == 3.0
+    [misses] = [value for own, value in after["loraplex_tier_misses_total"] if own == {"tier": "disk"}]
+    [loads] = [value for own, value in after["loraplex_tier_load_seconds_count"] if own == {"tier": "disk"}]
+    assert misses == loads >= 1.0
+
+
+def event(number: int) -> TokenEvent:
+    return TokenEvent(request_id="r", token_ids=(1,), text="a", step=number, num_cached_tokens=2)
+
+
+async def test_names_beyond_the_bound_are_counted_together() -> None:
+    metrics = Metrics(max_names=2)
+
+    async def events() -> AsyncIterator[TokenEvent]:
+        yield event(1)
+
+    for name in ("a", "b", "c", "d", "a"):
+        adapter = Adapter(id=name, name=name, path="")
+        request = GenerateRequest(
+            request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1), adapter=adapter
+        )
+        async for _ in metrics.watch(name, request, events()):
+            pass
+    value = metrics.registry.get_sample_value
+    for name, count in (("a", 2.0), ("b", 1.0), (OTHERS, 2.0)):
+        labels = {"model": name, "adapter": name}
+        assert value("loraplex_generated_tokens_total", labels) == count
+        assert value("loraplex_prompt_tokens_total", labels) == 3 * count
+        assert value("loraplex_cached_prompt_tokens_total", labels) == 2 * count
+    assert value("loraplex_generated_tokens_total", {"model": "c", "adapter": "c"}) is None
+
+
+def resident(name: str, num_requests: int, num_running: int) -> AdapterResidency:
+    return AdapterResidency(
+        adapter_id=name, name=name, tier="device", pinned=False, num_bytes=10,
+        num_requests=num_requests, num_running=num_running,
+    )  # fmt: skip
+
+
+def test_lora_info_tells_running_from_waiting_and_how_many_adapters_fit(gateway: Gateway) -> None:
+    stats = msgspec.structs.replace(gateway.stats(), num_adapters_on_device=4)
+    tiers = (TierStats(tier="device", num_adapters=4, num_bytes=40, capacity_bytes=75),)
+    residency = (resident("a", 2, 2), resident("b", 2, 1), resident("c", 1, 0), resident("d", 0, 0))
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(Moment(stats, residency, tiers, (), 10)))
+    labels = {"max_lora": "7", "running_lora_adapters": "a,b", "waiting_lora_adapters": "b,c"}
+    told = registry.get_sample_value("vllm:lora_requests_info", labels)
+    assert told == pytest.approx(time.time(), abs=60)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from loraplex.engines.native.batch import Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
-from loraplex.engines.native.residency import Residency
+from loraplex.engines.native.residency import Residency, Room
 from loraplex.engines.native.scheduler import Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 BLOCK = 4
+
+
+def place(residency: Residency, name: str, size: int, protected: Set[str] = frozenset()) -> Room | None:
+    """Reserve and fill at once."""
+    room = residency.reserve(name, size, protected)
+    if room is not None:
+        residency.publish(room.move.adapter_id if room.move else name)
+    return room
 
 
 class Bench:

@@ -166,7 +166,7 @@ async def test_fetch_failure_reaches_every_waiter(store: AdapterStore) -> None:
 async def test_fetch_past_the_deadline_is_unavailable(settings: Adapters, hub: FakeHub) -> None:
     impatient = AdapterStore(msgspec.structs.replace(settings, fetch_timeout_seconds=0.3))
     task = await held_fetch(impatient, hub)
-    with pytest.raises(AdapterSourceUnavailable, match=r"hf://org/name@main: not fetched within 0\.3 s"):
+    with pytest.raises(AdapterSourceUnavailable, match=r"hf://org/name@main: not done within 0\.3 s"):
         await task
     assert hub.hold is not None
     hub.hold.set()
@@ -201,10 +201,10 @@ async def test_fetch_into_a_full_cache_says_so(settings: Adapters, root: Path) -
     small = AdapterStore(msgspec.structs.replace(settings, disk_bytes=1500))
     first = await small.fetch(str(write_files(root / "a", adapter_files(1))), "a")
     second = str(write_files(root / "b", adapter_files(2)))
-    with small.hold(first.adapter.id), pytest.raises(AdapterTooLarge, match="in use"):
+    with small.hold(first.adapter), pytest.raises(AdapterTooLarge, match="in use"):
         await small.fetch(second, "b")
     assert await small.fetch(second, "b")
-    with pytest.raises(AdapterNotFound), small.hold(first.adapter.id):
+    with pytest.raises(AdapterNotFound), small.hold(first.adapter):
         pass
     await small.close()
 

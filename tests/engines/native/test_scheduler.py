@@ -6,10 +6,11 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.bench import BLOCK, Bench
+from support.bench import BLOCK, Bench, place
 
 from loraplex.engines.native.blocks import next_key, root_key
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
+from loraplex.engines.native.residency import Room
 from loraplex.engines.native.sequence import Sequence
 
 
@@ -55,19 +56,28 @@ def test_cold_adapter_past_patience_nothing_behind_it_is_admitted() -> None:
     bench.add(4, adapter="cold")
     bench.now += 3.0
     bench.add(4)
+    bench.residency.lacking.add("cold")
     assert bench.step() == {}
-    bench.residency.place("cold", 10)
+    place(bench.residency, "cold", 10)
     assert bench.step() == {"1": 4, "2": 4}
+
+
+def test_cold_adapter_past_patience_delays_nobody_while_it_lacks_no_room() -> None:
+    bench = Bench()
+    bench.add(4, adapter="cold")
+    bench.now += 3.0
+    bench.add(4)
+    assert bench.step() == {"2": 4}
 
 
 def test_running_sequence_holds_its_adapter_until_it_ends() -> None:
     bench = Bench()
-    bench.residency.place("a", 60)
+    place(bench.residency, "a", 60)
     bench.add(4, max_tokens=2, adapter="a")
     bench.step()
-    assert bench.residency.place("b", 60) is None
+    assert place(bench.residency, "b", 60) is None
     bench.step()
-    assert bench.residency.place("b", 60) == ["a"]
+    assert place(bench.residency, "b", 60) == Room(("a",))
 
 
 def test_prompt_begun_before_is_found_in_the_cache() -> None:
@@ -89,7 +99,7 @@ def test_prompt_wholly_cached_still_computes_its_last_token() -> None:
 
 def test_cache_is_not_shared_across_tenants_or_adapters() -> None:
     bench = Bench()
-    bench.residency.place("a", 10)
+    place(bench.residency, "a", 10)
     bench.add(12, max_tokens=1, same_prompt=True, tenant="one")
     bench.step()
     bench.add(12, max_tokens=1, same_prompt=True, tenant="two")

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.bench import BLOCK, Bench
+from support.bench import BLOCK, Bench, place
 
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
 from loraplex.engines.native.sequence import Sequence
@@ -77,8 +77,8 @@ class AnyOrder(RuleBasedStateMachine):
         for sequence in self.bench.sequences:
             assert not sequence.block_table or sequence in self.scheduler.running
             assert len(sequence.block_table) * BLOCK >= sequence.num_computed or sequence not in self._unfinished()
-            for place, block in enumerate(sequence.block_table):
-                held[block].append((sequence, place))
+            for number, block in enumerate(sequence.block_table):
+                held[block].append((sequence, number))
         assert self.bench.blocks.num_used == len(held)
         for holders in held.values():
             if len(holders) > 1:
@@ -130,8 +130,15 @@ class AnyOrder(RuleBasedStateMachine):
         """Bring the adapters of waiting sequences, first come first, where there is room for them."""
         protected: set[str] = set()
         for adapter in dict.fromkeys(id for s in self.scheduler.waiting for id in s.adapter_ids):
-            if adapter in self.residency or self.residency.place(adapter, ADAPTERS[adapter], protected) is not None:
+            if self._is_placed(adapter, protected):
                 protected.add(adapter)
+
+    def _is_placed(self, adapter: str, protected: set[str]) -> bool:
+        while adapter not in self.residency:
+            room = place(self.residency, adapter, ADAPTERS[adapter], protected)
+            if room is None:
+                return False
+        return True
 
 
 class AnyOrderWithDrafts(AnyOrder):
