@@ -40,6 +40,24 @@ def client_python(name: str, requirements: Sequence[str]) -> Path:
     return home / "bin" / "python"
 
 
+def node_package(name: str) -> Path:
+    """The directory of a package from npm, in a directory of its own. Skips or fails as `client_python` does."""
+    home = _cache_dir() / f"node-{name}"
+    with _locked(home.with_suffix(".lock")):
+        if not (home / "complete").is_file():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home), name]
+            try:
+                installed = _run(install, INSTALL_SECONDS)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                missing(f"the client {name}", error)
+            if installed.returncode:
+                missing(f"the client {name}", installed.stderr.strip()[-800:])
+            (home / "complete").write_text(name)
+    return home / "node_modules" / name
+
+
 def run_in(python: Path, script: Path, arguments: Sequence[str] = (), *, seconds: float = 100) -> Any:
     """Runs a script of ours beside the client; what it printed last, which is JSON. Fails with all it said."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
@@ -51,9 +69,10 @@ def run_in(python: Path, script: Path, arguments: Sequence[str] = (), *, seconds
 
 
 def _make(home: Path, name: str, requirements: Sequence[str]) -> None:
-    created = _run([sys.executable, "-m", "venv", str(home)], INSTALL_SECONDS)
+    uv = [sys.executable, "-m", "uv", "--quiet"]  # pip takes minutes to settle so many pins
+    created = _run([*uv, "venv", "--python", sys.executable, str(home)], INSTALL_SECONDS)
     assert created.returncode == 0, created.stderr
-    install = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [*uv, "pip", "install", "--python", str(home / "bin" / "python")]
     try:
         installed = _run([*install, *requirements], INSTALL_SECONDS)
     except subprocess.TimeoutExpired as error:
