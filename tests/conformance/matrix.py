@@ -2,10 +2,12 @@
 
     PYTHONPATH=.src:tests python -m conformance.matrix            # compute everything anew, then write both
     PYTHONPATH=.src:tests python -m conformance.matrix llama opt  # only these rows
+    PYTHONPATH=.src:tests python -m conformance.matrix --missing  # the rows that are not in the record
     PYTHONPATH=.src:tests python -m conformance.matrix --page     # the page alone
 
-`matrix.json` says of each architecture why it is refused, or of each feature `exact`, `none` (nothing it could be
-about) or why it is refused. The tests compute cells again and compare.
+`matrix.json` says with which versions it was made (those of the last run), and of each architecture why it is refused,
+or of each feature `exact`, `none` (nothing it could be about) or why it is refused. `test_matrix.py` computes cells
+again and compares.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peft
@@ -32,6 +35,18 @@ from loraplex.engines.errors import AdapterError, ModelNotServable
 RECORD = Path(__file__).with_name("matrix.json")
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ARCHITECTURES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+VERSIONS = {"transformers": transformers.__version__, "PEFT": peft.__version__, "torch": torch.__version__}
+
+Rows = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows by architecture: outcomes by feature, or a single one, `refused`; `architectures` are all there are."""
+
+    versions: dict[str, str]
+    architectures: list[str]
+    rows: Rows
 
 
 def row_of(architecture: str, features: tuple[Feature, ...] = FEATURES) -> dict[str, str]:
@@ -68,16 +83,17 @@ def _in_words(message: str, base: Path) -> str:
     return " ".join(message.replace(f"{base}: ", "").replace(str(base), "").split())[:240]
 
 
-def page(record: dict[str, dict[str, str]]) -> str:
-    served = {name: row for name, row in record.items() if "refused" not in row}
+def page(record: Record) -> str:
+    served = {name: row for name, row in record.rows.items() if "refused" not in row}
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines = [
         "# Compatibility",
         "",
         "Which decoders and which adapters are served, and with which right that is said. Made from the results of",
         "`tests/conformance` by `python -m conformance.matrix`; nothing here is written by hand.",
         "",
-        f"With transformers {transformers.__version__}, PEFT {peft.__version__} and torch {torch.__version__}, every",
-        f"decoder that `AutoModelForCausalLM` knows ({len(record)}) was made small, with random weights, and an",
+        f"With {versions}, every decoder that",
+        f"`AutoModelForCausalLM` knows ({len(record.architectures)}) was made small, with random weights, and an",
         "adapter of each kind was made by PEFT. `✓`: served in mixed batches with base and another adapter, with",
         "prompts cut at chunk borders, prefixes found in the cache, sequences preempted, and again after the adapter",
         "was dropped and read anew, every log-probability of every answer is within 1e-4 (relative, float32) of",
@@ -87,7 +103,7 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "",
         "One cell by itself:",
         "",
-        "    python -m pytest 'tests/conformance/test_matrix.py::test_cell[llama-dora]' -m 'slow or not slow'",
+        "    python -m pytest -m 'slow or not slow' 'tests/conformance/test_matrix.py::test_cell[llama-dora]'",
         "",
         f"## Served: {len(served)}",
         "",
@@ -103,9 +119,11 @@ def page(record: dict[str, dict[str, str]]) -> str:
             cells.append(short if short is not None else str(reasons.setdefault(outcome, len(reasons) + 1)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {_escaped(reason)}" for reason, number in reasons.items())]
-    refused = {name: row["refused"] for name, row in record.items() if "refused" in row}
+    refused = {name: row["refused"] for name, row in record.rows.items() if "refused" in row}
     lines += ["", f"## Refused: {len(refused)}", "", "| architecture | reason |", "|---|---|"]
     lines += [f"| {name} | {_escaped(reason)} |" for name, reason in refused.items()]
+    if missing := [name for name in record.architectures if name not in record.rows]:
+        lines += ["", f"## Not computed yet: {len(missing)}", "", ", ".join(missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -113,15 +131,14 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def read_record() -> dict[str, dict[str, str]]:
-    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
-    return record
+def read_record() -> Record:
+    return Record(**json.loads(RECORD.read_text()))
 
 
-def _write(record: dict[str, dict[str, str]]) -> None:
-    ordered = {name: record[name] for name in sorted(record)}
-    RECORD.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(ordered))
+def _write(rows: Rows) -> None:
+    record = Record(VERSIONS, list(ARCHITECTURES), {name: rows[name] for name in sorted(rows)})
+    RECORD.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(record))
 
 
 def main(arguments: list[str]) -> None:
@@ -129,17 +146,17 @@ def main(arguments: list[str]) -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
-    record = read_record() if RECORD.is_file() else {}
+    rows = read_record().rows if RECORD.is_file() else {}
     chosen = [name for name in arguments if not name.startswith("--")] or list(ARCHITECTURES)
     began = time.monotonic()
+    if "--missing" in arguments:
+        chosen = [name for name in ARCHITECTURES if name not in rows]
     for name in [] if "--page" in arguments else chosen:
-        record[name] = row_of(name)
-        counts = Counter(outcome.split(":")[0] for outcome in record[name].values())
-        print(
-            f"{time.monotonic() - began:7.0f} s  {name:28s} {record[name].get('refused') or dict(counts)}", flush=True
-        )
-        _write(record)
-    _write(record)
+        rows[name] = row_of(name)
+        counts = Counter(outcome.split(":")[0] for outcome in rows[name].values())
+        print(f"{time.monotonic() - began:7.0f} s  {name:28s} {rows[name].get('refused') or dict(counts)}", flush=True)
+        _write(rows)
+    _write(rows)
 
 
 if __name__ == "__main__":
