@@ -111,7 +111,7 @@ def test_method_wrong_is_405(gateway: Gateway, method: str, path: str) -> None:
         assert_problem(client.request(method, path), 405, "method_not_allowed")
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v2/models", "/v1/chat", "/admin", "/openapi.json", "/schema"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/models", "/v1/chat", "/admin", "/schema"])
 def test_path_unknown_is_404(gateway: Gateway, path: str) -> None:
     with gateway.client() as client:
         assert_problem(client.get(path), 404, "not_found")
