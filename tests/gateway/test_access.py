@@ -19,7 +19,7 @@ def chat(text: str, **fields: object) -> dict[str, object]:
     return {"model": BASE, "messages": [{"role": "user", "content": text}], **fields}
 
 
-def audit(gateway: Gateway, **query: object) -> list[dict[str, Any]]:
+def audit(gateway: Gateway, **query: str | int) -> list[dict[str, Any]]:
     with gateway.admin() as admin:
         answer = admin.get("/admin/v1/audit", params=query)
         assert answer.status_code == 200, answer.text
