@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -233,3 +234,23 @@ def test_key_revoked_in_one_gateway_ends_its_streams_in_the_other(two: tuple[Gat
             received += b"".join(chunks)
         assert b'"code":"invalid_api_key"' in received.split(b"\n\n")[-2]
         assert_problem(client.get("/v1/models"), 401, "invalid_api_key")
+
+
+def test_no_secret_and_no_key_is_in_a_sessions_log(
+    gateway: Gateway, tenant: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f"/admin/v1/tenants/{tenant[0]}"
+    with caplog.at_level(logging.DEBUG), gateway.admin() as admin:
+        shown = [admin.post("/admin/v1/admin-keys", json={"name": "logged?"}).json()["key"]]
+        made = admin.post(f"{path}/keys", json={}).json()
+        shown += [made["key"], admin.post(f"{path}/keys/{made['id']}/rotate", json={}).json()["key"]]
+        admin.put(f"{path}/secrets/hf_token", json={"value": "hf_deep-secret"})
+        admin.put(f"{path}/secrets/hf_token", json={"value": ["hf_deep-secret"]})  # refused
+        with gateway.client(made["key"] + "x") as mistyped, gateway.client(made["key"]) as client:
+            mistyped.post("/v1/chat/completions", json=chat("x"))
+            client.post("/v1/chat/completions", json=chat("<fail> with a prompt of its own"))
+    server_side = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    told = " ".join(f"{record.getMessage()} {record.args} {record.exc_text}" for record in server_side)
+    assert "this request was asked to fail" in told
+    for secret in (*shown, tenant[1], gateway.admin_key, "deep-secret", "Bearer", "prompt of its own"):
+        assert secret not in told
