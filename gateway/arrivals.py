@@ -8,20 +8,27 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from loraplex.engines.adapters.recipe import MergeRecipe
-from loraplex.engines.errors import AdapterMismatch, EngineError, EngineUnavailable
+from loraplex.engines.errors import (
+    AdapterMismatch,
+    AdapterNotFound,
+    AdapterSourceUnavailable,
+    EngineError,
+    EngineUnavailable,
+)
 from loraplex.engines.protocol import Adapter, AdapterCard, Engine
 from loraplex.gateway.adapter_records import AdapterRecords, Key, Version
 from loraplex.gateway.uploads import Incoming
 
 _log = logging.getLogger("loraplex.gateway")
 _ENGINE_PAUSE_SECONDS = 0.2
+_MAX_FETCHES = 5
 
 
 class Stored(Protocol):
@@ -48,6 +55,10 @@ class Store(Protocol):
         self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
     ) -> Stored:
         """`content`, if set, is the hash that the files must have, of the revision of that time."""
+        ...
+
+    def hold(self, adapter_id: str) -> AbstractContextManager[Path]:
+        """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone already."""
         ...
 
     def receive(self) -> AbstractContextManager[Incoming]:
@@ -138,11 +149,10 @@ class Arrivals:
     ) -> dict[str, Any]:
         """What a version is, as columns of its row; enters nothing. Raises EngineError."""
         token = await self._tokens.token_for(key[0], version.source)
-        stored = await self._store.fetch(
-            uri or version.source, key[1], token=token, content=version.adapter_id, revision=version.revision
-        )
-        card = version.card or await self._inspect(stored.adapter, waits_for_engine)
-        notes = await asyncio.to_thread(self._other_base.judge, stored.adapter.path)
+        with ExitStack() as held:
+            stored = await self._fetch_and_hold(key[1], version, uri or version.source, token, held)
+            card = version.card or await self._inspect(stored.adapter, waits_for_engine)
+            notes = await asyncio.to_thread(self._other_base.judge, stored.adapter.path)
         return {
             "adapter_id": stored.adapter.id,
             "path": stored.adapter.path,
@@ -178,6 +188,19 @@ class Arrivals:
         _log.warning("adapter %s, version %d failed: %s", key[1], version.number, reason)
         await self._records.set_state(key, version.number, "failed", reason)
         await self._on_change(key)
+
+    async def _fetch_and_hold(
+        self, name: str, version: Version, uri: str, token: str | None, held: ExitStack
+    ) -> Stored:
+        """The files, kept from eviction until `held` ends: other arrivals may need the room before this one is seen."""
+        for _ in range(_MAX_FETCHES):
+            stored = await self._store.fetch(
+                uri, name, token=token, content=version.adapter_id, revision=version.revision
+            )
+            with suppress(AdapterNotFound):
+                held.enter_context(self._store.hold(stored.adapter.id))
+                return stored
+        raise AdapterSourceUnavailable("the disk cache is too small for what is fetched now: adapters.disk_bytes")
 
     async def _inspect(self, adapter: Adapter, waits_for_engine: bool) -> AdapterCard:
         while True:

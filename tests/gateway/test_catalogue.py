@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ class Shelf:
         return uri
 
     async def drop_uploads(self, kept: Any, *, older_than_seconds: float = 0.0) -> None: ...
+
+    def hold(self, adapter_id: str) -> Any:
+        return nullcontext(Path())
 
     def receive(self) -> Any:
         raise NotImplementedError
