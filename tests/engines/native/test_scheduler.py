@@ -267,3 +267,19 @@ def test_background_never_preempts_anything() -> None:
     bench.step()
     assert bench.scheduler.running == [user]
     assert bench.scheduler.num_preemptions == 0
+
+
+def test_long_prompt_among_running_streams_costs_them_no_step() -> None:
+    """8,000 tokens arrive among 16 streams: each gets its token in every step, and no step exceeds the budget."""
+    bench = Bench(num_blocks=4000, budget=512, max_running=32)
+    streams = [bench.add(8, max_tokens=200) for _ in range(16)]
+    bench.step()
+    long = bench.add(8000, max_tokens=1)
+    chunks = []
+    while long.num_generated == 0:
+        before = [stream.num_generated for stream in streams]
+        computed = bench.step()
+        assert [stream.num_generated for stream in streams] == [count + 1 for count in before]
+        assert sum(computed.values()) <= 512
+        chunks.append(computed[long.request_id])
+    assert chunks == [496] * 16 + [64]
