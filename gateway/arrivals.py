@@ -57,7 +57,7 @@ class Store(Protocol):
         """`content`, if set, is the hash that the files must have, of the revision of that time."""
         ...
 
-    def hold(self, adapter_id: str) -> AbstractContextManager[Path]:
+    def hold(self, adapter: Adapter) -> AbstractContextManager[Path]:
         """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone already."""
         ...
 
@@ -198,7 +198,7 @@ class Arrivals:
                 uri, name, token=token, content=version.adapter_id, revision=version.revision
             )
             with suppress(AdapterNotFound):
-                held.enter_context(self._store.hold(stored.adapter.id))
+                held.enter_context(self._store.hold(stored.adapter))
                 return stored
         raise AdapterSourceUnavailable("the disk cache is too small for what is fetched now: adapters.disk_bytes")
 

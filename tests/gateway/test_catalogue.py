@@ -59,7 +59,7 @@ class Shelf:
 
     async def drop_uploads(self, kept: Any, *, older_than_seconds: float = 0.0) -> None: ...
 
-    def hold(self, adapter_id: str) -> Any:
+    def hold(self, adapter: Adapter) -> Any:
         return nullcontext(Path())
 
     def receive(self) -> Any:
