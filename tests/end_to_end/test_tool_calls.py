@@ -74,12 +74,12 @@ def test_required_call_is_of_any_tool(client: OpenAI) -> None:
 
 
 def test_results_come_back_and_the_model_goes_on(client: OpenAI) -> None:
-    first = client.chat.completions.create(
+    first: Any = client.chat.completions.create(
         model=adapter_names()[0], messages=ASK, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=300,
         parallel_tool_calls=False,
     ).choices[0].message  # fmt: skip
     assert first.tool_calls
-    result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "Done."}
+    result: Any = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "Done."}
     answer = client.chat.completions.create(
         model=adapter_names()[0], messages=[*ASK, first, result], tools=TOOLS, tool_choice="none", max_tokens=10
     )
