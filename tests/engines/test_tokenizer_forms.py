@@ -53,7 +53,8 @@ def added(first: int) -> dict[str, Any]:
 
 def converted(path: Path, kind: str, special: list[str]) -> Tokenizer:
     """Hugging Face's form of the same file."""
-    made = TikTokenConverter(vocab_file=str(path), pattern=_FAMILIES[kind].pattern, extra_special_tokens=special)
+    pattern = _FAMILIES[kind].pattern
+    made: Any = TikTokenConverter(str(path), pattern, extra_special_tokens=special)  # type: ignore[no-untyped-call]
     tokenizer: Tokenizer = made.converted()
     return tokenizer
 
