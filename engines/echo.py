@@ -29,7 +29,7 @@ from loraplex.engines.errors import (
     InvalidRequest,
     PromptTooLong,
 )
-from loraplex.engines.native.grammar import match
+from loraplex.engines.matching import match
 from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,

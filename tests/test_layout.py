@@ -25,7 +25,9 @@ def test_no_top_level_kernels_is_ours() -> None:
     assert found is None or found.loader is None or str(ROOT) not in str(found.origin)
 
 
-@pytest.mark.parametrize("module", ["gateway.cli", "gateway.app", "auth.tenants", "engines.native.engine"])
+@pytest.mark.parametrize(
+    "module", ["gateway.cli", "gateway.app", "auth.tenants", "engines.native.engine", "engines.echo"]
+)
 def test_gateway_process_never_imports_torch(module: str) -> None:
     code = f"import sys, loraplex.{module}; print(sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

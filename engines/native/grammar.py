@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.tiktoken import lltokenizer_from_encoding
 
 from loraplex.engines.errors import GenerationFailed, InvalidRequest, ModelNotServable
+from loraplex.engines.matching import in_short, match, refusal
 from loraplex.engines.native.tokenizer_conversion import tokenizer_json
 from loraplex.engines.protocol import Grammar
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
 _MAX_KEPT = 256
-# A model left to itself may add white space for ever; this is enough to print with indentation.
-_WHITESPACE = r"( |\n[ \t]{0,32})?"
 
 
 class Constraint:
@@ -53,7 +51,7 @@ class Constraint:
             if place < len(drafts):
                 matcher.consume_token(drafts[place])
         if matcher.is_error():
-            raise GenerationFailed(f"the grammar cannot be followed any further: {_in_short(matcher.get_error())}")
+            raise GenerationFailed(f"the grammar cannot be followed any further: {in_short(matcher.get_error())}")
         matcher.rollback(len(drafts))
         return found
 
@@ -107,49 +105,5 @@ class Grammars:
         matcher = match(grammar, self._tokenizer, self._limits)
         matcher.compute_bitmask()  # what a first mask computes is kept for all copies
         if matcher.is_error():
-            raise _refusal(grammar, matcher.get_error())
+            raise refusal(grammar, matcher.get_error())
         return matcher
-
-
-def match(grammar: Grammar, tokenizer: LLTokenizer, limits: LLParserLimits | None = None) -> LLMatcher:
-    """A matcher at the grammar's beginning. Raises InvalidRequest where it cannot be compiled."""
-    try:
-        source = _COMPILERS[grammar.kind](grammar.source)
-    except Exception as error:
-        raise _refusal(grammar, str(error)) from error
-    matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
-    if matcher.is_error():
-        raise _refusal(grammar, matcher.get_error())
-    return matcher
-
-
-def _json_schema(source: str) -> str:
-    return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": _WHITESPACE})
-
-
-def _choice(source: str) -> str:
-    choices = json.loads(source)
-    if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
-        raise ValueError("the choices must be strings that are not empty, one at least")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices))
-
-
-def _gbnf(source: str) -> str:
-    return LLMatcher.grammar_from_lark(gbnf_to_lark(source))
-
-
-_COMPILERS: dict[str, Callable[[str], str]] = {
-    "json_schema": _json_schema,
-    "regex": LLMatcher.grammar_from_regex,
-    "choice": _choice,
-    "lark": LLMatcher.grammar_from_lark,
-    "gbnf": _gbnf,
-}
-
-
-def _refusal(grammar: Grammar, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"the {grammar.kind.replace('_', ' ')} cannot be used: {_in_short(reason)}", "grammar")
-
-
-def _in_short(reason: str) -> str:
-    return " ".join(reason.split())[:500]

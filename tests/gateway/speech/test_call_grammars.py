@@ -10,7 +10,7 @@ from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from loraplex.config.demo import MODEL_DIR
-from loraplex.engines.native.grammar import match
+from loraplex.engines.matching import match
 from loraplex.engines.protocol import Grammar
 from loraplex.engines.tokenizer import HubTokenizer
 from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
