@@ -58,7 +58,7 @@ class World:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 SHAPES[shape].config(), dtype=SHAPES[shape].dtype, attn_implementation=attention.name
             )
-        self.model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        self.model.eval().requires_grad_(False)
         trial = dry_run(self.model, attention)
         num_blocks = max_batch * (CONTEXT // BLOCK + 1) + CHUNK // BLOCK
         attention.allocate(num_blocks * BLOCK, self.model.dtype, device)
@@ -75,8 +75,9 @@ class World:
     @property
     def weight_bytes(self) -> int:
         """Of what every step reads: all but the embedding."""
-        embedding = self.model.get_input_embeddings().weight
-        return sum(p.numel() * p.element_size() for p in self.model.parameters()) - embedding.numel() * 2
+        module: torch.nn.Module = self.model
+        sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters()}
+        return sum(size for name, size in sizes.items() if "embed_tokens" not in name)
 
     def decode(self, batch: int, adapters: list[Adapter]) -> Batch:
         width = CONTEXT // BLOCK + 1

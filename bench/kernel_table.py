@@ -223,10 +223,10 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 50
     """Median of `rounds` calls after a few that warm up."""
     for _ in range(5):
         run()
-    found = []
+    found: list[float] = []
     for _ in range(rounds):
         if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             run()
             end.record()
