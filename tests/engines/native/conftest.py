@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from support.worlds import SmallWorld, make_small_world
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Two threads on a shared core can be twenty times slower than one on matrices this small."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
