@@ -18,7 +18,6 @@ from loraplex.engines.errors import ModelNotServable
         ("zaya", "computed in steps its logits differ from transformers' own"),  # mixes neighbouring tokens
         ("qwen3_next", "layers [0, 1, 2] do not go through transformers' attention interface"),
         ("mamba", "do not use its attention interface"),
-        ("gptj", "do not use its attention interface"),
         ("doge", "make attention masks of their own"),
     ],
 )
