@@ -67,6 +67,7 @@ class NativeEngine:
         self._num_restarts = 0
         self._num_stillborn = 0
         self._num_fast_deaths = 0
+        self._reloading = asyncio.Lock()  # or several models at once would be loaded beside the one in use
         self._known: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._on_progress: Callable[[Progress], None] = lambda progress: None
@@ -169,11 +170,10 @@ class NativeEngine:
         return Health(state=self._state, detail=self._detail)
 
     async def reload(self) -> EngineInfo:
-        self._require_ready()
-        old = self._worker
-        await self._take_up(self._begin_worker(old.residents))
-        self._keep(asyncio.create_task(self._retire(old)))
-        return self.info()
+        async with self._reloading:
+            self._require_ready()
+            await self._take_up(self._begin_worker(self._worker.residents))
+            return self.info()
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         if self._state in ("ready", "restarting"):
@@ -235,9 +235,11 @@ class NativeEngine:
             await self._take_up(self._worker)
 
     async def _take_up(self, worker: WorkerProcess) -> None:
-        """Use a worker as soon as it is ready. Raises the error that it ended with instead."""
+        """Use a worker as soon as it is ready, whichever it replaces. Raises the error that it ended with instead."""
         ready = await asyncio.shield(worker.ready)
-        self._worker, self._info = worker, ready.info
+        replaced, self._worker, self._info = self._worker, worker, ready.info
+        if replaced is not worker:
+            self._keep(asyncio.create_task(self._retire(replaced)))
         self.tokenizer.eos_token_ids = frozenset(ready.eos_token_ids)
         self._state, self._detail = "ready", ""
         self._keep(asyncio.create_task(self._warm(worker)))

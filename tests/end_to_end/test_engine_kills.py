@@ -1,4 +1,4 @@
-"""The engine process is killed again and again under load: the gateway answers throughout, and serves again."""
+"""The engine process is killed again and again, or replaced, under load: the gateway answers throughout, and serves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import httpx
 import msgspec
@@ -62,6 +63,12 @@ class Load:
         for thread in self._threads:
             thread.start()
 
+    def wait_for_answers(self) -> None:
+        """As many as there are clients, from now on."""
+        done = self.ends["done"]
+        while self.ends["done"] < done + NUM_CLIENTS and not self.faults:
+            time.sleep(0.02)
+
     def stop(self) -> None:
         self._stopped.set()
         for thread in self._threads:
@@ -99,41 +106,65 @@ class Load:
         return str(json.loads(frames[-1])["error"]["code"])
 
 
-def kill_the_engine() -> None:
+def engine_pids() -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
-    for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+    return [int(pid) for pid in found.stdout.split()]
 
 
-def wait_until_served(gateway: Gateway) -> None:
-    """The gateway answers every time; in the end, that it is ready."""
-    deadline = time.monotonic() + BACK_WITHIN_SECONDS
+def kill_the_engine() -> None:
+    for pid in engine_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_served(gateway: Gateway) -> float:
+    """The gateway answers every time; in the end, that it is ready. Seconds until then."""
+    began = time.monotonic()
     with gateway.client() as client:
         while client.get("/health").status_code != 200:
-            assert time.monotonic() < deadline, "the engine did not come back"
+            assert time.monotonic() < began + BACK_WITHIN_SECONDS, "the engine did not come back"
             time.sleep(0.02)
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_engine_killed_under_load_every_request_gets_its_end_and_service_returns(
     gateway: Gateway, small: SmallWorld, num_kills: int
 ) -> None:
-    load = Load(gateway, ["small", *small.adapters])
+    load, pauses = Load(gateway, ["small", *small.adapters]), []
     load.start()
     try:
         for number in range(num_kills):
-            done = load.ends["done"]
-            while load.ends["done"] < done + NUM_CLIENTS and not load.faults:
-                time.sleep(0.02)
+            load.wait_for_answers()
             kill_the_engine()
             while gateway.services.engine.health().state == "ready":
                 time.sleep(0.005)
-            wait_until_served(gateway)
+            pauses.append(wait_until_served(gateway))
             assert load.faults == [], number
+        load.wait_for_answers()
     finally:
         load.stop()
+    print(f"{dict(load.ends)}; back after {median(pauses):.1f} s, at most {max(pauses):.1f} s")
     assert load.faults == []
     assert set(load.ends) <= ENDS
     assert load.ends["engine_died"] > 0
     stats = gateway.stats()
     assert (stats.num_restarts, stats.num_running, stats.num_waiting) == (num_kills, 0, 0)
+
+
+def test_model_loaded_anew_under_load_no_request_is_dropped(gateway: Gateway, small: SmallWorld) -> None:
+    load, [before] = Load(gateway, ["small", *small.adapters]), engine_pids()
+    load.start()
+    try:
+        load.wait_for_answers()
+        with gateway.admin() as admin:
+            assert admin.post("/admin/v1/engine/reload", timeout=100).status_code == 200
+        load.wait_for_answers()
+        while before in (left := engine_pids()):  # until its last stream is over
+            time.sleep(0.02)
+    finally:
+        load.stop()
+    assert load.faults == []
+    assert set(load.ends) == {"done"}
+    assert len(left) == 1
+    stats = gateway.stats()
+    assert (stats.num_restarts, stats.num_running, stats.num_waiting, stats.total_failed) == (0, 0, 0, 0)

@@ -18,8 +18,6 @@ from loraplex.engines.adapters.sources.base import Address, Listing, RemoteFile,
 from loraplex.engines.adapters.sources.selection import select
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterSourceForbidden
 
-_NO_ADDRESS = "this is not a local file address; write file:///absolute/path"
-
 
 class LocalSource:
     """`/absolute`, `file:///absolute` or `relative`: below one of the roots, or below the working directory in one."""
@@ -99,15 +97,12 @@ class LocalSource:
 def _path_of(uri: str) -> Path:
     if not uri.startswith("file:"):
         return Path(uri)
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise AdapterInvalid(_NO_ADDRESS) from error
+    parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path.startswith("/"):
-        raise AdapterInvalid(_NO_ADDRESS)
+        raise AdapterInvalid("this is not a local file address; write file:///absolute/path")
     path = unquote(parts.path)
-    if not path.isprintable():
-        raise AdapterInvalid("the path holds control characters, or a NUL byte")
+    if "\0" in path:
+        raise AdapterInvalid("the path holds a NUL byte")
     return Path(path)
 
 
