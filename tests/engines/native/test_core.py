@@ -314,6 +314,23 @@ def test_bad_words_are_those_that_transformers_excludes(small: SmallWorld) -> No
         core.submit(request("d", prompt, bad_words_ids=((10**6,),)))
 
 
+def test_bias_and_shortest_answer_are_those_of_transformers(small: SmallWorld) -> None:
+    """Towards the end token, which the answers would not come to so soon, and towards another."""
+    core = make_core(small)
+    end, prompt = 257, prompt_of(3, 12)
+    controls: dict[str, Any] = {"logit_bias": {end: 60.0, 40: 8.0}}
+    bias: list[list[object]] = [[[end], 60.0], [[40], 8.0]]
+    core.submit(request("ends at once", prompt, **controls))
+    core.submit(request("ends when it may", prompt, min_tokens=5, **controls))
+    core.submit(request("plain", prompt))
+    emissions = run(core)
+    assert tokens(emissions["ends at once"]) == [end] == small.oracle.greedy(prompt, 12, None, sequence_bias=bias)
+    expected = small.oracle.greedy(prompt, 12, None, sequence_bias=bias, min_new_tokens=5)
+    assert tokens(emissions["ends when it may"]) == expected
+    assert (len(expected), expected[-1]) == (6, end)
+    assert tokens(emissions["plain"])[:5] != expected[:5]
+
+
 def test_request_that_excludes_every_token_fails_alone(small: SmallWorld) -> None:
     core = make_core(small)
     core.submit(request("a", prompt_of(1, 4), bad_words_ids=tuple((token,) for token in range(320))))

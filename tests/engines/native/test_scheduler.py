@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +69,39 @@ def test_cold_adapter_past_patience_delays_nobody_while_it_lacks_no_room() -> No
     bench.now += 3.0
     bench.add(4)
     assert bench.step() == {"2": 4}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.sampled_from("xyz"), st.integers(0, 3)),
+        min_size=20, max_size=20,
+    ),
+    tenant=st.sampled_from("xyz"),
+)  # fmt: skip
+def test_cold_adapter_begins_in_bounded_time_however_others_come(
+    arrivals: list[tuple[int, int, str, int]], tenant: str
+) -> None:
+    """Of two adapters that do not fit together one is asked for again and again, by everybody and for ever.
+
+    Steps of 0.1 s: 21 of patience; then its tenant's turn, before which each of the two others may catch up on twice
+    the cost of a full batch, 8 a step at least; then at most 16 until the longest of those that run is over.
+    """
+    bound = 21 + 2 * round(2 * OUTPUT_COST * 4 * 12 / 8) + 16
+    bench = Bench(num_blocks=200, budget=24, max_running=4)
+    place(bench.residency, "warm", 60)
+    bench.add(8, max_tokens=12, adapter="warm")
+    bench.step()
+    cold = bench.add(8, max_tokens=2, adapter="cold", tenant=tenant)
+    for num_steps, (num_prompt, max_tokens, other, count) in enumerate(cycle(arrivals), start=1):
+        for _ in range(count):
+            bench.add(num_prompt, max_tokens, adapter="warm", tenant=other)
+        place(bench.residency, "cold", 60)
+        bench.step()
+        bench.now += 0.1
+        if cold.was_admitted:
+            break
+        assert num_steps <= bound
 
 
 def test_running_sequence_holds_its_adapter_until_it_ends() -> None:
