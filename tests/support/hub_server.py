@@ -31,10 +31,7 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes.
-
-    `requests` are (method, path, headers by their names in small letters).
-    """
+    """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -68,8 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        sent = {name.lower(): value for name, value in self.headers.items()}
-        self.hub.requests.append((self.command, path, sent))
+        self.hub.requests.append((self.command, path, dict(self.headers.items())))
         if self.hub.failures:
             return self._send(self.hub.failures.pop(0))
         parts = path.strip("/").split("/")
