@@ -141,36 +141,37 @@ class AdapterRecords:
             await announce(connection, CATALOGUE)
         return number
 
-    async def drop_version(self, key: Key, number: int) -> None:
+    async def drop_version(self, key: Key, version: Version) -> None:
         """Take a version back that never was ready, and the name with it, if it has no other."""
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            await connection.execute(delete(versions).where(_of(versions, key), versions.c.number == number))
+            dropped = await connection.execute(delete(versions).where(_this(key, version)))
             left = select(func.max(versions.c.number)).where(_of(versions, key)).scalar_subquery()
             back = func.coalesce(names.c.current_version, left, 0)
-            change = update(names).where(_of(names, key), names.c.wanted_version == number)
+            if not dropped.rowcount:
+                return
+            change = update(names).where(_of(names, key), names.c.wanted_version == version.number)
             await connection.execute(change.values(wanted_version=back))
             empty = _of(names, key) & names.c.targets.is_(None) & left.is_(None)
             await connection.execute(delete(names).where(empty))
             await announce(connection, CATALOGUE)
 
-    async def set_state(self, key: Key, number: int, state: State, reason: str = "") -> None:
-        await self._change_version(key, number, {"state": state, "reason": reason[:4096]})
+    async def set_state(self, key: Key, version: Version, state: State, reason: str = "") -> None:
+        await self._change_version(key, version, {"state": state, "reason": reason[:4096]})
 
-    async def move(self, key: Key, number: int, path: str) -> None:
+    async def move(self, key: Key, version: Version, path: str) -> None:
         """The files of a version lie elsewhere by now."""
-        await self._change_version(key, number, {"path": path, "state": "ready", "reason": ""})
+        await self._change_version(key, version, {"path": path, "state": "ready", "reason": ""})
 
-    async def complete(self, key: Key, number: int, found: Mapping[str, Any]) -> bool:
+    async def complete(self, key: Key, version: Version, found: Mapping[str, Any]) -> bool:
         """A version is ready, and serves requests if it is the wanted one; False where it is gone."""
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            mine = _of(versions, key) & (versions.c.number == number)
-            done = update(versions).where(mine).values(state="ready", reason="", **found)
+            done = update(versions).where(_this(key, version)).values(state="ready", reason="", **found)
             if not (await connection.execute(done)).rowcount:
                 return False
-            wanted = _of(names, key) & (names.c.wanted_version == number)
-            await connection.execute(update(names).where(wanted).values(current_version=number))
+            wanted = _of(names, key) & (names.c.wanted_version == version.number)
+            await connection.execute(update(names).where(wanted).values(current_version=version.number))
             await announce(connection, CATALOGUE)
         return True
 
@@ -195,17 +196,22 @@ class AdapterRecords:
             for key, when in times.items():
                 await connection.execute(update(names).where(_of(names, key)).values(last_used_at=when))
 
-    async def _change_version(self, key: Key, number: int, values: Mapping[str, Any]) -> None:
+    async def _change_version(self, key: Key, version: Version, values: Mapping[str, Any]) -> None:
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            mine = _of(versions, key) & (versions.c.number == number)
-            await connection.execute(update(versions).where(mine).values(**values))
+            await connection.execute(update(versions).where(_this(key, version)).values(**values))
             await announce(connection, CATALOGUE)
 
 
 def _of(table: Any, key: Key) -> ColumnElement[bool]:
     condition: ColumnElement[bool] = (table.c.tenant_id == key[0]) & (table.c.name == key[1])
     return condition
+
+
+def _this(key: Key, version: Version) -> ColumnElement[bool]:
+    """This very version: a name that was deleted and registered again counts from 1 once more."""
+    is_number, is_time = versions.c.number == version.number, versions.c.created_at == version.created_at
+    return _of(versions, key) & is_number & is_time
 
 
 async def _lock(connection: AsyncConnection, key: Key) -> None:

@@ -125,7 +125,7 @@ class Arrivals:
         self._tokens = tokens
         self._other_base = other_base
         self._tasks: set[asyncio.Task[None]] = set()
-        self._under_way: set[tuple[Key, int]] = set()
+        self._under_way: set[tuple[Key, int, float]] = set()
 
     async def bring(
         self, key: Key, version: Version, uri: str | None = None, *, waits_for_engine: bool = False
@@ -134,14 +134,15 @@ class Arrivals:
 
         `uri` is its source with what is not kept of it: a query may be a signature.
         """
-        self._under_way.add((key, version.number))
+        own = _identity(key, version)
+        self._under_way.add(own)
         try:
-            await self._records.set_state(key, version.number, "fetching")
+            await self._records.set_state(key, version, "fetching")
             await self._on_change(key)
             found = await self.examine(key, version, uri, waits_for_engine=waits_for_engine)
-            await self._records.complete(key, version.number, found)
+            await self._records.complete(key, version, found)
         finally:
-            self._under_way.discard((key, version.number))
+            self._under_way.discard(own)
         await self._on_change(key)
 
     async def examine(
@@ -164,7 +165,7 @@ class Arrivals:
 
     def begin(self, key: Key, version: Version, uri: str | None = None) -> None:
         """Bring a version while nobody waits; it becomes ready or failed. One that is under way is left alone."""
-        if (key, version.number) not in self._under_way:
+        if _identity(key, version) not in self._under_way:
             task = asyncio.create_task(self._bring_alone(key, version, uri))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -186,7 +187,7 @@ class Arrivals:
             _log.exception("adapter %s, version %d could not be brought", key[1], version.number)
             reason = f"an error of the server: {type(error).__name__}"
         _log.warning("adapter %s, version %d failed: %s", key[1], version.number, reason)
-        await self._records.set_state(key, version.number, "failed", reason)
+        await self._records.set_state(key, version, "failed", reason)
         await self._on_change(key)
 
     async def _fetch_and_hold(
@@ -210,6 +211,11 @@ class Arrivals:
                 if not waits_for_engine or self._engine.health().state not in ("starting", "restarting"):
                     raise
             await asyncio.sleep(_ENGINE_PAUSE_SECONDS)
+
+
+def _identity(key: Key, version: Version) -> tuple[Key, int, float]:
+    """A name that was deleted and registered again counts from 1 once more."""
+    return key, version.number, version.created_at
 
 
 def _short(name: str) -> str:

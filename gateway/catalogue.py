@@ -144,7 +144,11 @@ class Catalogue:
 
     async def has_token(self, tenant_id: str, address: str) -> bool:
         """Whether a tenant keeps credentials for a source."""
-        return await self._tokens.token_for(tenant_id, address) is not None
+        return await self.token_for(tenant_id, address) is not None
+
+    async def token_for(self, tenant_id: str, address: str) -> str | None:
+        """The credentials that a tenant keeps for a source, to be used and told to nobody."""
+        return await self._tokens.token_for(tenant_id, address)
 
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
@@ -192,7 +196,7 @@ class Catalogue:
         ]
         if not failed:
             raise MalformedRequest("There is no failed version to try again.", "version")
-        await self._records.set_state(key, failed[-1].number, "registered")
+        await self._records.set_state(key, failed[-1], "registered")
         await self._refresh(key)
         self._arrivals.begin(key, failed[-1])
         return self.get(*key)
@@ -303,7 +307,7 @@ class Catalogue:
         try:
             await self._arrivals.bring(key, version, uri)
         except EngineError:
-            await self._records.drop_version(key, number)
+            await self._records.drop_version(key, version)
             await self._refresh(key)
             raise
         await self._upkeep.keep_pins()
@@ -325,10 +329,10 @@ class Catalogue:
         except AdapterSourceUnavailable:
             raise  # another request may find it back
         except AdapterError as error:
-            await self._records.set_state(entry.key, version.number, "failed", str(error))
+            await self._records.set_state(entry.key, version, "failed", str(error))
             await self._refresh(entry.key)
             raise
-        await self._records.move(entry.key, version.number, found["path"])
+        await self._records.move(entry.key, version, found["path"])
         await self._refresh(entry.key)
         return msgspec.structs.replace(version, path=found["path"])
 

@@ -20,7 +20,9 @@ from loraplex.engines.build import build_engine
 from loraplex.engines.errors import EngineError, ModelNotServable
 from loraplex.engines.protocol import Progress
 from loraplex.gateway.console.accounts import add_account_commands
+from loraplex.gateway.console.adapters import add_adapter_commands
 from loraplex.gateway.console.reports import add_report_commands
+from loraplex.gateway.console.routes import add_route_commands
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
 from loraplex.gateway.server import listen, serve
 from loraplex.gateway.services import CannotOpen, Services, open_services
@@ -28,6 +30,8 @@ from loraplex.gateway.services import CannotOpen, Services, open_services
 _screen = Console(stderr=True, highlight=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 add_account_commands(app)
+add_adapter_commands(app)
+add_route_commands(app)
 add_report_commands(app)
 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]

@@ -79,7 +79,9 @@ class RequestAdapters:
         """Where the request leads; without `adapter_id` and `merged`, to the base.
 
         `adapter_source` is `hub`, `local` or `s3`; unset means the catalogue first and then, for what it does not know,
-        the hub. `api_token` is for the source, and kept nowhere. `user` sticks to one target of a weighted route.
+        the hub. `api_token` is for the source, and kept nowhere; unset means the tenant's own for the hub and S3, not
+        for https, where a request could name a host of its own to be sent it. `user` sticks to one target of a
+        weighted route.
         Raises MalformedRequest, UnsupportedParameter, ModelNotFound, ModelNotAllowed, AdapterError.
         """
         if merged is None:
@@ -149,6 +151,8 @@ class RequestAdapters:
         known = self._known.get(key)
         if known is not None and known[0] > time.monotonic() and Path(known[1].path).is_dir():  # noqa: ASYNC240
             return known[1]
+        if token is None and not address.startswith("https:"):
+            token = await self._catalogue.token_for(caller.tenant_id, address)
         stored = await self._catalogue.store.fetch(uri, adapter_id, token=token)
         self._known[key] = time.monotonic() + self._trust_seconds, stored.adapter
         self._known.move_to_end(key)

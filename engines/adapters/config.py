@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 
+from loraplex.engines.adapters.safetensors_header import shown
 from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 
 # Fields that do not change what a trained adapter computes.
@@ -32,6 +33,8 @@ _UNDERSTOOD = frozenset(
     }
 )
 _MATCH_SECONDS = 0.1
+_LARGEST = 2**31  # of ranks and alphas
+_NO_PATTERN = (regex.error, RecursionError, OverflowError)
 # Initialisations that leave the base model as it was; the others subtract something from it before training.
 _HARMLESS_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
@@ -127,8 +130,8 @@ def read_config(directory: Path) -> LoraConfig:
         alpha=float(_typed(raw, "lora_alpha", (int, float), 8)),
         use_rslora=_typed(raw, "use_rslora", bool, False),
         use_dora=_typed(raw, "use_dora", bool, False),
-        rank_pattern=_pattern(raw, "rank_pattern"),
-        alpha_pattern=_pattern(raw, "alpha_pattern"),
+        rank_pattern=_pattern(raw, "rank_pattern", int),
+        alpha_pattern=_pattern(raw, "alpha_pattern", (int, float)),
         target_modules=_module_names(raw, "target_modules"),
         exclude_modules=_module_names(raw, "exclude_modules"),
         layers_to_transform=_layers(raw),
@@ -146,33 +149,37 @@ def read_config(directory: Path) -> LoraConfig:
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise AdapterUnsupported(f"peft_type is {kind!r}; only LORA adapters can be served")
+        raise AdapterUnsupported(f"peft_type is {shown(kind)}; only LORA adapters can be served")
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise AdapterInvalid(f"bias = {raw['bias']!r} is not one of none, all, lora_only")
+        raise AdapterInvalid(f"bias = {shown(raw['bias'])} is not one of none, all, lora_only")
     init = raw.get("init_lora_weights", True)
     if str(init).lower() not in _HARMLESS_INITS:
         raise AdapterUnsupported(
-            f"init_lora_weights = {init!r} changed the base model's weights; convert the adapter to plain LoRA when "
-            "saving it (path_initial_model_for_weight_conversion)"
+            f"init_lora_weights = {shown(init)} changed the base model's weights; convert the adapter to plain LoRA "
+            "when saving it (path_initial_model_for_weight_conversion)"
         )
     for field, value in raw.items():
         if field not in _WITHOUT_MEANING | _UNDERSTOOD and value not in (None, False, {}, [], 0):
-            raise AdapterUnsupported(f"{field} = {value!r} is not supported")
+            name = field if field.isidentifier() and len(field) <= 80 else shown(field)
+            raise AdapterUnsupported(f"{name} = {shown(value)} is not supported")
 
 
 def _typed(raw: dict[str, Any], field: str, kind: Any, default: Any) -> Any:
     value = raw.get(field, default)
-    if not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or value <= 0)):
-        raise AdapterInvalid(f"{field} = {value!r} is not valid")
+    if not isinstance(value, kind) or (kind is not bool and not _is_positive(value)):
+        raise AdapterInvalid(f"{field} = {shown(value)} is not valid")
     return value
 
 
-def _pattern(raw: dict[str, Any], field: str) -> dict[str, Any]:
+def _is_positive(number: Any) -> bool:
+    """And finite, which JSON as Python reads it need not be; a NaN here would be one in every token."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= _LARGEST
+
+
+def _pattern(raw: dict[str, Any], field: str, kind: Any) -> dict[str, Any]:
     value = raw.get(field) or {}
-    if not isinstance(value, dict) or not all(
-        isinstance(number, int | float) and not isinstance(number, bool) and number > 0 for number in value.values()
-    ):
-        raise AdapterInvalid(f"{field} = {value!r} is not a map of module patterns to positive numbers")
+    if not isinstance(value, dict) or not all(isinstance(n, kind) and _is_positive(n) for n in value.values()):
+        raise AdapterInvalid(f"{field} = {shown(value)} is not a map of module patterns to positive numbers")
     for pattern in value:
         _check_regex(field, pattern)
     return value
@@ -194,7 +201,7 @@ def _invocation(raw: dict[str, Any]) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
-        raise AdapterInvalid(f"alora_invocation_tokens = {value!r} is not a list of token ids")
+        raise AdapterInvalid(f"alora_invocation_tokens = {shown(value)} is not a list of token ids")
     if raw.get("use_dora"):
         raise AdapterUnsupported("use_dora = True is not supported with alora_invocation_tokens")
     return tuple(value)
@@ -218,30 +225,32 @@ def _layers(raw: dict[str, Any]) -> tuple[int, ...] | None:
     if layers is None:
         return None
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise AdapterInvalid(f"layers_to_transform = {value!r} is not a list of layer numbers")
+        raise AdapterInvalid(f"layers_to_transform = {shown(value)} is not a list of layer numbers")
     return tuple(layers) or None
 
 
 def _listed(value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
-        raise AdapterInvalid(f"{value!r} is not a list of module names")
+        raise AdapterInvalid(f"{shown(value)} is not a list of module names")
     return values
 
 
 def _check_regex(field: str, pattern: str) -> None:
     try:
         regex.compile(pattern)
-    except regex.error as error:
-        raise AdapterInvalid(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+    except _NO_PATTERN as error:
+        raise AdapterInvalid(f"{field}: {shown(pattern)} is not a regular expression: {error}") from error
 
 
 def _match(pattern: str, module: str) -> regex.Match[str] | None:
     """`re.match` that a hostile pattern can neither keep for ever nor keep others waiting by. Raises AdapterInvalid."""
     try:
         return regex.match(pattern, module, timeout=_MATCH_SECONDS, concurrent=True)
+    except _NO_PATTERN as error:  # what is one alone need not be one as a part of ours
+        raise AdapterInvalid(f"the pattern {shown(pattern)} is not a regular expression") from error
     except TimeoutError as error:
-        raise AdapterInvalid(f"the pattern {pattern!r} takes too long to match") from error
+        raise AdapterInvalid(f"the pattern {shown(pattern)} takes too long to match") from error
 
 
 def _names(patterns: str | tuple[str, ...], module: str) -> bool:

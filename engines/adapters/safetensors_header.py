@@ -83,7 +83,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise AdapterInvalid(f"the safetensors header has the name {_shown(name)} twice")
+            raise AdapterInvalid(f"the safetensors header has the name {shown(name)} twice")
         found[name] = value
     return found
 
@@ -98,21 +98,21 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _tensor(name: str, entry: Any, data_begin: int) -> TensorInfo:
-    shown = _shown(name)
+    told = shown(name)
     if _SURROGATE.search(name):
-        raise AdapterInvalid(f"the tensor name {shown} is not Unicode text")
+        raise AdapterInvalid(f"the tensor name {told} is not Unicode text")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise AdapterInvalid(f"tensor {shown} is not described by dtype, shape and data_offsets alone")
+        raise AdapterInvalid(f"tensor {told} is not described by dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise AdapterInvalid(f"tensor {shown} has the unknown dtype {_shown(dtype)}")
+        raise AdapterInvalid(f"tensor {told} has the unknown dtype {shown(dtype)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise AdapterInvalid(f"tensor {shown} has the impossible shape {_shown(shape)}")
+        raise AdapterInvalid(f"tensor {told} has the impossible shape {shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise AdapterInvalid(f"tensor {shown} has the impossible data_offsets {_shown(offsets)}")
+        raise AdapterInvalid(f"tensor {told} has the impossible data_offsets {shown(offsets)}")
     num_bits, length = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
     if num_bits != length * 8:
-        raise AdapterInvalid(f"tensor {shown} needs {_shown(num_bits)} bits, but its data_offsets span {length} bytes")
+        raise AdapterInvalid(f"tensor {told} needs {shown(num_bits)} bits, but its data_offsets span {length} bytes")
     return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
 
 
@@ -126,17 +126,17 @@ def _check_covered(tensors: list[TensorInfo], data_begin: int, num_bytes: int) -
     end = data_begin
     for tensor in tensors:
         if tensor.end > num_bytes:
-            raise AdapterInvalid(f"tensor {_shown(tensor.name)} ends {tensor.end - num_bytes} bytes behind the file")
+            raise AdapterInvalid(f"tensor {shown(tensor.name)} ends {tensor.end - num_bytes} bytes behind the file")
         if tensor.begin < end:
-            raise AdapterInvalid(f"tensor {_shown(tensor.name)} overlaps the one before it")
+            raise AdapterInvalid(f"tensor {shown(tensor.name)} overlaps the one before it")
         if tensor.begin > end:
-            raise AdapterInvalid(f"{tensor.begin - end} bytes before tensor {_shown(tensor.name)} belong to none")
+            raise AdapterInvalid(f"{tensor.begin - end} bytes before tensor {shown(tensor.name)} belong to none")
         end = tensor.end
     if end != num_bytes:
         raise AdapterInvalid(f"the last {num_bytes - end} bytes of the file belong to no tensor")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Something hostile, short and printable."""
     text = ascii(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

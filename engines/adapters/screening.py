@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loraplex.engines.adapters.finite import check_finite
 from loraplex.engines.adapters.safetensors_header import read_header
 from loraplex.engines.adapters.sources.base import RemoteFile
 from loraplex.engines.adapters.sources.selection import CONFIG, WEIGHTS, check_sizes, select
@@ -14,14 +15,14 @@ from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 
 
 def screen(directory: Path, max_bytes: int) -> None:
-    """Look at downloaded files: the right ones, of bounded size, a LoRA's config, a sound safetensors header.
+    """Look at downloaded files: the right ones, of bounded size, a LoRA's config, sound and finite safetensors.
 
     Raises AdapterInvalid, AdapterTooLarge, AdapterUnsupported.
     """
     names = select(os.listdir(directory))
     check_sizes([RemoteFile(name, (directory / name).stat().st_size) for name in names], max_bytes)
     check_config(directory / CONFIG)
-    read_header(directory / WEIGHTS)
+    check_finite(directory / WEIGHTS, read_header(directory / WEIGHTS).values())
 
 
 def check_config(path: Path) -> None:

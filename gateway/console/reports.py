@@ -1,21 +1,16 @@
-"""loraplex usage | audit | adapters."""
+"""loraplex usage | audit."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from loraplex.gateway.console.client import part
-from loraplex.gateway.console.commands import Session, TenantOption, command, group, seconds_since_1970
-
-AdapterName = Annotated[str, typer.Argument(help="An adapter's name.")]
-_ADAPTER = ["name", "tenant_id", "version", "state", "tier", "pinned", "num_requests", "num_bytes", "source"]
+from loraplex.gateway.console.commands import Session, TenantOption, command, seconds_since_1970
 
 
 def add_report_commands(app: typer.Typer) -> None:
     """Register these commands."""
     _add_usage(app)
     _add_audit(app)
-    _add_adapters(group(app, "adapters", "Adapters of the catalogue."))
 
 
 def _add_usage(app: typer.Typer) -> None:
@@ -75,59 +70,3 @@ def _add_audit(app: typer.Typer) -> None:
         )
         if answer["has_more"]:
             session.say(f"There are more: --after {answer['last_id']}")
-
-
-def _add_adapters(adapters: typer.Typer) -> None:
-    def path_of(session: Session, name: str, tenant: str | None, verb: str = "") -> str:
-        return f"adapters/{part(name)}{verb}" + (f"?tenant_id={part(session.tenant(tenant))}" if tenant else "")
-
-    @command(adapters, "list")
-    def list_adapters(session: Session, tenant: TenantOption = None) -> None:
-        """All adapters, or those of a tenant."""
-        answer = session.client.get("adapters", {"tenant_id": session.tenant(tenant) if tenant else None})
-        session.show(answer, answer["data"], _ADAPTER)
-
-    @command(adapters, "show")
-    def show_adapter(session: Session, name: AdapterName, tenant: TenantOption = None) -> None:
-        """One adapter."""
-        answer: dict[str, Any] = session.client.get(path_of(session, name, tenant))
-        session.show_one(answer if session.as_json else {**answer, "versions": len(answer["versions"])})
-
-    @command(adapters, "add")
-    def add_adapter(
-        session: Session,
-        name: AdapterName,
-        source: Annotated[str, typer.Argument(help="A directory, hf://org/name, s3://bucket/prefix or https://…")],
-        tenant: TenantOption = None,
-        pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
-        wait: Annotated[bool, typer.Option(help="Until it is fetched and found to be good.")] = True,
-    ) -> None:
-        """Register an adapter for a tenant, or for all."""
-        owner = session.tenant(tenant) if tenant else None
-        body = {"name": name, "source": source, "tenant_id": owner, "pinned": pinned, "wait": wait}
-        answer = session.client.post("adapters", body)
-        session.show(answer, [answer], _ADAPTER)
-
-    for verb, help in (
-        ("pin", "Keep an adapter on the device."),
-        ("unpin", "Let an adapter leave the device when others need the room."),
-        ("warm", "Bring an adapter to the device now."),
-        ("evict", "Take an adapter off the device."),
-    ):
-        _add_action(adapters, verb, help)
-
-    @command(adapters, "delete")
-    def delete_adapter(session: Session, name: AdapterName, tenant: TenantOption = None) -> None:
-        """Take an adapter out of the catalogue."""
-        session.client.delete(path_of(session, name, tenant))
-        session.say(f"Deleted {name}.")
-
-
-def _add_action(adapters: typer.Typer, verb: str, help: str) -> None:
-    def act(session: Session, name: AdapterName, tenant: TenantOption = None) -> None:
-        owner = f"?tenant_id={part(session.tenant(tenant))}" if tenant else ""
-        answer = session.client.post(f"adapters/{part(name)}/{verb}{owner}")
-        session.show(answer, [answer], _ADAPTER)
-
-    act.__doc__ = help
-    command(adapters, verb)(act)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from support.adapter_files import WEIGHTS_NAME, adapter_files, write_files
 from support.gateway import BASE, Gateway, running, settings_in, write_adapter
+from support.hostile_adapters import spoilt
 from support.problems import assert_problem
 
 from loraplex.config.settings import Settings
@@ -125,6 +128,22 @@ def test_validation_tells_what_registering_would_and_registers_nothing(gateway: 
     (source / "adapter_config.json").write_text("{}")
     assert_problem(admin.post("/admin/v1/adapters/validate", json={"source": str(source)}), 400, "adapter_invalid")
     assert admin.get("/admin/v1/adapters").json() == before
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_they_come_from(gateway: Gateway, admin: httpx.Client) -> None:
+    files = adapter_files() | {WEIGHTS_NAME: spoilt(math.nan, "float32")}
+    source = str(write_files(gateway.adapter_dir / "not-finite", files))
+    before, residents = admin.get("/admin/v1/adapters").json(), _residency(gateway)
+    parts = [("file", (name, content)) for name, content in files.items()]
+    for refused in (
+        admin.post("/admin/v1/adapters", json={"name": "not-finite", "source": source}),
+        admin.post("/admin/v1/adapters/validate", json={"source": source}),
+        admin.post("/admin/v1/adapters/upload", params={"name": "not-finite"}, files=parts),
+    ):
+        assert_problem(refused, 400, "adapter_invalid")
+        assert "tensor 'b' has a NaN or an infinity at [1, 2]" in refused.json()["error"]["message"]
+    assert admin.get("/admin/v1/adapters").json() == before
+    assert _residency(gateway) == residents
 
 
 def test_deletion_that_drains_lets_streams_finish(gateway: Gateway, admin: httpx.Client) -> None:

@@ -321,6 +321,31 @@ async def test_update_that_arrives_late_does_not_overtake_a_later_one(
     assert catalogue.get(*key).current_version == 3
 
 
+@pytest.mark.parametrize("first_is_good", [True, False])
+async def test_arrival_for_a_name_registered_anew_meanwhile_changes_nothing(
+    catalogue: Catalogue, shelf: Shelf, tmp_path: Path, first_is_good: bool
+) -> None:
+    """Both are version 1 of the name."""
+    first, second = tmp_path / "a", write_adapter(tmp_path / "b")
+    if first_is_good:
+        write_adapter(first)
+    late = shelf.gate = asyncio.Event()
+    await catalogue.register("one", str(first), waits=False)
+    while not shelf.num_fetches:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    await catalogue.remove("", "one", drains=True)
+    shelf.gate = asyncio.Event()
+    shelf.gate.set()
+    before = await catalogue.register("one", str(second))
+    late.set()
+    await asyncio.sleep(0.2)
+    await catalogue.reload()
+    assert catalogue.get("", "one") == before
+    assert (adapter := (await catalogue.route("one", ACME)).adapter) is not None
+    assert adapter.path == str(second)
+
+
 async def test_registration_that_waits_for_nothing_tells_its_state(
     catalogue: Catalogue, shelf: Shelf, tmp_path: Path
 ) -> None:

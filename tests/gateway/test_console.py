@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.gateway import BASE, Gateway
+from support.adapter_files import adapter_files, write_files
+from support.gateway import BASE, Gateway, write_adapter
 from typer.testing import CliRunner, Result
 
 from loraplex.gateway.cli import app
@@ -92,6 +94,74 @@ def test_adapters_secrets_and_admin_keys(gateway: Gateway) -> None:
     assert run(gateway, "tenants", "list", key=made["key"]).exit_code == 1
 
 
+def test_versions_of_an_adapter_come_and_go(gateway: Gateway, tmp_path: Path) -> None:
+    name = f"console/{uuid.uuid4().hex[:8]}"
+    first, second = (str(write_adapter(gateway.adapter_dir / f"{name}-{rank}", rank)) for rank in (41, 42))
+    assert told(gateway, "adapters", "add", name, first)["card"]["rank"] == 41
+    updated = told(gateway, "adapters", "update", name, second)
+    assert (updated["version"], updated["card"]["rank"]) == (2, 42)
+    assert told(gateway, "adapters", "update", name)["adapter_id"] == updated["adapter_id"]
+    uploaded = told(gateway, "adapters", "upload", name, str(write_adapter(tmp_path / "own", 43)), "--update")
+    assert (uploaded["version"], uploaded["card"]["rank"]) == (4, 43)
+    assert uploaded["source"].startswith("upload://")
+    versions = told(gateway, "adapters", "versions", name)["data"]
+    assert [(one["version"], one["is_current"]) for one in versions] == [(1, False), (2, False), (3, False), (4, True)]
+    words = [line.split() for line in run(gateway, "adapters", "versions", name).stdout.splitlines()]
+    rows = [line[:2] for line in words if line[1:2] in (["True"], ["False"])]
+    assert rows == [["1", "False"], ["2", "False"], ["3", "False"], ["4", "True"]]
+    assert told(gateway, "adapters", "rollback", name)["version"] == 3
+    assert told(gateway, "adapters", "rollback", name, "1")["version"] == 1
+    assert told(gateway, "adapters", "rollback", name, uploaded["adapter_id"][:12])["version"] == 4
+    refused = run(gateway, "adapters", "rollback", name, "9")
+    assert (refused.exit_code, "no such version" in refused.stderr) == (1, True)
+    assert run(gateway, "adapters", "delete", name, "--drain").stdout == f"Deleted {name}.\n"
+    assert run(gateway, "adapters", "show", name).exit_code == 1
+
+
+def test_uploaded_adapter_is_a_tenants_own(gateway: Gateway, tmp_path: Path) -> None:
+    name, tenant = f"console-{uuid.uuid4().hex[:8]}", f"console-{uuid.uuid4().hex[:8]}"
+    owner = told(gateway, "tenants", "create", tenant)["id"]
+    files = write_files(tmp_path / "own", adapter_files(5, size=2**17) | {"README.md": b"not an adapter's"})
+    found = told(gateway, "adapters", "validate", str(files), "--upload")
+    made = told(gateway, "adapters", "upload", name, str(files), "--tenant", tenant)
+    assert (made["tenant_id"], made["state"], made["adapter_id"]) == (owner, "ready", found["adapter_id"])
+    again = run(gateway, "adapters", "upload", name, str(files), "--tenant", tenant)
+    assert (again.exit_code, "named" in again.stderr) == (1, True), again.stderr
+    empty = run(gateway, "adapters", "upload", name, str(tmp_path))
+    assert (empty.exit_code, "no directory with files of an adapter" in empty.stderr) == (2, True)
+
+
+def test_failed_version_says_why_and_is_tried_again(gateway: Gateway) -> None:
+    name = f"console-{uuid.uuid4().hex[:8]}"
+    source = gateway.adapter_dir / name
+    assert "no such directory" in run(gateway, "adapters", "validate", str(source)).stderr
+    told(gateway, "adapters", "add", name, str(source), "--no-wait")
+    while (shown := told(gateway, "adapters", "show", name))["state"] != "failed":
+        time.sleep(0.02)
+    assert "no such directory" in run(gateway, "adapters", "list").stdout
+    write_adapter(source, 44)
+    assert "rank=44" in run(gateway, "adapters", "validate", str(source)).stdout
+    told(gateway, "adapters", "retry", name, str(shown["version"]))
+    while told(gateway, "adapters", "show", name)["state"] != "ready":
+        time.sleep(0.02)
+    assert run(gateway, "adapters", "retry", name).exit_code == 1
+
+
+def test_route_by_weight_lives_its_life(gateway: Gateway) -> None:
+    name, tenant = f"console-{uuid.uuid4().hex[:8]}", f"console-{uuid.uuid4().hex[:8]}"
+    told(gateway, "tenants", "create", tenant)
+    made = told(gateway, "routes", "create", name, "team/echo-one=90", "team/echo-one@1=10", "--tenant", tenant)
+    assert made["targets"] == [{"model": "team/echo-one", "weight": 90}, {"model": "team/echo-one@1", "weight": 10}]
+    listed = run(gateway, "routes", "list", "--tenant", tenant).stdout
+    assert "team/echo-one=90, team/echo-one@1=10" in listed
+    told(gateway, "routes", "change", name, "team/echo-one=0.5", "--tenant", tenant)
+    assert "team/echo-one=0.5" in run(gateway, "routes", "show", name, "--tenant", tenant).stdout
+    refused = run(gateway, "routes", "change", name, "nothing=1", "--tenant", tenant)
+    assert (refused.exit_code, "nothing" in refused.stderr) == (1, True)
+    assert run(gateway, "routes", "delete", name, "--tenant", tenant).stdout == f"Deleted {name}.\n"
+    assert told(gateway, "routes", "list", "--tenant", tenant)["data"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "key", "exit_code", "says"),
     [
@@ -107,6 +177,12 @@ def test_adapters_secrets_and_admin_keys(gateway: Gateway) -> None:
         (["keys", "create", "tests", "--expires", "tomorrow"], None, 2, "tomorrow"),
         (["keys", "create", "tests", "--role", "pope"], None, 1, "role"),
         (["usage", "--by", "colour"], None, 1, "group_by"),
+        (["routes", "create", "r", "team/echo-one"], None, 2, "MODEL=WEIGHT"),
+        (["routes", "create", "r", "team/echo-one=much"], None, 2, "MODEL=WEIGHT"),
+        (["routes", "create", "r", "team/echo-one=-1"], None, 1, "targets[0].weight"),
+        (["routes", "show", "team/echo-one"], None, 1, "no route"),
+        (["adapters", "update", "team/echo-one", "ftp://x"], None, 1, "ftp: is not served"),
+        (["adapters", "upload", "new", "/nowhere"], None, 2, "/nowhere"),
         (["nonsense"], None, 2, "nonsense"),
     ],
     ids=str,

@@ -31,7 +31,10 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes."""
+    """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes.
+
+    `requests` are (method, path, headers by their names in small letters).
+    """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -65,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path, dict(self.headers.items())))
+        sent = {name.lower(): value for name, value in self.headers.items()}
+        self.hub.requests.append((self.command, path, sent))
         if self.hub.failures:
             return self._send(self.hub.failures.pop(0))
         parts = path.strip("/").split("/")

@@ -18,6 +18,8 @@ from loraplex.engines.adapters.sources.base import Address, Listing, RemoteFile,
 from loraplex.engines.adapters.sources.selection import select
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterSourceForbidden
 
+_NO_ADDRESS = "this is not a local file address; write file:///absolute/path"
+
 
 class LocalSource:
     """`/absolute`, `file:///absolute` or `relative`: below one of the roots, or below the working directory in one."""
@@ -97,12 +99,15 @@ class LocalSource:
 def _path_of(uri: str) -> Path:
     if not uri.startswith("file:"):
         return Path(uri)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise AdapterInvalid(_NO_ADDRESS) from error
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path.startswith("/"):
-        raise AdapterInvalid("this is not a local file address; write file:///absolute/path")
+        raise AdapterInvalid(_NO_ADDRESS)
     path = unquote(parts.path)
-    if "\0" in path:
-        raise AdapterInvalid("the path holds a NUL byte")
+    if not path.isprintable():
+        raise AdapterInvalid("the path holds control characters, or a NUL byte")
     return Path(path)
 
 

@@ -36,6 +36,7 @@ from loraplex.engines.errors import (
 _URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>.*))?")
 _REFUSALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "401", "403", "404"}
 _ABSENT = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion"}
+_AT = "\n"  # between an address and the versions that are meant; no address holds one
 
 
 class S3Source:
@@ -60,16 +61,22 @@ class S3Source:
         return Address(uri=normal, shown=normal)
 
     def at(self, address: Address, revision: str) -> Address:
-        return address
+        """Objects' versions can be asked for until they are deleted themselves; a bucket without any has its newest."""
+        if not all("=" in part for part in revision.split(",")):
+            return address
+        return Address(uri=f"{address.uri}{_AT}{revision}", shown=address.shown)
 
     def list(self, address: Address, token: str | None, transfer: Transfer) -> Listing:
-        bucket, prefix = _split(address)
+        bucket, prefix, versions = _split(address)
         client = self._client(bucket, token)
         try:
-            names = _names(client, bucket, prefix, transfer)
+            names = list(versions) or _names(client, bucket, prefix, transfer)
             if not names:
                 raise AdapterNotFound("there is no object below this prefix")
-            heads = {name: client.head_object(Bucket=bucket, Key=prefix + name) for name in select(names)}
+            heads = {
+                name: client.head_object(Bucket=bucket, Key=prefix + name, **_version(versions, name))
+                for name in select(names)
+            }
         except (ClientError, BotoCoreError) as error:
             raise _told(error) from None
         files = tuple(RemoteFile(name, head["ContentLength"], head["ETag"]) for name, head in heads.items())
@@ -78,14 +85,14 @@ class S3Source:
     def download(
         self, address: Address, listing: Listing, token: str | None, workspace: Workspace, transfer: Transfer
     ) -> None:
-        bucket, prefix = _split(address)
+        bucket, prefix, versions = _split(address)
         client = self._client(bucket, token)
         for file in missing(listing, workspace):
             start = num_received(file, workspace)
             start = start if start < file.num_bytes else 0
-            ranged = {"Range": f"bytes={start}-"} if start else {}
+            asked = _version(versions, file.name) | ({"Range": f"bytes={start}-"} if start else {})
             try:
-                answer = client.get_object(Bucket=bucket, Key=prefix + file.name, IfMatch=file.version, **ranged)
+                answer = client.get_object(Bucket=bucket, Key=prefix + file.name, IfMatch=file.version, **asked)
                 with closing(answer["Body"]) as body:
                     start = start if "ContentRange" in answer else 0
                     receive(body.iter_chunks(CHUNK_BYTES), file, workspace, transfer, resume_at=start)
@@ -111,9 +118,16 @@ class S3Source:
         return boto3.Session().client("s3", endpoint_url=self._endpoint, config=config, **keys)
 
 
-def _split(address: Address) -> tuple[str, str]:
-    bucket, _, prefix = address.uri.removeprefix("s3://").partition("/")
-    return bucket, f"{prefix}/" if prefix else ""
+def _split(address: Address) -> tuple[str, str, dict[str, str]]:
+    """(bucket, prefix, the versions that are meant by name; none means the newest)"""
+    uri, _, revision = address.uri.partition(_AT)
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    versions = dict(part.split("=", 1) for part in revision.split(",")) if revision else {}
+    return bucket, f"{prefix}/" if prefix else "", versions
+
+
+def _version(versions: dict[str, str], name: str) -> dict[str, str]:
+    return {"VersionId": versions[name]} if name in versions else {}
 
 
 def _names(client: Any, bucket: str, prefix: str, transfer: Transfer) -> list[str]:
@@ -127,7 +141,7 @@ def _names(client: Any, bucket: str, prefix: str, transfer: Transfer) -> list[st
 
 
 def _revision(heads: dict[str, Any]) -> str:
-    """The objects' version ids; where the bucket keeps no versions, a hash of what stands in for them."""
+    """The objects' version ids, which `at` takes; where the bucket keeps none, a hash of what stands in for them."""
     versions = {name: head.get("VersionId", "null") for name, head in heads.items()}
     if "null" not in versions.values():
         return ",".join(f"{name}={version}" for name, version in versions.items())

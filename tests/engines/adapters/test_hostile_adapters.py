@@ -3,76 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.adapter_files import CONFIG, CONFIG_NAME, WEIGHTS_NAME, adapter_files, weights, write_files
+from support.hostile_adapters import ARCHIVES, BOMBS, CONFIGS, FILES, HEADERS, MAX_BYTES, SPECIAL, URIS
 
+from loraplex.config.settings import Adapters
+from loraplex.engines.adapters.config import read_config
+from loraplex.engines.adapters.disk import DiskCache
+from loraplex.engines.adapters.sources.archive import unpack
+from loraplex.engines.adapters.sources.base import Transfer, Workspace
+from loraplex.engines.adapters.sources.registry import Sources
 from loraplex.engines.adapters.store import AdapterStore
 from loraplex.engines.errors import (
     AdapterError,
     AdapterInvalid,
     AdapterNotFound,
     AdapterSourceForbidden,
-    AdapterTooLarge,
-    AdapterUnsupported,
 )
-
-URIS: dict[str, tuple[type[AdapterError], str]] = {
-    "": (AdapterInvalid, "1 to 4096 characters"),
-    "a" * 5000: (AdapterInvalid, "1 to 4096 characters"),
-    "hf://org/na\nme": (AdapterInvalid, "control characters"),
-    "/etc\0/passwd": (AdapterInvalid, "control characters"),
-    "org/\ud800": (AdapterInvalid, "broken Unicode"),
-    "ftp://host/a": (AdapterSourceForbidden, "ftp: is not served"),
-    "http://127.0.0.1/a.zip": (AdapterSourceForbidden, "http: is not served"),
-    "gs://bucket/a": (AdapterSourceForbidden, "gs: is not served"),
-    "javascript:alert(1)": (AdapterSourceForbidden, "javascript: is not served"),
-    "hf://": (AdapterInvalid, "not an address on the hub"),
-    "hf://name": (AdapterInvalid, "not an address on the hub"),
-    "hf://a/b/c": (AdapterInvalid, "not an address on the hub"),
-    "hf://../..": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/..": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/a..b": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/name@": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/name@../../secret": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/name@a b": (AdapterInvalid, "not an address on the hub"),
-    "hf://org/name?x=1": (AdapterInvalid, "not an address on the hub"),
-    "hf://user:token@org/name": (AdapterInvalid, "not an address on the hub"),
-    "s3://": (AdapterInvalid, "not an address in S3"),
-    "s3://UPPER/a": (AdapterInvalid, "not an address in S3"),
-    "s3://a/b": (AdapterInvalid, "not an address in S3"),
-    "s3://key:secret@bucket/a": (AdapterInvalid, "not an address in S3"),
-    "s3://bucket/../other": (AdapterInvalid, "segment"),
-    "s3://bucket/a//b": (AdapterInvalid, "segment"),
-    "https://": (AdapterInvalid, "not an https address"),
-    "https://host:port/a": (AdapterInvalid, "not an https address"),
-    "https://user:secret@host/a": (AdapterInvalid, "no user or password"),
-    "https://host/a b": (AdapterInvalid, "not an https address"),
-    "https://[::1": (AdapterInvalid, "not an https address"),
-    "https://localhost/a.zip": (AdapterSourceForbidden, "not a public address"),
-    "https://127.0.0.1/a.zip": (AdapterSourceForbidden, "not a public address"),
-    "https://[::1]/a.zip": (AdapterSourceForbidden, "not a public address"),
-    "https://169.254.169.254/latest/meta-data": (AdapterSourceForbidden, "not a public address"),
-    "https://2130706433/a.zip": (AdapterSourceForbidden, "not a public address"),
-    "https://[::ffff:10.0.0.1]/a.zip": (AdapterSourceForbidden, "not a public address"),
-    "file://otherhost/etc": (AdapterInvalid, "not a local file address"),
-    "file:relative": (AdapterInvalid, "not a local file address"),
-    "file:///etc?x": (AdapterInvalid, "not a local file address"),
-    "file:///%00": (AdapterInvalid, "NUL byte"),
-    "file:///etc": (AdapterSourceForbidden, "local_roots"),
-    "/etc": (AdapterSourceForbidden, "local_roots"),
-    "/": (AdapterSourceForbidden, "local_roots"),
-    "../../../etc": (AdapterSourceForbidden, "local_roots"),
-    "~root": (AdapterSourceForbidden, "local_roots"),
-    "file:///%2e%2e/etc": (AdapterSourceForbidden, "local_roots"),
-    "/proc/self/root/etc": (AdapterSourceForbidden, "local_roots"),
-    f"/{'a' * 300}": (AdapterSourceForbidden, "local_roots"),
-}
 
 
 def left_behind(tmp_path: Path) -> list[Path]:
@@ -91,54 +44,31 @@ async def test_fetch_hostile_uri_is_refused(store: AdapterStore, tmp_path: Path,
     assert left_behind(tmp_path) == []
 
 
-def configured(config: object) -> dict[str, bytes]:
-    content = config if isinstance(config, bytes) else json.dumps(config).encode()
-    return adapter_files() | {CONFIG_NAME: content}
+@pytest.fixture
+def sources(tmp_path: Path) -> Sources:
+    settings = Adapters(cache_dir=str(tmp_path / "cache"), local_roots=(str(tmp_path),))
+    return Sources(settings, DiskCache(tmp_path / "uploads", 2**20, for_good=True))
 
 
-def weighted(content: bytes) -> dict[str, bytes]:
-    return adapter_files() | {WEIGHTS_NAME: content}
+_SCHEMES = ["", "hf://", "s3://", "https://", "file://", "file:", "upload://", "HF:", "hf:/", "https:/"]
+_PARTS = st.text(alphabet="aZ0-_./@:?#%[]\\\u00e9 \n", max_size=30)
 
 
-def only(*names: str) -> dict[str, bytes]:
-    return {name: adapter_files().get(name, b"x") for name in names}
-
-
-FILES: dict[str, tuple[dict[str, bytes], type[AdapterError], str]] = {
-    "nothing": ({}, AdapterInvalid, "no adapter_config.json"),
-    "no config": (only(WEIGHTS_NAME), AdapterInvalid, "no adapter_config.json"),
-    "no weights": (only(CONFIG_NAME), AdapterInvalid, "no adapter_model.safetensors"),
-    "a pickle": (only(CONFIG_NAME, "adapter_model.bin"), AdapterInvalid, "pickle.*never read.*convert"),
-    "a .pt": (only(CONFIG_NAME, "adapter.pt"), AdapterInvalid, r"pickle \(adapter.pt\)"),
-    "a .pkl": (only(CONFIG_NAME, "adapter.pkl"), AdapterInvalid, r"pickle \(adapter.pkl\)"),
-    "an empty config": (configured(b""), AdapterInvalid, "not valid JSON"),
-    "a config in Latin-1": (configured(b'{"peft_type": "LORA", "x": "\xe4"}'), AdapterInvalid, "not valid JSON"),
-    "a config of brackets": (configured(b"[" * 100_000), AdapterInvalid, "not valid JSON"),
-    "a config that is a list": (configured([]), AdapterInvalid, "not a JSON object"),
-    "a config that is null": (configured(None), AdapterInvalid, "not a JSON object"),
-    "a config without type": (configured({"r": 4}), AdapterInvalid, "no peft_type"),
-    "a prefix tuning": (configured({"peft_type": "PREFIX_TUNING"}), AdapterUnsupported, "PREFIX_TUNING"),
-    "a type that is a list": (configured({"peft_type": ["LORA"]}), AdapterUnsupported, "only LORA"),
-    "a config over 1 MiB": (configured(CONFIG | {"x": "a" * 2**20}), AdapterTooLarge, "adapter_config.json has"),
-    "a tokenizer config over 4 MiB": (
-        adapter_files() | {"tokenizer_config.json": bytes(2**22 + 1)},
-        AdapterTooLarge,
-        "tokenizer_config.json has",
-    ),
-    "weights over the limit": (weighted(weights(size=2**16)), AdapterTooLarge, "adapters.max_bytes"),
-    "empty weights": (weighted(b""), AdapterInvalid, "too few"),
-    "weights that are a pickle": (weighted(b"\x80\x04\x95" + bytes(60)), AdapterInvalid, "safetensors header"),
-    "weights that are a zip": (weighted(b"PK\3\4" + bytes(60)), AdapterInvalid, "safetensors header"),
-    "weights cut short": (weighted(weights()[:-1]), AdapterInvalid, "behind the file"),
-    "weights with a tail": (weighted(weights() + b"x"), AdapterInvalid, "belong to no tensor"),
-    "a header beyond the file": (weighted(struct.pack("<Q", 10**6) + b"{"), AdapterInvalid, "only 1 follow"),
-    "a header of 2**63": (weighted(struct.pack("<Q", 2**63) + b"{"), AdapterInvalid, "at most"),
-    "an LFS pointer": (
-        weighted(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        AdapterInvalid,
-        "safetensors header",
-    ),
-}
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(uri=st.builds("{}{}".format, st.sampled_from(_SCHEMES), _PARTS) | st.text(max_size=40))
+def test_any_address_is_normal_or_refused(sources: Sources, uri: str) -> None:
+    """What is normal means itself, and what is shown of it is one line without a query."""
+    told = ""
+    try:
+        _, address = sources.find(uri)
+        told = address.shown
+        assert "?" not in told or told.startswith("file://")
+        if not told.startswith("file://"):
+            assert sources.find(address.uri)[1] == address
+    except AdapterError as error:
+        told = str(error)
+    assert len(told) < 600
+    assert told.isprintable()
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -149,47 +79,6 @@ async def test_fetch_hostile_files_are_refused(store: AdapterStore, root: Path, 
     assert type(caught.value) is kind
     assert f"file://{root / 'bad'}: " in str(caught.value)
     assert left_behind(tmp_path) == []
-
-
-def link_weights(target: str | Path) -> Callable[[Path], None]:
-    def make(directory: Path) -> None:
-        (directory / WEIGHTS_NAME).unlink()
-        (directory / WEIGHTS_NAME).symlink_to(target)
-
-    return make
-
-
-def fifo(directory: Path) -> None:
-    (directory / WEIGHTS_NAME).unlink()
-    os.mkfifo(directory / WEIGHTS_NAME)
-
-
-def directory_as_weights(directory: Path) -> None:
-    (directory / WEIGHTS_NAME).unlink()
-    (directory / WEIGHTS_NAME).mkdir()
-
-
-def bound_socket(directory: Path) -> None:
-    (directory / WEIGHTS_NAME).unlink()
-    before = os.getcwd()
-    os.chdir(directory)  # a socket's name is at most 108 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(WEIGHTS_NAME)
-    finally:
-        os.chdir(before)
-
-
-SPECIAL: dict[str, tuple[Callable[[Path], None], type[AdapterError], str]] = {
-    "a link out": (link_weights("/etc/passwd"), AdapterSourceForbidden, "link out of"),
-    "a link up and out": (link_weights("../../outside"), AdapterSourceForbidden, "link out of"),
-    "a link to nothing": (link_weights("nowhere"), AdapterNotFound, "leads nowhere"),
-    "a link to itself": (link_weights(WEIGHTS_NAME), AdapterNotFound, "leads nowhere"),
-    "a link to a device": (link_weights("/dev/zero"), AdapterSourceForbidden, "link out of"),
-    "a pipe": (fifo, AdapterSourceForbidden, "not a regular file"),
-    "a socket": (bound_socket, AdapterNotFound, "cannot be opened"),
-    "a directory": (directory_as_weights, AdapterSourceForbidden, "not a regular file"),
-}
 
 
 @pytest.mark.parametrize("case", SPECIAL)
@@ -237,3 +126,47 @@ async def test_fetch_token_that_is_none_is_invalid(store: AdapterStore, uri: str
     with pytest.raises(AdapterInvalid, match="a token is 1 to 8192 printable ASCII characters") as caught:
         await store.fetch(uri, "n", token=token)
     assert not token or token not in str(caught.value)
+
+
+async def test_hostile_cases_are_many_and_each_error_says_what_was_wrong(
+    store: AdapterStore, root: Path, tmp_path: Path
+) -> None:
+    """All tables together: how many there are, and that few share their words with another."""
+    errors: dict[str, str] = {}
+
+    async def fetch(case: str, uri: str) -> None:
+        with pytest.raises(AdapterError) as caught:
+            await store.fetch(uri, "n")
+        errors[case] = str(caught.value).removeprefix(f"file://{uri}: ")
+
+    for uri in URIS:
+        await fetch(f"the address {uri!r}", uri)
+    headers = {name: adapter_files() | {WEIGHTS_NAME: content} for name, (content, _) in HEADERS.items()}
+    for case, files in (headers | {name: files for name, (files, _, _) in FILES.items()}).items():
+        await fetch(case, str(write_files(root / f"bad-{len(errors)}", files)))
+    for case, (content, _) in ARCHIVES.items() | {(name, (content, "")) for name, content in BOMBS.items()}:
+        errors[f"the archive {case}"] = str(refused(unpack_into, tmp_path / f"archive-{len(errors)}", content))
+    for fields, _, _ in CONFIGS:
+        errors[f"the config {fields}"] = str(refused(read_config_of, tmp_path / f"config-{len(errors)}", fields))
+    assert len(errors) >= 150
+    assert len(set(errors.values())) >= 100
+    assert all(15 < len(told) < 600 and told.isprintable() for told in errors.values())
+    assert left_behind(tmp_path) == []
+
+
+def refused(read: Callable[[Path, Any], object], place: Path, content: Any) -> AdapterError:
+    place.mkdir()
+    with pytest.raises(AdapterError) as caught:
+        read(place, content)
+    return caught.value
+
+
+def unpack_into(place: Path, content: bytes) -> None:
+    (place / "files").mkdir()
+    (place / "archive").write_bytes(content)
+    unpack(place / "archive", Workspace(files=place / "files", scratch=place), Transfer(MAX_BYTES))
+
+
+def read_config_of(place: Path, fields: dict[str, Any]) -> object:
+    (place / CONFIG_NAME).write_text(json.dumps(CONFIG | fields))
+    return read_config(place)

@@ -63,7 +63,8 @@ async def test_hub_never_sends_the_gateways_own_token(
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_operator")
     hub.repository("org/name", adapter_files())
     await store.fetch("hf://org/name", "n")
-    assert not [headers for _, _, headers in hub.requests if "Authorization" in headers]
+    assert hub.requests
+    assert not [headers for _, _, headers in hub.requests if "authorization" in headers]
 
 
 async def test_hub_token_stays_out_of_errors_and_logs(
@@ -130,7 +131,7 @@ async def test_hub_transfer_cut_off_is_resumed(settings: Adapters, hub: FakeHub)
     hub.cut_after = 15 * 2**20
     stored = await roomy.fetch("hf://org/name", "n")
     assert read_files(stored.adapter.path) == files
-    ranges = [{name.lower(): value for name, value in headers.items()}.get("range") for _, _, headers in hub.requests]
+    ranges = [headers.get("range") for _, _, headers in hub.requests]
     assert f"bytes={10 * 2**20}-" in ranges
     await roomy.close()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
+from support.hostile_adapters import CONFIGS
 
 from loraplex.engines.adapters.config import read_config
-from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterUnsupported
+from loraplex.engines.errors import AdapterError, AdapterInvalid
 
 MODULES = [
     f"model.layers.{layer}.{block}.{name}"
@@ -69,29 +73,7 @@ def test_every_default_field_of_peft_is_accepted(tmp_path: Path) -> None:
     assert read_config(tmp_path).rank == 8
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "says"),
-    [
-        ({"peft_type": "IA3"}, AdapterUnsupported, "peft_type is 'IA3'"),
-        ({"bias": "most"}, AdapterInvalid, "bias = 'most'"),
-        ({"trainable_token_indices": [-1]}, AdapterInvalid, "trainable_token_indices"),
-        ({"trainable_token_indices": {"wte": [1, 1]}}, AdapterInvalid, "names a token twice"),
-        ({"init_lora_weights": "pissa"}, AdapterUnsupported, "init_lora_weights = 'pissa'"),
-        ({"use_qalora": True}, AdapterUnsupported, "use_qalora"),
-        ({"alora_invocation_tokens": [-1]}, AdapterInvalid, "alora_invocation_tokens = [-1]"),
-        ({"alora_invocation_tokens": [1], "use_dora": True}, AdapterUnsupported, "use_dora = True"),
-        ({"from_the_future": 3}, AdapterUnsupported, "from_the_future = 3"),
-        ({"r": "eight"}, AdapterInvalid, "r = 'eight'"),
-        ({"r": 0}, AdapterInvalid, "r = 0"),
-        ({"lora_alpha": -1}, AdapterInvalid, "lora_alpha = -1"),
-        ({"use_dora": "yes"}, AdapterInvalid, "use_dora = 'yes'"),
-        ({"target_modules": "(q_proj"}, AdapterInvalid, "not a regular expression"),
-        ({"target_modules": [1]}, AdapterInvalid, "not a list of module names"),
-        ({"rank_pattern": {"q": "x"}}, AdapterInvalid, "rank_pattern"),
-        ({"layers_to_transform": "all"}, AdapterInvalid, "layers_to_transform = 'all'"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("fields", "error", "says"), CONFIGS, ids=str)
 def test_read_config_refuses_by_name(
     tmp_path: Path, fields: dict[str, Any], error: type[AdapterError], says: str
 ) -> None:
@@ -111,3 +93,42 @@ def test_read_config_not_a_usable_object_raises_invalid(tmp_path: Path, content:
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(AdapterInvalid):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["(?x)q#", "(?x) q_proj #"])
+def test_pattern_that_is_none_as_a_part_of_ours_is_refused(tmp_path: Path, pattern: str) -> None:
+    """A comment at its end swallows what we put behind it."""
+    config = read_config(write(tmp_path, target_modules=pattern))
+    with pytest.raises(AdapterInvalid, match="not a regular expression"):
+        config.targets("model.layers.0.self_attn.q_proj")
+
+
+FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2**70)
+    | st.floats()
+    | st.text(alphabet="(?x)[a]{9}+*|.^$#\\dq_proj", max_size=8)
+    | st.sampled_from(["q_proj", "all", "gaussian", r".*layers\.1.*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), _VALUES, max_size=4))
+def test_read_config_any_fields_are_sound_or_refused_in_short(tmp_path: Path, fields: dict[str, Any]) -> None:
+    told = ""
+    try:
+        config = read_config(write(tmp_path, **{**fields, "peft_type": "LORA"}))
+        for module in MODULES[::5]:
+            config.targets(module)
+            config.saves(module)
+            assert config.rank_of(module) >= 1
+            assert 0 < config.scale_of(module) < float("inf")
+            config.token_ids_of(module, is_input=True)
+    except AdapterError as error:
+        told = str(error)
+    assert len(told) < 600
+    assert told.isprintable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -70,6 +71,44 @@ async def test_s3_known_revision_is_not_read_again(
 
     monkeypatch.setattr(S3Source, "download", refuse)
     assert await store.fetch(uri, "n") == first
+
+
+async def test_s3_versions_of_a_revision_come_back_whatever_is_newest(
+    settings: Adapters, s3: Any, bucket: str, tmp_path: Path
+) -> None:
+    s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    first = AdapterStore(settings)
+    uri = put(s3, bucket, "a/", adapter_files(1))
+    stored = await first.fetch(uri, "n")
+    await first.close()
+    assert stored.revision.startswith(f"{CONFIG_NAME}=")
+    put(s3, bucket, "a/", adapter_files(2))
+    for name in adapter_files():
+        s3.delete_object(Bucket=bucket, Key=f"a/{name}")  # a marker above the versions
+    elsewhere = AdapterStore(msgspec.structs.replace(settings, cache_dir=str(tmp_path / "elsewhere")))
+    again = await elsewhere.fetch(uri, "n", content=stored.adapter.id, revision=stored.revision)
+    assert read_files(again.adapter.path) == adapter_files(1)
+    assert (again.revision, again.source) == (stored.revision, stored.source)
+    with pytest.raises(AdapterNotFound, match="no object below this prefix"):
+        await elsewhere.fetch(uri, "n")
+    await elsewhere.close()
+
+
+async def test_s3_revision_whose_versions_are_deleted_is_not_found(
+    settings: Adapters, s3: Any, bucket: str, tmp_path: Path
+) -> None:
+    s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    first = AdapterStore(settings)
+    uri = put(s3, bucket, "a/", adapter_files(1))
+    stored = await first.fetch(uri, "n")
+    await first.close()
+    version = dict(part.split("=") for part in stored.revision.split(","))[WEIGHTS_NAME]
+    put(s3, bucket, "a/", adapter_files(2))
+    s3.delete_object(Bucket=bucket, Key=f"a/{WEIGHTS_NAME}", VersionId=version)
+    elsewhere = AdapterStore(msgspec.structs.replace(settings, cache_dir=str(tmp_path / "elsewhere")))
+    with pytest.raises(AdapterNotFound, match="no such object"):
+        await elsewhere.fetch(uri, "n", content=stored.adapter.id, revision=stored.revision)
+    await elsewhere.close()
 
 
 async def test_s3_missing_bucket_is_not_found(store: AdapterStore, s3: Any) -> None:

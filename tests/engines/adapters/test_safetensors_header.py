@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +11,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from support.adapter_files import weights
+from support.hostile_adapters import HEADERS, with_header
 
-from loraplex.engines.adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
+from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
 from loraplex.engines.errors import AdapterInvalid
-
-
-def with_header(header: object, data: bytes = b"") -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
-def tensor(begin: int = 0, end: int = 8, dtype: Any = "F32", shape: Any = (2,)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def read(tmp_path: Path, content: bytes) -> dict[str, TensorInfo]:
@@ -51,55 +40,9 @@ def test_read_header_without_tensors(tmp_path: Path) -> None:
     assert read(tmp_path, with_header({"__metadata__": {"a": "b"}})) == {}
 
 
-BAD: dict[str, tuple[bytes, str]] = {
-    "no bytes": (b"", "too few"),
-    "seven bytes": (b"1234567", "too few"),
-    "length beyond the file": (struct.pack("<Q", 100) + b"{}", "only 2 follow"),
-    "length beyond the limit": (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most"),
-    "length of 2**64 - 1": (struct.pack("<Q", 2**64 - 1) + b"{}", "at most"),
-    "an empty header": (with_header(b""), "begin with"),
-    "a list": (with_header([]), "begin with"),
-    "leading space": (with_header(b" {}"), "begin with"),
-    "half an object": (with_header(b'{"a": '), "not valid JSON"),
-    "two objects": (with_header(b"{}{}"), "not valid JSON"),
-    "not UTF-8": (with_header(b'{"\xff": 1}'), "not valid JSON"),
-    "deep nesting": (with_header(b'{"a":' + b"[" * 200_000), "not valid JSON"),
-    "NaN": (with_header(b'{"a": NaN}'), "not valid JSON"),
-    "a number of 5000 digits": (with_header(b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON"),
-    "a name twice": (with_header(b'{"a": 1, "a": 1}'), "'a' twice"),
-    "a key twice": (with_header(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "'dtype' twice"),
-    "a surrogate name": (with_header(b'{"\\ud800": {}}'), "not Unicode"),
-    "metadata a list": (with_header({"__metadata__": []}), "__metadata__"),
-    "metadata of numbers": (with_header({"__metadata__": {"a": 1}}), "__metadata__"),
-    "a number for a tensor": (with_header({"a": 1}), "not described"),
-    "a tensor without dtype": (with_header({"a": {"shape": [], "data_offsets": [0, 0]}}), "not described"),
-    "a surplus key": (with_header({"a": tensor() | {"b": 1}}, bytes(8)), "not described"),
-    "an unknown dtype": (with_header({"a": tensor(dtype="F33")}, bytes(8)), "dtype 'F33'"),
-    "a dtype that is a list": (with_header({"a": tensor(dtype=["F32"])}, bytes(8)), "unknown dtype"),
-    "a negative dimension": (with_header({"a": tensor(shape=[-1, -2])}, bytes(8)), "impossible shape"),
-    "a fractional dimension": (with_header({"a": tensor(shape=[2.0])}, bytes(8)), "impossible shape"),
-    "a boolean dimension": (with_header({"a": tensor(0, 4, shape=[True])}, bytes(4)), "impossible shape"),
-    "a dimension of 2**63": (with_header({"a": tensor(shape=[2**63])}, bytes(8)), "impossible shape"),
-    "a shape that overflows": (with_header({"a": tensor(shape=[2**62] * 64)}, bytes(8)), "bits"),
-    "65 dimensions": (with_header({"a": tensor(0, 4, shape=[1] * 65)}, bytes(4)), "impossible shape"),
-    "a shape that is a string": (with_header({"a": tensor(shape="22")}, bytes(8)), "impossible shape"),
-    "three offsets": (with_header({"a": tensor() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "data_offsets"),
-    "offsets backwards": (with_header({"a": tensor(8, 0)}, bytes(8)), "data_offsets"),
-    "negative offsets": (with_header({"a": tensor(-8, 0)}, bytes(8)), "data_offsets"),
-    "a span too short": (with_header({"a": tensor(0, 4)}, bytes(4)), "span 4 bytes"),
-    "half a byte": (with_header({"a": tensor(0, 1, dtype="F4", shape=[1])}, bytes(1)), "4 bits"),
-    "an end behind the file": (with_header({"a": tensor()}, bytes(7)), "1 bytes behind the file"),
-    "a surplus byte": (with_header({"a": tensor()}, bytes(9)), "last 1 bytes"),
-    "bytes without tensors": (with_header({}, bytes(3)), "last 3 bytes"),
-    "a hole": (with_header({"a": tensor(), "b": tensor(12, 20)}, bytes(20)), "4 bytes before tensor 'b'"),
-    "an overlap": (with_header({"a": tensor(), "b": tensor(4, 12)}, bytes(12)), "overlaps"),
-    "the same bytes twice": (with_header({"a": tensor(), "b": tensor()}, bytes(8)), "overlaps"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", HEADERS)
 def test_read_header_names_what_is_wrong(tmp_path: Path, case: str) -> None:
-    content, message = BAD[case]
+    content, message = HEADERS[case]
     with pytest.raises(AdapterInvalid, match=message) as caught:
         read(tmp_path, content)
     assert len(str(caught.value)) < 500
