@@ -36,6 +36,22 @@ class Upload(msgspec.Struct, kw_only=True):
     purpose: str = "batch"
 
 
+class AdapterFile(msgspec.Struct):
+    """A form, as multipart/form-data: one part for each of PEFT's files, each under its own file name."""
+
+    file: bytes
+
+
+class UploadQuery(msgspec.Struct, kw_only=True):
+    """`update` makes a new version of an adapter that is there, `dry_run` only says what would be found."""
+
+    name: str
+    tenant_id: str | None = None
+    update: bool = False
+    dry_run: bool = False
+    wait: bool = True
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One route. `answer` is a struct, or the media type of something that is none; None where there is no body.
 
@@ -198,6 +214,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "GET /admin/v1/adapters": _admin(400, 404, answer=AdapterList),
     "POST /admin/v1/adapters/validate": _admin(400, 404, 413, 503, body=adapters.Examined, answer=VersionView),
+    "POST /admin/v1/adapters/upload": _admin(
+        400, 404, 408, 409, 413, 503, form=AdapterFile, query=UploadQuery, answer=AdapterView
+    ),
     "GET /admin/v1/adapters/{name}": _admin(400, 404),
     "PATCH /admin/v1/adapters/{name}": _admin(400, 404, 409, 413, 503, body=adapters.AdapterChange, answer=AdapterView),
     "POST /admin/v1/adapters/{name}": _admin(400, 404, 405, 409, 413, 503, body=adapters.ChosenVersion),

@@ -90,8 +90,7 @@ def test_check_config_url_of_no_database_is_told(tmp_path: Path) -> None:
 
 def test_check_config_unknown_engine_and_missing_model_are_told(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    native = 'kind = "native"\nnum_threads = 1\nkv_cache_bytes = 65536'
-    path.write_text(path.read_text().replace('kind = "echo"', native))
+    path.write_text(path.read_text().replace('kind = "echo"', 'kind = "warp"'))
     assert "'warp'" in run("check-config", str(path)).stderr
     path.write_text(path.read_text().replace('kind = "warp"', 'kind = "native"'))
     assert "config.json" in run("check-config", str(path)).stderr

@@ -24,12 +24,14 @@ def post(gateway: Gateway, body: bytes) -> Any:
     "value", [b'"\xff"', b"1e999", b"[" * 500 + b"]" * 500, b'{"a":"\xc3"}'], ids=["utf8", "range", "deep", "nested"]
 )
 def test_field_not_offered_with_undecodable_value_is_refused_by_name(gateway: Gateway, value: bytes) -> None:
-    assert_problem(post(gateway, BEGINNING + b'"tools":' + value + b"}"), 400, "unsupported_parameter", "tools")
+    assert_problem(
+        post(gateway, BEGINNING + b'"prediction":' + value + b"}"), 400, "unsupported_parameter", "prediction"
+    )
 
 
 @pytest.mark.parametrize("depth", [2_000, 100_000])
 def test_field_not_offered_nested_too_deep_is_400(gateway: Gateway, depth: int) -> None:
-    raw = BEGINNING + b'"tools":' + b"[" * depth + b"]" * depth + b"}"
+    raw = BEGINNING + b'"prediction":' + b"[" * depth + b"]" * depth + b"}"
     assert_problem(post(gateway, raw), 400, "invalid_request")
 
 
