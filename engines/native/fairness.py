@@ -107,8 +107,10 @@ class FairQueue:
         return self._counters.get(Lane(is_background, tenant), 0.0)
 
     def _in_turn(self) -> list[Lane]:
-        """Whoever waits: the foreground, least served first, then the background."""
-        return sorted(self._queues, key=lambda lane: (lane.is_background, self._counters[lane]))
+        """Whoever waits: the foreground, least served first, then the background. Between equals the shorter queue."""
+        return sorted(
+            self._queues, key=lambda lane: (lane.is_background, self._counters[lane], len(self._queues[lane]))
+        )
 
     def _lift(self, lane: Lane) -> None:
         peers = [self._counters[other] for other in self._queues if other.is_background == lane.is_background]

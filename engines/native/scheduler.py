@@ -8,10 +8,16 @@ where there is no room for it: past `cold_patience` seconds nothing behind it is
 drain and make room. A sequence
 whose beginning a running one is about to compute waits for that too, and shares it: the choices of one request compute
 their prompt once. What a step of decodes has room for goes to drafts, where they pay.
+
+A tenant that runs nothing does not wait for another's answers or prompts to end. No place stands empty for it: when its
+turn comes in a full house, the tenant that runs most gives up the place of its youngest sequence, which goes on later,
+mostly from the prefix cache. And what decodes leave of a step's budget is shared evenly between the tenants that have
+prompts to compute, the one whose turn it is among them; what one does not need, the others have.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -90,9 +96,8 @@ class Scheduler:
         """The next step's batch; None where nothing can be computed now."""
         plan = _Plan(self._limits.max_batch_tokens)
         preemptions = self.num_preemptions
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_uncomputed > 1):
-            if plan.budget and sequence in self.running:
-                self._continue(sequence, plan)
+        self._continue_all([sequence for sequence in self.running if sequence.num_uncomputed <= 1], plan)
+        self._continue_prompts(plan)
         if self.num_preemptions == preemptions:
             self._admit(plan)
         if plan.only_decodes:
@@ -146,6 +151,35 @@ class Scheduler:
         error = None if values is not None else GenerationFailed("the model's output is not finite for this request")
         return [Emission(sequence=segment.sequence, embedding=values, error=error)]
 
+    def _continue_prompts(self, plan: _Plan) -> None:
+        """Running sequences' next chunks, the budget shared evenly between tenants: who needs least comes first."""
+        prompts: defaultdict[str, list[Sequence]] = defaultdict(list)
+        for sequence in self.running:
+            if sequence.num_uncomputed > 1:
+                prompts[sequence.request.tenant].append(sequence)
+        in_turn = sorted(prompts.values(), key=lambda mine: sum(sequence.num_uncomputed for sequence in mine))
+        num_others = len(in_turn) + self._has_newcomer()
+        for mine in in_turn:
+            num_others -= 1
+            plan.keep_for(num_others)
+            self._continue_all(mine, plan)
+        plan.keep_for(0)
+
+    def _has_newcomer(self) -> bool:
+        """Whether it is the turn of a tenant that runs nothing, and its request can start now."""
+        sequence = self.waiting.first()
+        if sequence is None or sequence.request.is_background or not self._can_start(sequence):
+            return False
+        return all(running.request.tenant != sequence.request.tenant for running in self.running)
+
+    def _can_start(self, sequence: Sequence) -> bool:
+        return sequence.is_ready and all(adapter_id in self._residency for adapter_id in sequence.adapter_ids)
+
+    def _continue_all(self, sequences: list[Sequence], plan: _Plan) -> None:
+        for sequence in sequences:
+            if plan.room and sequence in self.running:
+                self._continue(sequence, plan)
+
     def _continue(self, sequence: Sequence, plan: _Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
         while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
@@ -156,15 +190,31 @@ class Scheduler:
                 return
         plan.add(sequence)
 
-    def _make_way(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Preempt the youngest in the background for one that is not; False where there is none."""
-        background = [running for running in self.running if running.request.is_background]
-        if sequence.request.is_background or not background:
-            return False
-        victim = max(background, key=lambda running: running.arrival)
+    def _make_way(self, victim: Sequence, plan: _Plan) -> None:
         self._preempt(victim)
         plan.drop(victim)
-        return True
+
+    def _youngest_in_background(self, sequence: Sequence) -> Sequence | None:
+        """Who makes way for it wherever room is short; nobody does for what is in the background itself."""
+        background = [running for running in self.running if running.request.is_background]
+        if sequence.request.is_background or not background:
+            return None
+        return max(background, key=lambda running: running.arrival)
+
+    def _place_giver(self, sequence: Sequence) -> Sequence | None:
+        """Who gives up its place to it: work in the background, else the tenant that runs most to one that runs none.
+
+        Nobody's last one does, so that two tenants never drive each other out in turn.
+        """
+        victim = self._youngest_in_background(sequence)
+        if victim is not None or sequence.request.is_background:
+            return victim
+        counts = Counter(running.request.tenant for running in self.running)
+        tenant, count = counts.most_common(1)[0]
+        if count < 2 or sequence.request.tenant in counts:
+            return None
+        mine = (running for running in self.running if running.request.tenant == tenant)
+        return max(mine, key=lambda running: running.arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -198,28 +248,34 @@ class Scheduler:
             sequence = self.waiting.first(skipped=skipped)
             if sequence is None:
                 return
-            if not sequence.is_ready:
-                skipped.add(sequence)
-                continue
-            if not all(adapter_id in self._residency for adapter_id in sequence.adapter_ids):
-                if not self._residency.lacking.isdisjoint(sequence.adapter_ids) and self._has_waited(sequence):
+            if not self._can_start(sequence):
+                if sequence.is_ready and self._lacks_room(sequence) and self._has_waited(sequence):
                     return
                 skipped.add(sequence)
                 continue
-            if len(self.running) >= self._limits.max_running and not self._make_way(sequence, plan):
+            is_full = len(self.running) >= self._limits.max_running
+            giver = self._place_giver(sequence) if is_full else None
+            if is_full and giver is None:
                 return
             self._find_cached(sequence)
             if self._next_key(sequence) in coming:
                 self._return_blocks(sequence)
                 skipped.add(sequence)
                 continue
+            if giver is not None:
+                self._make_way(giver, plan)
             while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
-                if not self._make_way(sequence, plan):
+                victim = self._youngest_in_background(sequence)
+                if victim is None:
                     self._return_blocks(sequence)
                     return
+                self._make_way(victim, plan)
             self._start(sequence)
             plan.add(sequence)
             coming.update(self._keys_to_compute(sequence))
+
+    def _lacks_room(self, sequence: Sequence) -> bool:
+        return not self._residency.lacking.isdisjoint(sequence.adapter_ids)
 
     def _has_waited(self, sequence: Sequence) -> bool:
         return self._clock() - sequence.arrival > self._limits.cold_patience
@@ -291,9 +347,19 @@ class _Plan:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.segments: dict[Sequence, Segment] = {}
+        self._kept = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that may be planned now."""
+        return self.budget - self._kept
+
+    def keep_for(self, num_others: int) -> None:
+        """Leave even shares of what is left to so many others; the odd tokens are for who comes first."""
+        self._kept = self.budget * num_others // (num_others + 1)
 
     def chunk(self, sequence: Sequence) -> int:
-        return min(sequence.num_uncomputed, self.budget)
+        return min(sequence.num_uncomputed, self.room)
 
     def add(self, sequence: Sequence) -> None:
         num_tokens = self.chunk(sequence)
