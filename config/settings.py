@@ -225,6 +225,13 @@ class UsageSettings(_Section, frozen=True):
         PositiveInt | None,
         Help(description="Age at which a request's row is deleted, its part of the day's sums stays; unset: never."),
     ] = None
+    prompt_log: Annotated[
+        str,
+        Help(
+            description="File to which prompts and answers of those who opted in (the limit log_prompts) are appended, "
+            "as lines of JSON that only its owner may read; made with the first line."
+        ),
+    ] = "loraplex-prompts.jsonl"
     replay_seconds: Annotated[
         float, Help(ge=0, description="How long an answer under an Idempotency-Key is kept for another try.")
     ] = 600.0

@@ -93,6 +93,7 @@ class Meter:
         self._first_token_at: float | None = None
         self._is_settled = False
         self._outcome = RUNNING
+        self._at_end: list[Callable[[str], None]] = []
         self.refusal: QuotaSpent | None = None  # why the answer was cut short, if it was
 
     @property
@@ -109,6 +110,10 @@ class Meter:
     def is_complete(self) -> bool:
         """Whether it ended well: not cut short, not left, not failed."""
         return self._outcome == COMPLETED
+
+    def at_end(self, callback: Callable[[str], None]) -> None:
+        """Called with the outcome, in the ledger's words, once the request is settled."""
+        self._at_end.append(callback)
 
     async def watch(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
         """The same events, reserved and counted before anyone sees them.
@@ -205,6 +210,8 @@ class Meter:
             self._reservation.settle(num_prompt, self._num_tokens)
         if outcome == COMPLETED and self._num_tokens:
             self._admission.learn(self._record.key_id, self._record.model, self._num_tokens)
+        for callback in self._at_end:
+            callback(outcome)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """`x-ratelimit-*` of the limits that hold, and why the answer was cut short, if it was by now."""

@@ -35,6 +35,7 @@ from loraplex.gateway.openai.responses import response_routes
 from loraplex.gateway.openai.usage import completion_usage_routes
 from loraplex.gateway.openapi.routes import openapi_routes
 from loraplex.gateway.problems import respond
+from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
 from loraplex.gateway.sse import let_streams_drain
@@ -54,7 +55,8 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     """Every route of the server."""
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics(settings.adapters.max_names_in_figures)
-    answers = Answers(engine, services.store, metrics, services.accounts, settings.server)
+    prompt_log = PromptLog(settings.usage.prompt_log)
+    answers = Answers(engine, services.store, metrics, services.accounts, settings.server, prompt_log)
     embedder = Embedder(engine, metrics, services.accounts, settings.model)
     adapters = RequestAdapters(
         catalogue,

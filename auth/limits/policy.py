@@ -26,6 +26,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     what the engine computed of prompts that begin alike; a first token's time may then tell one what others asked.
     `request_adapters` are addresses, `*` for anything, of which a request may name adapters that nobody registered:
     `hf://acme/*`, `s3://bucket/*`, `file:///srv/adapters/*`. Without any, none may be named.
+    With `log_prompts` prompts and answers are kept in the server's log of prompts; of no one else are they.
     """
 
     allowed_models: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
@@ -42,6 +43,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     priority: Annotated[int, msgspec.Meta(ge=-100, le=100)] | None = None
     shares_prefixes: bool | None = None
     request_adapters: Annotated[tuple[Pattern, ...], msgspec.Meta(max_length=256)] | None = None
+    log_prompts: bool | None = None
 
     def check(self) -> None:
         """Raises ValueError for an address that is none."""
@@ -118,6 +120,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     def shares_prefixes(self) -> bool:
         """A key can keep out of what its tenant shares."""
         return bool(self.tenant.shares_prefixes) and self.key.shares_prefixes is not False
+
+    @property
+    def logs_prompts(self) -> bool:
+        """What the key says, else what the tenant says: who manages a tenant's keys can opt in and out."""
+        return bool(self.tenant.log_prompts if self.key.log_prompts is None else self.key.log_prompts)
 
 
 NO_POLICY = Policy()

@@ -28,7 +28,6 @@ tenants = Table(
     Column("name", String(128), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
     Column("limits", JSON, nullable=False, server_default="{}"),
-    Column("log_prompts", Boolean, nullable=False, server_default=false()),
 )
 
 # A key that was rotated has two digests until `previous_until`. `pepper` is the fingerprint of the version that the

@@ -18,6 +18,7 @@ from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
+from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.sse import OPENAI, Framing, Relay, StreamResponse, together, unless_client_leaves
 
 
@@ -70,12 +71,21 @@ class Wire(Protocol):
 class Answers:
     """Answers generation requests of any route over one engine."""
 
-    def __init__(self, engine: Engine, store: DiskTier, metrics: Metrics, accounts: Accounts, server: Server) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: DiskTier,
+        metrics: Metrics,
+        accounts: Accounts,
+        server: Server,
+        prompt_log: PromptLog,
+    ) -> None:
         self._engine = engine
         self._store = store
         self._accounts = accounts
         self._metrics = metrics
         self._server = server
+        self._prompt_log = prompt_log
 
     async def respond(
         self,
@@ -95,12 +105,17 @@ class Answers:
         """
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
-        meter = await self._accounts.open(caller, _demand(request, body, choices))
+        demand = _demand(request, body, choices)
+        meter = await self._accounts.open(caller, demand)
         tell_meter(request, meter)
         tell_limits(request, meter.headers())
         try:
             answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
             events = [meter.watch(self._events(body.model, choice)) for choice in choices]
+            if caller.policy.logs_prompts:
+                record = self._prompt_log.record(caller, demand, choices, body.num_choices, self._engine.tokenizer)
+                meter.at_end(record.end)
+                events = [record.watch(number, each) for number, each in enumerate(events)]
             if body.stream:
                 return await self._stream(request, answer, events, body, meter, framing)
             collected = await unless_client_leaves(request.receive, answer.collect(events))
