@@ -11,6 +11,10 @@ class InvalidApiKey(AuthError):
     """No key, a mistyped one, or one that is unknown, revoked or expired: the caller learns no more than that."""
 
 
+class KeysUnavailable(AuthError):
+    """The database does not say at the moment whose key this is."""
+
+
 class NotAllowed(AuthError):
     """The key is good, but its role does not reach this far."""
 

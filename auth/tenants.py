@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import ColumnElement, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from loraplex.auth.admin_keys import FROM_ENVIRONMENT, AdminKeys
 from loraplex.auth.authentication import Authenticator
 from loraplex.auth.caller import Caller, KeyRole
-from loraplex.auth.errors import InvalidApiKey, KeyNotFound, NameTaken, TenantNotFound
+from loraplex.auth.errors import InvalidApiKey, KeyNotFound, KeysUnavailable, NameTaken, TenantNotFound
 from loraplex.auth.keys import last_four, new_key
 from loraplex.auth.limits.policy import NO_LIMITS, Limits
 from loraplex.auth.peppers import Peppers
@@ -94,13 +94,16 @@ class Tenants:
         return await self.admins.bootstrap(given)
 
     async def authenticate(self, key: str | None) -> Caller:
-        """Who holds this key. Raises InvalidApiKey, the same for every kind of bad key."""
+        """Who holds this key. Raises InvalidApiKey, the same for every kind of bad key, or KeysUnavailable."""
         if not key:
             raise InvalidApiKey("No API key was given: send it as `Authorization: Bearer KEY`.")
         if self.admins.is_given(key):
             as_of = self.num_changes
             return Caller(tenant_id="", tenant_name="", key_id=FROM_ENVIRONMENT, role="admin", as_of=as_of)
-        caller = await self._authenticator.look_up(key)
+        try:
+            caller = await self._authenticator.look_up(key)
+        except (SQLAlchemyError, OSError) as error:
+            raise KeysUnavailable("API keys cannot be checked at the moment; try again shortly.") from error
         if caller is None:
             raise InvalidApiKey("The API key is not valid.")
         return caller

@@ -3,21 +3,23 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import InvalidApiKey, QuotaSpent
+from loraplex.auth.errors import InvalidApiKey, LimitReached, QuotaSpent
 from loraplex.auth.limits.admission import Admission, Reservation
+from loraplex.auth.limits.charges import Standing
 from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, UsageRecord
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
 
 T = TypeVar("T")
+Headers = list[tuple[bytes, bytes]]
 
 
 class Accounts:
@@ -40,9 +42,16 @@ class Accounts:
             if meter.key_id in dead:
                 meter.end(InvalidApiKey("The API key was revoked while the request was running."))
 
-    async def open(self, caller: Caller, demand: Demand) -> "Meter":
-        """Whoever opens a meter settles it. Raises LimitReached or LimitsUnavailable."""
-        reservation = await self._admission.reserve(caller, demand)
+    async def open(self, caller: Caller, demand: Demand, tell: Callable[[Headers], None]) -> "Meter":
+        """Whoever opens a meter settles it; `tell` is told how the caller's limits stand, admitted or refused.
+
+        Raises LimitReached or LimitsUnavailable.
+        """
+        try:
+            reservation = await self._admission.reserve(caller, demand)
+        except LimitReached:
+            tell(_told(self._admission.standings(caller)))
+            raise
         record = UsageRecord(
             request_id=demand.request_id,
             trace_id=demand.trace_id,
@@ -67,6 +76,7 @@ class Accounts:
             except BaseException as error:
                 meter.settle(error)
                 raise
+        tell(meter.headers())
         return meter
 
 
@@ -213,16 +223,9 @@ class Meter:
         for callback in self._at_end:
             callback(outcome)
 
-    def headers(self) -> list[tuple[bytes, bytes]]:
+    def headers(self) -> Headers:
         """`x-ratelimit-*` of the limits that hold, and why the answer was cut short, if it was by now."""
-        found = []
-        for unit, standing in self._reservation.standings().items():
-            for name, value in (
-                ("limit", str(standing.limit)),
-                ("remaining", str(standing.remaining)),
-                ("reset", _duration(standing.reset_seconds)),
-            ):
-                found.append((f"x-ratelimit-{name}-{unit}".encode(), value.encode()))
+        found = _told(self._reservation.standings())
         if self.refusal is not None:
             found.append((b"x-loraplex-cut-short", b"insufficient_quota"))
         return found
@@ -252,6 +255,19 @@ def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended:
         )
         for choice in choices
     ]
+
+
+def _told(standings: Mapping[str, Standing]) -> Headers:
+    """`x-ratelimit-*` for "requests" and "tokens"."""
+    found = []
+    for unit, standing in standings.items():
+        for name, value in (
+            ("limit", str(standing.limit)),
+            ("remaining", str(standing.remaining)),
+            ("reset", _duration(standing.reset_seconds)),
+        ):
+            found.append((f"x-ratelimit-{name}-{unit}".encode(), value.encode()))
+    return found
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -13,6 +13,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraplex.config.settings import Server
+from loraplex.gateway.middleware import new_request_id
 
 _LEAST_RATE = 16 * 1024  # bytes a second; a phone on a train sends more
 
@@ -28,7 +29,8 @@ class _Refusal(NamedTuple):
         error = {"message": self.message, "type": "invalid_request_error", "param": None, "code": self.code}
         body = msgspec.json.encode({"error": error})
         head = f"HTTP/1.1 {self.status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        return head.encode() + b"connection: close\r\n\r\n" + body
+        own = b"x-request-id: " + new_request_id() + b"\r\nopenai-processing-ms: 0\r\n"
+        return head.encode() + own + b"connection: close\r\n\r\n" + body
 
 
 def protocol_for(server: Server) -> type[HttpToolsProtocol]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,9 +55,9 @@ class Embedder:
     async def embed(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[Vector]:
         """A vector for each prompt, in order. Raises what the engine and the limits raise, and ClientLeft."""
         asked = self._requests(request, wanted)
-        meter = await self._accounts.open(caller_of(request), _demand(request, wanted, asked))
+        demand = _demand(request, wanted, asked)
+        meter = await self._accounts.open(caller_of(request), demand, partial(tell_limits, request))
         tell_meter(request, meter)
-        tell_limits(request, meter.headers())
         at_once = asyncio.Semaphore(MAX_AT_ONCE)
 
         async def one(wish: EmbedRequest) -> Embedding:

@@ -12,6 +12,10 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
+def new_request_id() -> bytes:
+    return f"req_{secrets.token_hex(12)}".encode()
+
+
 def request_id_of(request: Request[Any, Any, Any]) -> str:
     """What the response's `x-request-id` says, for the log."""
     return str(request.scope.get("request_id", "-"))
@@ -36,7 +40,7 @@ def identify_requests(app: ASGIApp) -> ASGIApp:
             return
         began = time.perf_counter()
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}".encode()
+        request_id = given if _ID.fullmatch(given) else new_request_id()
         scope["request_id"] = request_id.decode()  # type: ignore[typeddict-unknown-key]
 
         async def send_with_headers(message: Message) -> None:

@@ -56,6 +56,7 @@ TABLE: dict[type[Exception], Row] = {
     gateway.BatchNotCancellable: Row(409, _INVALID, "batch_not_cancellable"),
     auth.AuthError: Row(401, _INVALID, "unauthorized"),
     auth.InvalidApiKey: Row(401, _INVALID, "invalid_api_key"),
+    auth.KeysUnavailable: Row(503, _SERVER, "keys_unavailable", 1.0),
     auth.NotAllowed: Row(403, _INVALID, "not_allowed"),
     auth.AddressNotAllowed: Row(403, _INVALID, "address_not_allowed"),
     auth.TenantNotFound: Row(404, _INVALID, "tenant_not_found"),

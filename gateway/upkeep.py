@@ -86,7 +86,7 @@ class Upkeep:
             was_ready = is_ready
             try:
                 await self._write_uses()
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, OSError) as error:
                 _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
             if time.monotonic() - forgotten_at > _UPLOAD_SECONDS:
                 forgotten_at = time.monotonic()

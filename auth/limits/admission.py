@@ -7,11 +7,11 @@ back at settlement. Tokens are handed out only when they are reserved, so a budg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import LimitsUnavailable, QuotaSpent
+from loraplex.auth.errors import LimitReached, LimitsUnavailable, QuotaSpent
 from loraplex.auth.limits.charges import Charge, Standing, charges, more_output
 from loraplex.auth.limits.estimates import Estimates
 from loraplex.auth.metering import Demand
@@ -104,15 +104,7 @@ class Reservation:
 
     def standings(self) -> dict[str, Standing]:
         """The tightest limit of "requests" and of "tokens", where there is one."""
-        found: dict[str, Standing] = {}
-        for charge in self._taken:
-            if charge.family != "rate":
-                continue
-            standing = self._store.standing(charge)
-            unit = "requests" if charge.kind == "requests" else "tokens"
-            if unit not in found or standing.remaining < found[unit].remaining:
-                found[unit] = standing
-        return found
+        return _standings(self._store, self._taken)
 
 
 class Admission:
@@ -133,8 +125,16 @@ class Admission:
                 raise
             self._substitute = self._substitute or self._fallback()
             return await self._reserve(self._substitute, caller, demand)
+        except LimitReached:
+            self._substitute = None
+            raise
         self._substitute = None  # what it counted is in the books, where the next one begins
         return reservation
+
+    def standings(self, caller: Caller) -> dict[str, Standing]:
+        """The caller's tightest limits as they stand now, for one that was refused."""
+        store = self._substitute or self._store
+        return _standings(store, charges(caller, 0, 0, store.now()))
 
     def learn(self, key_id: str, model: str, num_output_tokens: int) -> None:
         """An answer was so long."""
@@ -168,3 +168,16 @@ class Admission:
                 continue
             return Reservation(store, caller, demand, size, wanted)
         raise AssertionError("the last size was taken or refused")
+
+
+def _standings(store: Store, held: Iterable[Charge]) -> dict[str, Standing]:
+    """The tightest rate of "requests" and of "tokens" among these, where there is one."""
+    found: dict[str, Standing] = {}
+    for charge in held:
+        if charge.family != "rate":
+            continue
+        standing = store.standing(charge)
+        unit = "requests" if charge.kind == "requests" else "tokens"
+        if unit not in found or standing.remaining < found[unit].remaining:
+            found[unit] = standing
+    return found

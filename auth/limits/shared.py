@@ -224,6 +224,7 @@ class RedisStore:
         pool = self._pools.get(charge.bucket)
         if pool is None:
             pool = self._pools[charge.bucket] = Pool(charge.bucket, charge.family, charge.until)
+            pool.told_remaining = charge.limit  # until Redis says what others took
         pool.limit = charge.limit
         return pool
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from litestar import Request, Response
@@ -106,9 +107,8 @@ class Answers:
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
         demand = _demand(request, body, choices)
-        meter = await self._accounts.open(caller, demand)
+        meter = await self._accounts.open(caller, demand, partial(tell_limits, request))
         tell_meter(request, meter)
-        tell_limits(request, meter.headers())
         try:
             answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
             events = [meter.watch(self._events(body.model, choice)) for choice in choices]

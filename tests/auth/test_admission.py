@@ -250,6 +250,17 @@ async def test_standings_tell_the_tightest_limit(world: World) -> None:
     assert standings["tokens"].reset_seconds == pytest.approx(24.0, abs=1.0)
 
 
+async def test_standings_of_who_was_refused_take_nothing(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(requests_per_minute=2, input_tokens_per_minute=1000))
+    assert {unit: it.remaining for unit, it in admission.standings(caller).items()} == {"requests": 2, "tokens": 1000}
+    await admitted(admission, caller, demand(100))
+    standings = admission.standings(caller)
+    assert standings["requests"].remaining == 0
+    assert standings["requests"].reset_seconds == pytest.approx(60, abs=1)
+    assert standings["tokens"].remaining in (799, 800)  # rounded down
+    assert admission.standings(caller)["requests"].remaining == 0
+
+
 async def test_budget_is_never_overshot_by_concurrency(world: World) -> None:
     """Random requests at once through several gateways, some cancelled while they are being admitted."""
     gateways = [world.admission()] if world.kind == "memory" else [world.admission() for _ in range(4)]
