@@ -8,18 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
-import os
 import random
-import signal
-import socket
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,118 +20,23 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import create_async_engine
-from support.services import REDIS, own_postgres_database, own_redis
-from support.witness import generated, install, run_gateway
+from support.gateway_processes import (
+    GIVE_UP_SECONDS,
+    IMPORT_PATH,
+    Machine,
+    Stores,
+    Tenant,
+    admin_of,
+    environment_in,
+    running,
+    shared_stores,
+)
+from support.witness import generated
 
 from loraplex.auth.store.tables import usage_days, usage_records
 
-ADMIN_KEY = "an-admin-key-of-the-tests"
 NUM_CLIENTS = 48
-# gateways are forked off a process that has imported everything: what takes long of a start is not what is looked at
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["support.witness"])
 BUDGET_PER_REQUEST = 6  # tokens of the poor tenant's budget for each request of the load, far less than it asks for
-GIVE_UP_SECONDS = 240.0  # a bound against hanging; a gateway starts in two seconds on a machine of its own
-
-
-@dataclass(frozen=True)
-class Stores:
-    """Where the gateways of one test keep what they know."""
-
-    home: Path
-    environment: dict[str, str]
-    database_url: str
-    redis_url: str | None = None
-
-
-class Machine:
-    """A gateway process, started again whenever it was killed."""
-
-    def __init__(self, stores: Stores) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-        home = stores.home
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.is_up = asyncio.Event()
-        self.num_kills = 0
-        self._environment = stores.environment
-        self._log = home / f"{self.port}.log"
-        self._config = home / f"{self.port}.toml"
-        self._config.write_text(
-            f"""
-[model]
-path = "{home}"
-name = "base"
-max_model_len = 512
-[server]
-port = {self.port}
-[engine]
-kind = "witness"
-[database]
-url = "{stores.database_url}"
-[usage]
-journal_dir = "{home / "journal"}"
-[auth]
-pepper_file = "{home / "pepper"}"
-[adapters]
-cache_dir = "{home / "cache"}"
-"""
-            + (f'[limits]\nredis_url = "{stores.redis_url}"\n' if stores.redis_url else "")
-        )
-        self._process: ForkServerProcess | None = None
-
-    def spawn(self) -> None:
-        self._process = _processes.Process(target=run_gateway, args=(self._config, self._environment, self._log))
-        self._process.start()
-
-    async def start(self) -> None:
-        self.spawn()
-        deadline = time.monotonic() + GIVE_UP_SECONDS
-        async with httpx.AsyncClient(base_url=self.url) as client:
-            while True:
-                try:
-                    if (await client.get("/health")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                assert self._process is not None
-                assert self._process.is_alive(), self._log.read_text()[-2000:]
-                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
-                await asyncio.sleep(0.02)
-        self.is_up.set()
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self.is_up.clear()
-        self._process.kill()
-        self._process.join()
-        assert self._process.exitcode == -signal.SIGKILL
-        self.num_kills += 1
-
-    def stop(self) -> int | None:
-        """Its exit status after SIGTERM."""
-        assert self._process is not None
-        self._process.terminate()
-        self._process.join(GIVE_UP_SECONDS)
-        return self._process.exitcode
-
-    def close(self) -> None:
-        if self._process is not None and self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-class Tenant:
-    def __init__(self, id: str, keys: list[str]) -> None:
-        self.id = id
-        self.keys = keys
-
-    @classmethod
-    async def make(cls, admin: httpx.AsyncClient, name: str, num_keys: int, **limits: int) -> Tenant:
-        made = await admin.post("/admin/v1/tenants", json={"name": name, "limits": limits})
-        tenant_id = made.json()["id"]
-        path = f"/admin/v1/tenants/{tenant_id}/keys"
-        return cls(tenant_id, [(await admin.post(path, json={})).json()["key"] for _ in range(num_keys)])
 
 
 class Load:
@@ -273,21 +170,9 @@ class Books:
         return sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in mine)
 
 
-@asynccontextmanager
-async def running(stores: Stores, count: int) -> AsyncIterator[list[Machine]]:
-    machines = [Machine(stores) for _ in range(count)]
-    try:
-        await asyncio.gather(*(machine.start() for machine in machines))
-        yield machines
-    finally:
-        for machine in machines:
-            machine.close()
-
-
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What gateways are forked off is started by the first of them, and imports by its environment's path."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv(*IMPORT_PATH)
 
 
 @pytest_asyncio.fixture
@@ -299,14 +184,8 @@ async def embedded(tmp_path: Path) -> Stores:
 @pytest_asyncio.fixture
 async def shared(tmp_path: Path) -> AsyncIterator[Stores]:
     """PostgreSQL and Redis."""
-    redis = await own_redis()
-    await redis.aclose()
-    async with own_postgres_database() as url:
-        yield Stores(tmp_path, environment_in(tmp_path), url, REDIS)
-
-
-def environment_in(home: Path) -> dict[str, str]:
-    return {**install(home), "LORAPLEX_ADMIN_KEY": ADMIN_KEY}
+    async with shared_stores(tmp_path) as stores:
+        yield stores
 
 
 def sample(num_requests: int, num_kills: int) -> Any:
@@ -383,11 +262,6 @@ def left_in(directory: Path) -> list[Path]:
     return list(directory.iterdir())
 
 
-def admin_of(machine: Machine) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    return httpx.AsyncClient(base_url=machine.url, headers=headers, timeout=GIVE_UP_SECONDS)
-
-
 async def assert_nothing_is_held(machine: Machine, admin: httpx.AsyncClient, tenant: Tenant) -> None:
     """With one slot and so much budget as a request needs there is room for it, and for none beyond."""
     totals = await admin.get("/admin/v1/usage", params={"tenant_id": tenant.id})
@@ -424,8 +298,7 @@ async def assert_slots_come_back(machines: list[Machine], admin: httpx.AsyncClie
 async def quiet(machine: Machine) -> None:
     """Until no request of a client that left is still being ended."""
     deadline = time.monotonic() + GIVE_UP_SECONDS
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    async with httpx.AsyncClient(base_url=machine.url, headers=headers) as client:
+    async with admin_of(machine) as client:
         while (await client.get("/admin/v1/engine/stats")).json()["num_running"]:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
