@@ -56,7 +56,7 @@ full = pytest.param(400_000, 1_200, marks=[pytest.mark.slow, pytest.mark.timeout
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("tokens_per_day", "requests_per_minute"), [(40_000, 400), full])
+@pytest.mark.parametrize(("tokens_per_day", "requests_per_minute"), [(20_000, 200), full])
 async def test_four_gateways_hold_one_tenants_limits_within_1_percent(
     shared: Stores, tokens_per_day: int, requests_per_minute: int
 ) -> None:

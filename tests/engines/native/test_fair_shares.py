@@ -49,7 +49,7 @@ def test_one_request_beside_500_of_another_tenant_waits_at_most_twice_as_long(
 ) -> None:
     """Whenever it comes: the other tenant's youngest running answer gives up its place at once."""
     assert steps_to_first_token(num_prompt, 0, 0) == num_steps_alone
-    for num_steps_before in range(1, 160, 8):
+    for num_steps_before in range(1, 160, 12):
         assert steps_to_first_token(num_prompt, 500, num_steps_before) <= 2 * num_steps_alone
 
 

@@ -265,10 +265,9 @@ def test_background_is_not_held_against_its_tenants_other_requests() -> None:
 
 def test_background_of_two_tenants_is_served_in_turn() -> None:
     bench = Bench(budget=4)
-    for _ in range(3):
-        bench.add(4, max_tokens=1, tenant="a", is_background=True)
-    bench.add(4, max_tokens=1, tenant="b", is_background=True)
-    assert [bench.step() for _ in range(4)] == [{"1": 4}, {"4": 4}, {"2": 4}, {"3": 4}]
+    for tenant in "aaabb":
+        bench.add(4, max_tokens=1, tenant=tenant, is_background=True)
+    assert [bench.step() for _ in range(5)] == [{"4": 4}, {"1": 4}, {"5": 4}, {"2": 4}, {"3": 4}]
 
 
 def test_background_makes_way_where_every_place_is_taken_and_loses_no_token() -> None:
