@@ -104,15 +104,23 @@ class ChatTemplate:
 
 def read_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     """The template of a checkpoint's directory, whose `tokenizer_config.json` holds `config`."""
+    sources = template_sources(directory, config)
+    return ChatTemplate(sources, special_tokens(config)) if "default" in sources else None
+
+
+def template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates' texts by their names; a file goes before what `tokenizer_config.json` says."""
     said = config.get("chat_template")
     named: list[dict[str, Any]] = said if isinstance(said, list) else [{"name": "default", "template": said}]
     sources = {str(entry["name"]): entry["template"] for entry in named if isinstance(entry.get("template"), str)}
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
-    sources |= {name: path.read_text() for name, path in files.items() if path.is_file()}
-    if "default" not in sources:
-        return None
-    return ChatTemplate(sources, {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS})
+    return sources | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, object]:
+    """The special tokens that templates may name, as texts; None for one that there is not."""
+    return {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
 
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")

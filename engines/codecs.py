@@ -40,6 +40,10 @@ class Codec(Protocol):
 
     def token_name(self, token_id: int) -> str: ...
 
+    def token_id(self, name: str) -> int | None:
+        """The other way round; None where there is no such token."""
+        ...
+
     def stream(self, *, skip_special_tokens: bool) -> TextStream: ...
 
 
@@ -65,6 +69,10 @@ class JsonCodec:
         self.special_token_ids = frozenset(token_id for token_id, token in added if token.special)
         self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
 
+    def as_json(self) -> str:
+        """The `tokenizer.json` that it is."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The only form that lets go of the interpreter's lock while it works, so a thread may take a long text."""
         [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -89,6 +97,10 @@ class JsonCodec:
 
     def token_name(self, token_id: int) -> str:
         return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_id(self, name: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(name)
+        return found
 
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
         return JsonStream(self._tokenizer, skip_special_tokens)

@@ -60,6 +60,7 @@ class EchoTokenizer:
     eos_token_ids = special_token_ids = frozenset({EOS})
     chat_template: str | None = ""
     template_variables = frozenset({"tools", "enable_thinking", "reasoning_effort"})
+    renders_apart = False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -109,6 +110,9 @@ class EchoEngine:
         on_progress(Progress(stage="ready", fraction=1.0))
         self._state = "ready"
         return self.info()
+
+    async def tokenizer_of(self, adapter: Adapter | None) -> EchoTokenizer:
+        return self.tokenizer
 
     def info(self) -> EngineInfo:
         return EngineInfo(

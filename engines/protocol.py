@@ -381,6 +381,11 @@ class Tokenizer(Protocol):
         """What the chat template reads beside the messages: `tools`, `enable_thinking` and the like."""
         ...
 
+    @property
+    def renders_apart(self) -> bool:
+        """Whether `encode_chat` waits for another process, so that its place is a thread."""
+        ...
+
     def encode_chat(
         self,
         messages: Sequence[ChatMessage],
@@ -407,6 +412,13 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    async def tokenizer_of(self, adapter: Adapter | None) -> Tokenizer:
+        """What requests for an adapter are said in: the tokenizer and template that it ships, else the base's.
+
+        Raises AdapterError where what it ships cannot be used beside the base, EngineUnavailable before `start`.
+        """
+        ...
 
     def info(self) -> EngineInfo:
         """What is served; valid after `start`."""

@@ -120,6 +120,10 @@ class TiktokenCodec:
         token = self.token_bytes(token_id)
         return token.decode() if token_id in self._added else "".join(SYMBOL_OF[byte] for byte in token)
 
+    def token_id(self, name: str) -> int | None:
+        found = self.encoding.encode(name, allowed_special="all")
+        return found[0] if len(found) == 1 else None
+
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
         return _BytesStream(self, self.special_token_ids if skip_special_tokens else frozenset())
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,49 +24,68 @@ _CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "v
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 
-class HubTokenizer:
-    """The tokenizer of a Hugging Face checkpoint in any of its forms, and its chat template."""
+class Template(Protocol):
+    """A chat template, wherever it runs; see `ChatTemplate`."""
 
-    def __init__(
-        self, directory: Path, eos_token_ids: frozenset[int] = frozenset(), *, may_stand_in: bool = False
-    ) -> None:
-        """Raises ModelNotServable where there is no usable tokenizer; one made up may stand in for none at all."""
-        config_path = directory / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
-        if may_stand_in and not _has_tokenizer(directory):
-            self._codec: Codec = JsonCodec(_numbered_words(directory))
-            config = {"chat_template": _PLAIN_TEMPLATE}
-        else:
-            self._codec = read_codec(directory, config)
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def variables(self) -> frozenset[str]: ...
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str: ...
+
+
+class TemplatedTokenizer:
+    """A vocabulary and a chat template: all that `protocol.Tokenizer` asks.
+
+    `own_ends` are tokens that end an answer though the base's checkpoint does not say so.
+    """
+
+    own_ends: frozenset[int] = frozenset()
+
+    def __init__(self, codec: Codec, template: Template | None, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self.codec, self.template = codec, template
         self.eos_token_ids = eos_token_ids
-        self._template = read_chat_template(directory, config)
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        return self._codec.special_token_ids
+        return self.codec.special_token_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._codec.encode(text, add_special_tokens=add_special_tokens)
+        return self.codec.encode(text, add_special_tokens=add_special_tokens)
 
     def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
-        return self._codec.spans(text, add_special_tokens=add_special_tokens)
+        return self.codec.spans(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self._codec.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self.codec.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self._codec.token_bytes(token_id)
+        return self.codec.token_bytes(token_id)
 
     @property
     def chat_template(self) -> str | None:
-        return None if self._template is None else self._template.source
+        return None if self.template is None else self.template.source
 
     @property
     def template_variables(self) -> frozenset[str]:
-        return frozenset() if self._template is None else self._template.variables
+        return frozenset() if self.template is None else self.template.variables
+
+    @property
+    def renders_apart(self) -> bool:
+        return False
 
     def token_name(self, token_id: int) -> str:
-        return self._codec.token_name(token_id)
+        return self.codec.token_name(token_id)
 
     def encode_chat(
         self,
@@ -77,9 +96,9 @@ class HubTokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        if self._template is None:
+        if self.template is None:
             raise InvalidRequest("this model has no chat template", "messages")
-        text = self._template.render(
+        text = self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -90,7 +109,28 @@ class HubTokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""
-        return self._codec.stream(skip_special_tokens=skip_special_tokens)
+        return self.codec.stream(skip_special_tokens=skip_special_tokens)
+
+
+class HubTokenizer(TemplatedTokenizer):
+    """The tokenizer of a Hugging Face checkpoint in any of its forms, and its chat template.
+
+    `config` is its `tokenizer_config.json`.
+    """
+
+    def __init__(
+        self, directory: Path, eos_token_ids: frozenset[int] = frozenset(), *, may_stand_in: bool = False
+    ) -> None:
+        """Raises ModelNotServable where there is no usable tokenizer; one made up may stand in for none at all."""
+        config_path = directory / "tokenizer_config.json"
+        config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        if may_stand_in and not _has_tokenizer(directory):
+            codec: Codec = JsonCodec(_numbered_words(directory))
+            config = {"chat_template": _PLAIN_TEMPLATE}
+        else:
+            codec = read_codec(directory, config)
+        self.directory, self.config = directory, config
+        super().__init__(codec, read_chat_template(directory, config), eos_token_ids)
 
 
 def _has_tokenizer(directory: Path) -> bool:

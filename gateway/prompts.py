@@ -13,12 +13,11 @@ from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams, T
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
-LONG_TEXT = 16_384  # characters; a shorter text is tokens in a few milliseconds, a longer one is made so in a thread
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 T = TypeVar("T")
@@ -32,11 +31,12 @@ async def chat_requests(
     Raises PromptTooLong or MalformedRequest, naming the field, or InvalidRequest where the template refuses.
     """
     body = dialogue.body
-    prompt = await _tokenised(dialogue.num_characters, dialogue.encode)
+    prompt = await _tokenised(dialogue.encode, is_long=dialogue.is_long)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
-    return dialogue.hold(_choices(body, [(prompt, limit)], completion_id, route, caller, engine))
+    made = _choices(body, [(prompt, limit)], completion_id, route, caller, engine, dialogue.tokenizer)
+    return dialogue.hold(made)
 
 
 async def completion_requests(
@@ -51,38 +51,51 @@ async def completion_requests(
 
     Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
     """
-    prompts = await prompts_of(prompt, engine, "prompt")
+    tokenizer = await tokenizer_for(route, engine)
+    prompts = await prompts_of(prompt, tokenizer, engine, "prompt")
     info = engine.info()
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
-    return _choices(body, limited, completion_id, route, caller, engine)
+    return _choices(body, limited, completion_id, route, caller, engine, tokenizer)
 
 
-async def prompts_of(said: str | list[str | int | list[int]], engine: Engine, field: str) -> list[list[int]]:
+async def tokenizer_for(route: Route, engine: Engine) -> Tokenizer:
+    """What a request is said in: its adapter's tokenizer and template, or the base's, also for a composition.
+
+    Raises AdapterError or EngineUnavailable.
+    """
+    require_ready(engine)
+    return await engine.tokenizer_of(route.adapter)
+
+
+async def prompts_of(
+    said: str | list[str | int | list[int]], tokenizer: Tokenizer, engine: Engine, field: str
+) -> list[list[int]]:
     """The token ids of each prompt that the field says. Raises MalformedRequest, naming it, or EngineUnavailable."""
     require_ready(engine)
     length = len(said) if isinstance(said, str) else sum(len(part) for part in said if isinstance(part, str))
-    return await _tokenised(length, lambda: _prompt_tokens(said, engine, engine.info().vocab_size, field))
+    vocab_size = engine.info().vocab_size
+    return await _tokenised(lambda: _prompt_tokens(said, tokenizer, vocab_size, field), is_long=length > LONG_TEXT)
 
 
-async def _tokenised(num_characters: int, tokenise: Callable[[], T]) -> T:
-    """What `tokenise` gives; a long text holds up no stream meanwhile."""
-    return await asyncio.to_thread(tokenise) if num_characters > LONG_TEXT else tokenise()
+async def _tokenised(tokenise: Callable[[], T], *, is_long: bool) -> T:
+    """What `tokenise` gives; what takes long holds up no stream meanwhile."""
+    return await asyncio.to_thread(tokenise) if is_long else tokenise()
 
 
 def _prompt_tokens(
-    prompt: str | list[str | int | list[int]], engine: Engine, vocab_size: int, field: str
+    prompt: str | list[str | int | list[int]], tokenizer: Tokenizer, vocab_size: int, field: str
 ) -> list[list[int]]:
     if isinstance(prompt, str):
-        prompts: list[list[int]] = [engine.tokenizer.encode(prompt)]
+        prompts: list[list[int]] = [tokenizer.encode(prompt)]
     elif prompt and all(isinstance(part, int) for part in prompt):
         prompts = [[part for part in prompt if isinstance(part, int)]]
     else:
         if any(isinstance(part, int) for part in prompt):
             raise MalformedRequest("It is a text, a list of texts, token ids, or a list of lists of them.", field)
-        prompts = [engine.tokenizer.encode(part) if isinstance(part, str) else list(part) for part in prompt
+        prompts = [tokenizer.encode(part) if isinstance(part, str) else list(part) for part in prompt
                    if not isinstance(part, int)]  # fmt: skip
     if not prompts or not all(prompts):
         raise MalformedRequest("A prompt must not be empty.", field)
@@ -114,13 +127,14 @@ def _choices(
     route: Route,
     caller: Caller,
     engine: Engine,
+    tokenizer: Tokenizer,
 ) -> list[GenerateRequest]:
     """(prompt, token limit) pairs -> `n` requests for each."""
     return [
         GenerateRequest(
             request_id=f"{completion_id}-{place}-{number}",
             prompt_token_ids=tuple(prompt),
-            sampling=_reseeded(_sampling(body, limit, engine), number),
+            sampling=_reseeded(_sampling(body, limit, engine, tokenizer), number),
             adapter=route.adapter,
             composition=route.composition,
             tenant=caller.tenant_id,
@@ -142,7 +156,7 @@ def _either(said: T | None, default: T) -> T:
     return default if said is None else said
 
 
-def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> SamplingParams:
+def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer: Tokenizer) -> SamplingParams:
     vocab_size = engine.info().vocab_size
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if "" in stops:
@@ -171,7 +185,7 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine) -> Sampli
         num_logprobs=body.num_logprobs(),
         num_prompt_logprobs=body.num_prompt_logprobs(),
         grammar=form[1] if form else None,
-        bad_words_ids=_words(body.bad_words or [], engine.tokenizer),
+        bad_words_ids=_words(body.bad_words or [], tokenizer),
         seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),

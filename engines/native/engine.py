@@ -15,6 +15,7 @@ import msgspec
 import zmq.asyncio
 
 from loraplex.config.settings import Settings
+from loraplex.engines.adapters.tokenizers import AdapterTokenizers
 from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, ModelNotServable
 from loraplex.engines.native.detokenizer import Detokenizer
 from loraplex.engines.native.messages import (
@@ -45,7 +46,7 @@ from loraplex.engines.protocol import (
     Progress,
     TokenEvent,
 )
-from loraplex.engines.tokenizer import HubTokenizer
+from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
 
 _BACKOFF_SECONDS = (0.0, 0.0, 0.25, 0.5, 1.0, 2.0)  # by how many workers in a row died young
 _YOUNG_SECONDS = 60.0
@@ -58,6 +59,7 @@ class NativeEngine:
     """Implements the engine protocol over a worker process; an older one may be finishing its streams beside it."""
 
     tokenizer: HubTokenizer
+    _tokenizers: AdapterTokenizers | None = None
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -90,6 +92,14 @@ class NativeEngine:
         on_progress(Progress(stage="ready", fraction=1.0))
         return self.info()
 
+    async def tokenizer_of(self, adapter: Adapter | None) -> TemplatedTokenizer:
+        self._require_ready()
+        if adapter is None:
+            return self.tokenizer
+        if self._tokenizers is None:
+            self._tokenizers = AdapterTokenizers(self.tokenizer, self._info.vocab_size)
+        return await self._tokenizers.of(adapter)
+
     def info(self) -> EngineInfo:
         return self._info
 
@@ -97,11 +107,13 @@ class NativeEngine:
         self._require_ready()
         for part in request.parts:
             self._known[part.adapter.id] = part.adapter
+        tokenizer = await self.tokenizer_of(request.adapter)
+        request = _ended(request, tokenizer)
         worker = self._worker
         answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
         worker.answers[request.request_id] = answers
         sampling = request.sampling
-        text = self.tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
+        text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
         detokenizer = Detokenizer(text, sampling.stop, includes_stop=sampling.includes_stop)
         ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
         is_over = False
@@ -140,6 +152,7 @@ class NativeEngine:
             del worker.embeddings[request.request_id]
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
+        await self.tokenizer_of(adapter)
         reply = await self._call(lambda call: Inspect(call, adapter))
         assert reply.card is not None
         return reply.card
@@ -184,6 +197,8 @@ class NativeEngine:
         for task in [*self._tasks, *self._workers.values()]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._workers.values(), return_exceptions=True)
+        if self._tokenizers is not None:
+            await self._tokenizers.close()
         if self._num_started:
             self._context.destroy(linger=0)
             self._directory.cleanup()
@@ -269,6 +284,15 @@ def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:
 async def _drained(worker: WorkerProcess) -> None:
     while worker.is_busy:
         await asyncio.sleep(0.02)
+
+
+def _ended(request: GenerateRequest, tokenizer: TemplatedTokenizer) -> GenerateRequest:
+    """The request, ended by the end-of-sequence token of its adapter's tokenizer too."""
+    sampling = request.sampling
+    if not tokenizer.own_ends or sampling.ignore_eos:
+        return request
+    stops = (*sampling.stop_token_ids, *tokenizer.own_ends)
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, stop_token_ids=stops))
 
 
 def _event(arrived: Arrived, detokenizer: Detokenizer, ends: Set[int]) -> TokenEvent:

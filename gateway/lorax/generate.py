@@ -20,6 +20,7 @@ from loraplex.gateway.lorax.requests import lorax_requests
 from loraplex.gateway.lorax.wire import LoraxRequest
 from loraplex.gateway.middleware import tell
 from loraplex.gateway.openai.answers import Answers
+from loraplex.gateway.prompts import tokenizer_for
 from loraplex.gateway.request_adapters import MergedAdapters, RequestAdapters
 
 _body = Body(LoraxRequest)
@@ -65,7 +66,8 @@ def generate_routes(
             body.inputs, parameters, tells_tokens=tells_tokens, route=route, caller=caller, engine=engine
         )
         watch.validated()
-        wire = LoraxWire(body.inputs, parameters, choices, engine.tokenizer, as_list=as_list)
+        tokenizer = await tokenizer_for(route, engine)
+        wire = LoraxWire(body.inputs, parameters, choices, tokenizer, as_list=as_list)
         asked = _Asked(
             model=label(parameters.adapter_id, parameters.merged_adapters, catalogue, caller),
             stream=streams,

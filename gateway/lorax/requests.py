@@ -8,9 +8,8 @@ from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.health import require_ready
 from loraplex.gateway.lorax.wire import Parameters
-from loraplex.gateway.prompts import LONG_TEXT
+from loraplex.gateway.prompts import LONG_TEXT, tokenizer_for
 
 
 async def lorax_requests(
@@ -20,8 +19,7 @@ async def lorax_requests(
 
     Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
     """
-    require_ready(engine)
-    prompt = await tokens_of(inputs, engine, truncate=parameters.truncate)
+    prompt = await tokens_of(inputs, route, engine, truncate=parameters.truncate)
     limit = _limit(len(prompt), parameters.max_new_tokens, engine.info().max_model_len)
     generation_id = f"lorax-{secrets.token_hex(12)}"
     return [
@@ -37,13 +35,13 @@ async def lorax_requests(
     ]
 
 
-async def tokens_of(inputs: str, engine: Engine, *, truncate: int | None) -> list[int]:
-    """The text's tokens, or the last of them that fit. Raises MalformedRequest."""
+async def tokens_of(inputs: str, route: Route, engine: Engine, *, truncate: int | None) -> list[int]:
+    """The text's tokens, or the last of them that fit. Raises MalformedRequest, EngineUnavailable or AdapterError."""
+    encode = (await tokenizer_for(route, engine)).encode
     longest = engine.info().max_model_len - 1
     if truncate is not None and truncate > longest:
         raise MalformedRequest(f"`truncate` must be <= {longest}. Given: {truncate}", "truncate")
     is_long = len(inputs) > LONG_TEXT
-    encode = engine.tokenizer.encode
     tokens = await asyncio.to_thread(encode, inputs) if is_long else encode(inputs)
     return tokens if truncate is None else tokens[-truncate:]
 

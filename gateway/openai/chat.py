@@ -18,7 +18,7 @@ from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import chat_requests
+from loraplex.gateway.prompts import chat_requests, tokenizer_for
 
 _body = Body(ChatRequest)
 
@@ -32,13 +32,13 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: M
         body.check()
         caller = caller_of(request)
         route = await route_of(body, caller, catalogue)
-        dialogue = Dialogue(body, engine, model)
+        dialogue = Dialogue(body, await tokenizer_for(route, engine), model)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
         tier = granted_tier(body.service_tier, caller)
         choices = at_tier(tier, await chat_requests(dialogue, completion_id, route, caller, engine))
-        wire = ChatWire(completion_id, body, engine.tokenizer, tier)
+        wire = ChatWire(completion_id, body, dialogue.tokenizer, tier)
         if not dialogue.is_plain:
-            wire = SpokenWire(completion_id, body, engine.tokenizer, tier, [dialogue.speech() for _ in choices])
+            wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, [dialogue.speech() for _ in choices])
         return await answers.respond(request, dialogue, choices, wire)
 
     return [create_chat_completion]

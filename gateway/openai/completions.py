@@ -12,7 +12,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, Tokenizer, TokenLogprobs
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
@@ -20,7 +20,7 @@ from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import LEAST_LOGPROB, GenerationFields, Usage
-from loraplex.gateway.prompts import completion_requests
+from loraplex.gateway.prompts import completion_requests, tokenizer_for
 
 
 class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
@@ -99,7 +99,8 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         route = await route_of(body, caller, catalogue)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
         choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
-        return await answers.respond(request, body, choices, _CompletionWire(completion_id, body, choices, engine))
+        wire = _CompletionWire(completion_id, body, choices, await tokenizer_for(route, engine))
+        return await answers.respond(request, body, choices, wire)
 
     return [create_completion]
 
@@ -108,12 +109,12 @@ class _CompletionWire:
     """Implements `Wire`."""
 
     def __init__(
-        self, completion_id: str, body: CompletionRequest, choices: Sequence[GenerateRequest], engine: Engine
+        self, completion_id: str, body: CompletionRequest, choices: Sequence[GenerateRequest], tokenizer: Tokenizer
     ) -> None:
         self._id = completion_id
         self._body = body
         self._created = int(time.time())
-        self._tokenizer = engine.tokenizer
+        self._tokenizer = tokenizer
         self._null_usage: UnsetType | None = None if body.includes_usage else UNSET
         self._prompts = [choice.prompt_token_ids for choice in choices] if body.echo else []
         self._offsets: dict[int, int] = {}

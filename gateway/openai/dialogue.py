@@ -5,9 +5,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from loraplex.config.settings import Model
-from loraplex.engines.protocol import Engine, GenerateRequest, Grammar, Tokenizer
+from loraplex.engines.protocol import GenerateRequest, Grammar, Tokenizer
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
-from loraplex.gateway.health import require_ready
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.toolless import without_tools
 from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
@@ -16,6 +15,7 @@ from loraplex.gateway.speech.formats import HERMES, call_format
 from loraplex.gateway.speech.reasoning import ReasoningParser, reasoning_tags
 from loraplex.gateway.speech.speech import Speech
 
+LONG_TEXT = 16_384  # characters; a shorter text is tokens in a few milliseconds, a longer one is made so in a thread
 _TAIL = 16  # tokens; the end of a prompt that may hold the tag that begins the reasoning
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
 
@@ -23,26 +23,26 @@ _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable 
 class Dialogue:
     """Made for one request, and what `Answers` is asked with.
 
-    Raises MalformedRequest or UnsupportedParameter naming the field, or EngineUnavailable.
+    Raises MalformedRequest or UnsupportedParameter naming the field.
     """
 
-    def __init__(self, body: ChatRequest, engine: Engine, model: Model) -> None:
-        require_ready(engine)
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, model: Model) -> None:
+        """`tokenizer` is that of the request's adapter."""
         self.body = body
-        self._tokenizer: Tokenizer = engine.tokenizer
+        self.tokenizer = tokenizer
         self._names = body.callable_names()
         tools = [tool.for_template() for tool in body.tools or []] if self._names else []
         self._messages = [message.for_template() for message in body.messages]
-        knows_tools = "tools" in self._tokenizer.template_variables
+        knows_tools = "tools" in self.tokenizer.template_variables
         is_about_tools = bool(tools) or any(message.role == "tool" for message in self._messages)
         if is_about_tools and not knows_tools:
             self._messages, self._tools = without_tools(self._messages, tools), []
         else:
             self._tools = tools
-        template = self._tokenizer.chat_template
+        template = self.tokenizer.chat_template
         self._tags = reasoning_tags(model.reasoning_parser, template)
         self._form = call_format(model.tool_parser, template) if self._names and knows_tools else HERMES
-        self._variables = _variables(body, self._tokenizer, may_reason=self._tags is not None)
+        self._variables = _variables(body, self.tokenizer, may_reason=self._tags is not None)
         self._is_begun = False
 
     @property
@@ -74,10 +74,15 @@ class Dialogue:
     def num_characters(self) -> int:
         return sum(len(message.content or "") for message in self._messages)
 
+    @property
+    def is_long(self) -> bool:
+        """Whether the prompt is to be encoded in a thread."""
+        return self.num_characters > LONG_TEXT or self.tokenizer.renders_apart
+
     def encode(self) -> list[int]:
         """The prompt's tokens. Raises InvalidRequest where the template refuses."""
         continues = bool(self.body.continue_final_message)
-        prompt = self._tokenizer.encode_chat(
+        prompt = self.tokenizer.encode_chat(
             self._messages,
             add_generation_prompt=not continues and self.body.add_generation_prompt is not False,
             continue_final_message=continues,
@@ -85,7 +90,7 @@ class Dialogue:
             variables=self._variables,
         )
         if self._tags is not None:
-            end = b"".join(self._tokenizer.token_bytes(token) for token in prompt[-_TAIL:])
+            end = b"".join(self.tokenizer.token_bytes(token) for token in prompt[-_TAIL:])
             self._is_begun = end.rstrip().endswith(self._tags.begin.encode())
         return prompt
 
@@ -113,7 +118,7 @@ class Dialogue:
 
     def _leaves_text(self, marker: str) -> bool:
         """Not where it is a special token, which is left out of texts unless asked for."""
-        return bool(self._tokenizer.decode(self._tokenizer.encode(marker, add_special_tokens=False)))
+        return bool(self.tokenizer.decode(self.tokenizer.encode(marker, add_special_tokens=False)))
 
     def form(self) -> tuple[str, Grammar] | None:
         """The field that says what the answer must look like, for an engine's complaint of it."""
@@ -138,7 +143,7 @@ class Dialogue:
         if not self._holds_calls:
             if form is None or thinking is None:
                 return form[1] if form else None
-            wrapped = reasoned(form[1], thinking, self._tokenizer)
+            wrapped = reasoned(form[1], thinking, self.tokenizer)
             if wrapped is None:
                 raise MalformedRequest("A grammar cannot hold this model's answer: it reasons first.", form[0])
             return wrapped
@@ -146,7 +151,7 @@ class Dialogue:
         grammar = call_grammar(
             self._form,
             self._callable(),
-            self._tokenizer,
+            self.tokenizer,
             thinking,
             is_forced=is_forced,
             is_parallel=self.body.parallel_tool_calls is not False,

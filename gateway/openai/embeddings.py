@@ -16,7 +16,7 @@ from loraplex.gateway.embedder import Embedder, Vector, Wanted
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.prompts import prompts_of
+from loraplex.gateway.prompts import prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
 
 MAX_INPUTS = 2048  # as many as OpenAI takes in one request
@@ -71,7 +71,7 @@ def embedding_routes(engine: Engine, catalogue: Catalogue, embedder: Embedder) -
         width = engine.info().embedding_width
         if body.dimensions is not None and body.dimensions > width:
             raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
-        prompts = await prompts_of(body.input, engine, "input")
+        prompts = await prompts_of(body.input, await tokenizer_for(route, engine), engine, "input")
         if len(prompts) > MAX_INPUTS:
             raise MalformedRequest(f"One request has at most {MAX_INPUTS} inputs.", "input")
         wanted = Wanted(

@@ -24,7 +24,7 @@ from loraplex.gateway.openai.responses_items import InputItem, listed
 from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
 from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import chat_requests
+from loraplex.gateway.prompts import chat_requests, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.sse import Framing
 
@@ -74,7 +74,7 @@ def response_routes(
         with named_as_asked():
             dialogue, choices = await prepared(body, response_id, caller)
             tier = granted_tier(body.service_tier, caller)
-            wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), engine.tokenizer)
+            wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), dialogue.tokenizer)
 
             async def keep() -> None:
                 if body.store is not False:
@@ -146,7 +146,8 @@ class _Prompting:
 
     async def whole(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
         """Raises PromptTooLong and what chat requests raise, naming the chat's fields."""
-        dialogue = Dialogue(self._body.chat(earlier), self._engine, self._model)
+        tokenizer = await tokenizer_for(self._route, self._engine)
+        dialogue = Dialogue(self._body.chat(earlier), tokenizer, self._model)
         choices = await chat_requests(dialogue, self._response_id, self._route, self._caller, self._engine)
         return dialogue, choices
 

@@ -1,6 +1,7 @@
 """POST /tokenize and /detokenize, as vLLM has them; a body with `inputs` is LoRAX's /tokenize.
 
-A conversation's tokens are those that /v1/chat/completions would compute. Every adapter has its base's tokenizer.
+A conversation's tokens are those that /v1/chat/completions would compute, with the adapter's own tokenizer where it has
+one.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.config.settings import Model
-from loraplex.engines.protocol import Engine
+from loraplex.engines.protocol import Engine, Tokenizer
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
@@ -26,7 +27,7 @@ from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.tool_wire import FunctionTool
 from loraplex.gateway.openai.wire import refuse_what_matters
-from loraplex.gateway.prompts import LONG_TEXT
+from loraplex.gateway.prompts import LONG_TEXT, tokenizer_for
 from loraplex.gateway.replies import json_reply
 
 T = TypeVar("T")
@@ -107,27 +108,26 @@ _kind, _text, _chat, _detokenize = Body(_Kind), Body(TokenizeText), Body(Tokeniz
 def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    async def require_model(request: Request[Any, Any, Any], name: str | None) -> None:
-        await catalogue.route(name or catalogue.base, caller_of(request))
+    async def tokenizer_named(request: Request[Any, Any, Any], name: str | None) -> Tokenizer:
+        return await tokenizer_for(await catalogue.route(name or catalogue.base, caller_of(request)), engine)
 
-    def told(tokens: list[int], *, with_names: bool) -> Response[bytes]:
-        names = [engine.tokenizer.token_name(token) for token in tokens] if with_names else None
+    def told(tokens: list[int], tokenizer: Tokenizer, *, with_names: bool) -> Response[bytes]:
+        names = [tokenizer.token_name(token) for token in tokens] if with_names else None
         return json_reply(Tokens(len(tokens), engine.info().max_model_len, tokens, names))
 
     async def tokenize_chat(request: Request[Any, Any, Any], raw: bytes) -> Response[bytes]:
         body = _chat.decode(raw)
-        await require_model(request, body.model)
-        dialogue = Dialogue(body.as_chat(catalogue.base), engine, model)
-        tokens = await apart(dialogue.num_characters, dialogue.encode)
-        return told(tokens, with_names=bool(body.return_token_strs))
+        tokenizer = await tokenizer_named(request, body.model)
+        dialogue = Dialogue(body.as_chat(catalogue.base), tokenizer, model)
+        tokens = await apart(dialogue.encode, is_long=dialogue.is_long)
+        return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 
     async def tokenize_text(request: Request[Any, Any, Any], raw: bytes) -> Response[bytes]:
         body = _text.decode(raw)
-        await require_model(request, body.model)
-        special = body.add_special_tokens
-        encode = engine.tokenizer.encode
-        tokens = await apart(len(body.prompt), lambda: encode(body.prompt, add_special_tokens=special))
-        return told(tokens, with_names=bool(body.return_token_strs))
+        tokenizer = await tokenizer_named(request, body.model)
+        special, is_long = body.add_special_tokens, len(body.prompt) > LONG_TEXT
+        tokens = await apart(lambda: tokenizer.encode(body.prompt, add_special_tokens=special), is_long=is_long)
+        return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 
     @post("/tokenize", status_code=200, guards=[require_inference])
     async def tokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -147,17 +147,17 @@ def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTT
     async def detokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _detokenize.of(request)
         require_ready(engine)
-        await require_model(request, body.model)
+        tokenizer = await tokenizer_named(request, body.model)
         vocab_size = engine.info().vocab_size
         if not all(0 <= token < vocab_size for token in body.tokens):
             raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "tokens")
-        decode = engine.tokenizer.decode
-        text = await apart(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))
+        is_long = len(body.tokens) > LONG_TEXT
+        text = await apart(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), is_long=is_long)
         return json_reply(Text(text))
 
     return [tokenize, detokenize]
 
 
-async def apart(size: int, work: Callable[[], T]) -> T:
+async def apart(work: Callable[[], T], *, is_long: bool) -> T:
     """What the work gives; a long one holds up no stream meanwhile."""
-    return await asyncio.to_thread(work) if size > LONG_TEXT else work()
+    return await asyncio.to_thread(work) if is_long else work()

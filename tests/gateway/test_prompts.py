@@ -19,7 +19,7 @@ from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.completions import CompletionRequest
 from loraplex.gateway.openai.dialogue import Dialogue
-from loraplex.gateway.prompts import LONG_TEXT, chat_requests, completion_requests
+from loraplex.gateway.prompts import LONG_TEXT, chat_requests, completion_requests, tokenizer_for
 
 CALLER = Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference")
 MODEL = Model(path="", name=BASE)
@@ -28,9 +28,8 @@ ROUTE = Route(base=BASE, adapter=None)
 
 async def test_engine_not_ready_raises_before_its_tokenizer_is_asked(tmp_path: Path) -> None:
     engine = EchoEngine(settings_in(tmp_path))
-    chat = ChatRequest(model=BASE, messages=[Message(role="user", content="x")])
     with pytest.raises(EngineUnavailable, match="starting"):
-        Dialogue(chat, engine, MODEL)
+        await tokenizer_for(ROUTE, engine)
     with pytest.raises(EngineUnavailable, match="starting"):
         await completion_requests(CompletionRequest(model=BASE, prompt="x"), "x", "c", ROUTE, CALLER, engine)
 
@@ -50,7 +49,7 @@ async def test_long_prompt_is_tokenised_beside_the_event_loop(
     monkeypatch.setattr(engine.tokenizer, "encode", tokenise)
     monkeypatch.setattr(engine.tokenizer, "encode_chat", tokenise)
     chat = ChatRequest(model=BASE, messages=[Message(role="user", content="x" * length)])
-    await chat_requests(Dialogue(chat, engine, MODEL), "c", ROUTE, CALLER, engine)
+    await chat_requests(Dialogue(chat, engine.tokenizer, MODEL), "c", ROUTE, CALLER, engine)
     completion = CompletionRequest(model=BASE, prompt="x")
     await completion_requests(completion, ["x" * length], "c", ROUTE, CALLER, engine)
     assert [place is threading.current_thread() for place in places] == [is_in_loop] * 2
