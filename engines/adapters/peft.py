@@ -26,6 +26,7 @@ ALIGNMENT_BYTES = 64  # each matrix starts on a cache line
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
 _PREFIX = "base_model.model."
 UNUSED = "is not used"
+_ONE_EXPERT = re.compile(r".+\.experts\.\d+\.[^.]+")
 _DTYPES = {"F32", "F16", "BF16"}
 
 
@@ -254,10 +255,19 @@ def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
     for name in parts:
         if name in base.unfit:
             raise AdapterUnsupported(f"{name} cannot carry a LoRA: in this model it {base.unfit[name]}")
+        if name not in base.modules and _ONE_EXPERT.fullmatch(name) and _has_stacks(base):
+            raise AdapterUnsupported(
+                f"{name} is a layer of one expert, and in this base the weights of all experts are stacked: an adapter "
+                "changes them by target_parameters; the form of one LoRA for each expert is not supported"
+            )
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
         if not config.targets(name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
+
+
+def _has_stacks(base: Base) -> bool:
+    return any(len(shape) == 3 and "experts" in name.split(".") for name, shape in base.parameters.items())
 
 
 def _plan_module(

@@ -1,0 +1,203 @@
+"""Every form of adapter that this base cannot carry is refused by name, and a neighbour's request goes on as ever."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.core import make_core, prompt_of, request, run, tokens
+from support.models import AdapterSpec, llama_config, make_adapter, make_model
+from support.worlds import SmallWorld
+from transformers import MixtralConfig
+
+from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
+from loraplex.engines.adapters.peft import plan_adapter
+from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.loading import load_machine
+from loraplex.engines.protocol import Adapter
+
+Tensors = dict[str, torch.Tensor]
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
+def saying(**fields: object) -> Callable[[dict[str, Any], Tensors], None]:
+    return lambda config, tensors: config.update(fields)
+
+
+def with_tensor(name: str, *shape: int, dtype: torch.dtype = torch.float32, **fields: object) -> Any:
+    def change(config: dict[str, Any], tensors: Tensors) -> None:
+        config.update(fields)
+        tensors[name] = torch.ones(shape, dtype=dtype)
+
+    return change
+
+
+def without(name: str) -> Any:
+    return lambda config, tensors: tensors.pop(name)
+
+
+def _empty(config: dict[str, Any], tensors: Tensors) -> None:
+    config["target_modules"] = ["nothing"]
+    tensors.clear()
+
+
+# how an adapter of rank 4 on q, k, v and o is changed, and what is said of it
+REFUSED: dict[str, tuple[Callable[[dict[str, Any], Tensors], object], type[AdapterError], str]] = {
+    "another method": (saying(peft_type="IA3"), AdapterUnsupported, "peft_type is 'IA3'; only LORA"),
+    "an initialisation that changed the base": (
+        saying(init_lora_weights="pissa"), AdapterUnsupported, "init_lora_weights = 'pissa' changed the base",
+    ),
+    "a field of the future": (saying(r_squared=2), AdapterUnsupported, "r_squared = 2 is not supported"),
+    "modules never resolved": (
+        saying(target_modules="all-linear"), AdapterUnsupported, "target_modules = 'all-linear' was not resolved",
+    ),
+    "a target without weights": (
+        saying(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]), AdapterInvalid,
+        "target_modules names model.layers.0.mlp.up_proj, for which the file has no weights",
+    ),
+    "weights that are no target": (
+        saying(target_modules=["q_proj", "k_proj", "v_proj"]), AdapterInvalid,
+        "the file has weights for model.layers.0.self_attn.o_proj, which target_modules does not name",
+    ),
+    "nothing at all": (_empty, AdapterInvalid, "holds no LoRA weights"),
+    "A without B": (without(f"{Q}.lora_B.weight"), AdapterInvalid, "model.layers.1.self_attn.q_proj lacks lora_B"),
+    "a magnitude without DoRA": (
+        with_tensor(f"{Q}.lora_magnitude_vector", 64), AdapterInvalid, "lora_magnitude_vector, but use_dora is not set",
+    ),
+    "DoRA without magnitudes": (saying(use_dora=True), AdapterInvalid, "lacks lora_magnitude_vector"),
+    "weights of another rank": (
+        with_tensor(f"{Q}.lora_A.weight", 5, 64), AdapterMismatch,
+        "lora_A of model.layers.1.self_attn.q_proj has shape [5, 64]; the base needs [4, 64]",
+    ),
+    "weights of another width": (
+        with_tensor(f"{Q}.lora_A.weight", 4, 65), AdapterMismatch, "has shape [4, 65]; the base needs [4, 64]",
+    ),
+    "a layer too many": (
+        with_tensor("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", 4, 64), AdapterMismatch,
+        "the base model has no linear layer model.layers.7.self_attn.q_proj",
+    ),
+    "a rank beyond the limit": (saying(r=512), AdapterTooLarge, "rank 512 of model.layers.0.self_attn.q_proj exceeds"),
+    "integers": (
+        with_tensor(f"{Q}.lora_A.weight", 4, 64, dtype=torch.int32), AdapterUnsupported, "lora_A.weight is I32",
+    ),
+    "a tensor from elsewhere": (with_tensor("prompt.weight", 2), AdapterUnsupported, "prompt.weight is not part of a"),
+    "a tensor of no module": (
+        with_tensor("base_model.model.model.gate.weight", 2), AdapterUnsupported,
+        "tensor model.gate.weight is not part of a LoRA that this base can carry",
+    ),
+    "a bias that was not announced": (
+        with_tensor(f"{Q}.lora_B.bias", 64), AdapterInvalid, "q_proj has lora_B.bias, but lora_bias is not set",
+    ),
+    "an embedding without weights": (
+        saying(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens"]), AdapterInvalid,
+        "the file lacks model.embed_tokens.lora_embedding_A",
+    ),
+    "a token beyond the vocabulary": (
+        saying(trainable_token_indices=[320]), AdapterMismatch, "names token 320; model.embed_tokens has 320",
+    ),
+    "tokens of no embedding": (
+        saying(trainable_token_indices={"wte": [1]}), AdapterUnsupported, "names wte, which is no embedding",
+    ),
+    "a saved module without weights": (
+        saying(modules_to_save=["lm_head"]), AdapterInvalid, "modules_to_save names the module of lm_head.weight",
+    ),
+    "a saved module that there is not": (
+        saying(modules_to_save=["score"]), AdapterUnsupported, "modules_to_save names score, which the base does not",
+    ),
+    "another vocabulary": (
+        with_tensor(f"{EMBEDDING}.weight", 330, 64, modules_to_save=["embed_tokens"]), AdapterUnsupported,
+        "",
+    ),
+    "a parameter that is no matrix": (
+        saying(target_parameters=["layers.0.input_layernorm.weight"]), AdapterUnsupported, "which has 1 dimensions",
+    ),
+    "an invocation beside a saved module": (
+        with_tensor("base_model.model.lm_head.weight", 320, 64, modules_to_save=["lm_head"],
+                    alora_invocation_tokens=[1]),
+        AdapterUnsupported, "alora_invocation_tokens is not supported with changes to lm_head",
+    ),
+    "another base's weight": (
+        with_tensor(f"{Q}.base_layer.weight", 64, 64), AdapterUnsupported,
+        "q_proj.base_layer.weight differs from the base's: an adapter over other weights",
+    ),
+    "infinities": (
+        lambda config, tensors: tensors[f"{Q}.lora_A.weight"].fill_(torch.inf), AdapterInvalid, "are not all finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def core(small: SmallWorld) -> EngineCore:
+    return make_core(small)
+
+
+def changed(small: SmallWorld, case: str, directory: Path) -> Adapter:
+    shutil.copytree(small.adapters["rank-4"].path, directory)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    REFUSED[case][0](config, tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return Adapter(id=f"sha-{case}", name=case, path=str(directory))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_adapter_is_refused_by_name_and_its_neighbour_undisturbed(
+    small: SmallWorld, core: EngineCore, tmp_path: Path, case: str
+) -> None:
+    _, kind, says = REFUSED[case]
+    bad, good, prompt = changed(small, case, tmp_path / "bad"), small.adapters["rank-8"], prompt_of(3, 9)
+    core.submit(request("good", prompt, good, max_tokens=6))
+    core.submit(request("bad", prompt, bad))
+    emissions = run(core)
+    [refusal] = [one.error for one in emissions["bad"]]
+    assert type(refusal) is kind
+    assert says in str(refusal)
+    assert tokens(emissions["good"]) == small.oracle.greedy(prompt, 6, good)
+    assert bad.id not in {one.adapter_id for one in core.adapters.residents()}
+    assert not core.has_work
+
+
+def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path: Path) -> None:
+    """As they were saved while every expert had layers of its own."""
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    make_model(config, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", AdapterSpec("experts", 4, ("q_proj",)), tmp_path)
+    path = Path(adapter.path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    for part, shape in {"lora_A": (4, 32), "lora_B": (32, 4)}.items():
+        tensors[f"base_model.model.model.layers.0.block_sparse_moe.experts.2.w1.{part}.weight"] = torch.ones(shape)
+    save_file(tensors, path / "adapter_model.safetensors")
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**said, "target_modules": ["q_proj", "w1"]}))
+    settings = Settings(
+        model=Model(path=str(tmp_path / "base"), name="moe", dtype="float32", device="cpu"),
+        engine=EngineSettings(kv_block_size=4, num_threads=1, kv_cache_bytes=2**20),
+        adapters=Adapters(device_bytes=2**20),
+    )
+    base = load_machine(settings, lambda progress: None).base
+    with pytest.raises(AdapterUnsupported, match=r"block_sparse_moe\.experts\.2\.w1 is a layer of one expert"):
+        plan_adapter(adapter, base)
+
+
+def test_tied_weights_that_an_adapter_would_tie_as_well_are_refused(tmp_path: Path) -> None:
+    make_model(llama_config(num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "base")
+    spec = AdapterSpec("tied", 4, ("q_proj", "embed_tokens"))
+    adapter = make_adapter(tmp_path / "base", spec, tmp_path)
+    path = Path(adapter.path) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": True}))
+    world = SmallWorld(tmp_path / "base", {}, None)  # type: ignore[arg-type]
+    base = load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
+    with pytest.raises(AdapterUnsupported, match="ensure_weight_tying = True is not supported with a base that ties"):
+        plan_adapter(adapter, base)
