@@ -9,7 +9,8 @@ from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.lorax.wire import Parameters
-from loraplex.gateway.prompts import LONG_TEXT, tokenizer_for
+from loraplex.gateway.openai.dialogue import LONG_TEXT
+from loraplex.gateway.prompts import tokenizer_for
 
 
 async def lorax_requests(

@@ -9,7 +9,7 @@ from msgspec import Struct
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.prompts import LONG_TEXT
+from loraplex.gateway.openai.dialogue import LONG_TEXT
 
 
 class TokenizeInputs(Struct, forbid_unknown_fields=True):

@@ -24,10 +24,10 @@ from loraplex.gateway.lorax.problems import respond_flat
 from loraplex.gateway.lorax.tokens import lorax_tokens
 from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
-from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
 from loraplex.gateway.openai.tool_wire import FunctionTool
 from loraplex.gateway.openai.wire import refuse_what_matters
-from loraplex.gateway.prompts import LONG_TEXT, tokenizer_for
+from loraplex.gateway.prompts import tokenizer_for
 from loraplex.gateway.replies import json_reply
 
 T = TypeVar("T")

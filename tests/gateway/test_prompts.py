@@ -18,8 +18,8 @@ from loraplex.gateway.catalogue import Route
 from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.completions import CompletionRequest
-from loraplex.gateway.openai.dialogue import Dialogue
-from loraplex.gateway.prompts import LONG_TEXT, chat_requests, completion_requests, tokenizer_for
+from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
+from loraplex.gateway.prompts import chat_requests, completion_requests, tokenizer_for
 
 CALLER = Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference")
 MODEL = Model(path="", name=BASE)
