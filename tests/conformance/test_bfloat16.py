@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from loraplex.engines.protocol import Adapter
 
 FACTOR = 1.5
-MOST = 0.05
+MOST = 0.03
 # Without experts to choose among: one that is chosen otherwise is no rounding error.
 ARCHITECTURES = ("llama", "gpt2", "gemma2")
 
@@ -77,7 +77,6 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(architecture: str, tm
         truth = _logprobs(exact.eval(), mine, answers)
         ours = error_of(torch.cat([answers[one.name].logprobs for one in mine]), truth)
         reference = error_of(_logprobs(model, mine, answers), truth)
-        print(architecture, adapter and adapter.name, f"ours {ours:.4f} theirs {reference:.4f}")
         assert 0 < ours <= MOST
         assert ours <= FACTOR * reference
 

@@ -36,7 +36,9 @@ def test_falcon_with_alibi_is_refused_and_without_it_served(tmp_path: Path) -> N
     make_model(falcon(alibi=False), tmp_path / "rotary")
     load(tmp_path / "rotary")
     make_model(falcon(alibi=True), tmp_path / "alibi")
-    with pytest.raises(ModelNotServable, match="FalconForCausalLM is not served: .* make attention masks of their own"):
+    with pytest.raises(
+        ModelNotServable, match=r"FalconForCausalLM is not served: .* make attention masks of their own"
+    ):
         load(tmp_path / "alibi")
 
 
