@@ -10,6 +10,9 @@ import msgspec
 
 Help = msgspec.Meta
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+MebibyteAtLeast = Annotated[int, msgspec.Meta(ge=2**20)]
+Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+DEFAULT_DEVICE_BYTES = 2**30
 
 
 class SettingsError(ValueError):
@@ -165,10 +168,30 @@ class Adapters(_Section, frozen=True):
         50 * 2**30
     )
     host_bytes: Annotated[int, Help(ge=2**20, description="Memory for parsed adapters in host memory.")] = 2 * 2**30
-    device_bytes: Annotated[int, Help(ge=2**20, description="Memory for adapters on the device.")] = 2**30
+    device_bytes: Annotated[
+        MebibyteAtLeast | None,
+        Help(description="Memory for adapters on the device; 1 GiB if neither this nor device_share is set."),
+    ] = None
+    device_share: Annotated[
+        Share | None,
+        Help(description="Instead of device_bytes: their share of what is free on the device beside the weights."),
+    ] = None
+    preload: Annotated[
+        tuple[str, ...], Help(description="Shared adapters that are brought to the device when the server starts.")
+    ] = ()
     max_names_in_figures: Annotated[
         int, Help(ge=1, description="Adapters that figures tell apart by name; all others are counted together.")
     ] = 100
+
+    def __post_init__(self) -> None:
+        if self.device_bytes is not None and self.device_share is not None:
+            raise ValueError("`device_bytes` and `device_share` say the same; set one of them")
+
+    def device_room(self, free: int) -> int:
+        """Bytes for adapters on a device that has `free` bytes beside the weights."""
+        if self.device_share is not None:
+            return int(free * self.device_share)
+        return DEFAULT_DEVICE_BYTES if self.device_bytes is None else self.device_bytes
 
 
 class Database(_Section, frozen=True):

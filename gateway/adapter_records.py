@@ -3,12 +3,13 @@
 Every change is one transaction, so that a process that is killed leaves the catalogue as it was or as it was to be.
 """
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, RowMapping, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -19,6 +20,7 @@ from loraplex.auth.tenants import require_tenant
 from loraplex.engines.protocol import Adapter, AdapterCard
 from loraplex.gateway.errors import AdapterNameTaken
 
+_ROWS_A_TURN = 100  # about two milliseconds
 SHARED = ""  # the tenant of adapters that everyone may use
 Key = tuple[str, str]  # (tenant id, name)
 State = Literal["registered", "fetching", "ready", "failed"]
@@ -229,13 +231,22 @@ async def _read(connection: AsyncConnection, key: Key | None = None) -> list[Reg
     numbered = select(versions).order_by(versions.c.number)
     if key is not None:
         entries, numbered = entries.where(_of(names, key)), numbered.where(_of(versions, key))
-    by_key: dict[Key, list[Version]] = {}
     # names first: a version that is added between the two readings is of a name that is read as well, or of none
     found = (await connection.execute(entries)).mappings().all()
-    for row in (await connection.execute(numbered)).mappings():
+    found_versions = (await connection.execute(numbered)).mappings().all()
+    by_key: dict[Key, list[Version]] = {}
+    async for row in _in_turns(found_versions):
         by_key.setdefault((row["tenant_id"], row["name"]), []).append(_converted(row, Version))
-    read = [_entry(row, tuple(by_key.get((row["tenant_id"], row["name"]), ()))) for row in found]
+    read = [_entry(row, tuple(by_key.get((row["tenant_id"], row["name"]), ()))) async for row in _in_turns(found)]
     return [entry for entry in read if entry.versions or entry.targets is not None]  # others are leaving just now
+
+
+async def _in_turns(rows: Sequence[RowMapping]) -> AsyncIterator[RowMapping]:
+    """The same rows; now and then the loop's other tasks have their turn, for there may be thousands."""
+    for place, row in enumerate(rows):
+        if place % _ROWS_A_TURN == _ROWS_A_TURN - 1:
+            await asyncio.sleep(0)
+        yield row
 
 
 def _entry(row: Any, its_versions: tuple[Version, ...]) -> Registered:

@@ -57,7 +57,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     metrics = Metrics(settings.adapters.max_names_in_figures)
     prompt_log = PromptLog(settings.usage.prompt_log)
     answers = Answers(engine, services.store, metrics, services.accounts, settings.server, prompt_log)
-    embedder = Embedder(engine, metrics, services.accounts, settings.model)
+    embedder = Embedder(engine, services.store, metrics, services.accounts, settings.model)
     adapters = RequestAdapters(
         catalogue,
         settings.adapters.request_trust_seconds,

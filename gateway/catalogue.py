@@ -58,8 +58,12 @@ class Catalogue:
         *,
         tokens: SourceTokens | None = None,
         other_base: OtherBase | None = None,
+        preload: tuple[str, ...] = (),
     ) -> None:
-        """Adapters that name another base than `other_base` knows are treated as it says; None asks nothing."""
+        """Adapters that name another base than `other_base` knows are treated as it says; None asks nothing.
+
+        `preload` names shared adapters that are brought to the device at the start.
+        """
         self.base = base
         self.store = store
         self._engine = engine
@@ -70,11 +74,12 @@ class Catalogue:
         other_base = other_base or OtherBase(frozenset())
         self._arrivals = Arrivals(self._records, store, engine, self._refresh, self._tokens, other_base)
         self._upkeep = Upkeep(self._records, engine, self)
+        self._preload = preload
 
     async def __aenter__(self) -> Self:
         """Read the tables, and take up what a stopped process left."""
         await self.reload()
-        self._upkeep.start()
+        self._upkeep.start(self._preload)
         for entry in self.everything():
             for version in entry.versions:
                 if version.state in ("registered", "fetching"):

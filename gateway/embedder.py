@@ -16,6 +16,7 @@ from loraplex.engines.protocol import Embedding, EmbedRequest, Engine, Pooling
 from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.guards import caller_of
+from loraplex.gateway.holding import DiskTier, holding
 from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
@@ -46,8 +47,9 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 class Embedder:
     """For all routes over one engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, accounts: Accounts, model: Model) -> None:
+    def __init__(self, engine: Engine, store: DiskTier, metrics: Metrics, accounts: Accounts, model: Model) -> None:
         self._engine = engine
+        self._store = store
         self._metrics = metrics
         self._accounts = accounts
         self._model = model
@@ -65,7 +67,7 @@ class Embedder:
                 return await self._engine.embed(wish)
 
         try:
-            with self._metrics.counted(wanted.model, asked[0]):
+            with self._metrics.counted(wanted.model, asked[0]), holding(self._store, asked[0].parts):
                 work = unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
                 found = await meter.carry(work)
         except BaseException as error:

@@ -1,12 +1,12 @@
 """Keeps the files of a request's adapters on this machine's disk until the request is over."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable
-from loraplex.engines.protocol import Adapter, AdapterTierStats, GenerateRequest, TierStats, TokenEvent
+from loraplex.engines.protocol import Adapter, AdapterTierStats, GenerateRequest, TierStats, TokenEvent, WeightedAdapter
 
 
 class DiskTier(Protocol):
@@ -21,17 +21,24 @@ class DiskTier(Protocol):
         ...
 
 
-async def held(
-    store: DiskTier, request: GenerateRequest, events: AsyncIterator[TokenEvent]
-) -> AsyncIterator[TokenEvent]:
-    """The same events. Raises AdapterSourceUnavailable where the disk cache gave an adapter up a moment ago."""
+@contextmanager
+def holding(store: DiskTier, parts: Iterable[WeightedAdapter]) -> Iterator[None]:
+    """Until the block ends. Raises AdapterSourceUnavailable where the disk cache gave an adapter up a moment ago."""
     with ExitStack() as holds:
-        for part in request.parts:
+        for part in parts:
             try:
                 holds.enter_context(store.hold(part.adapter))
             except AdapterNotFound as error:
                 name = part.adapter.name
                 raise AdapterSourceUnavailable(f"{name} has just left the disk cache; try again") from error
+        yield
+
+
+async def held(
+    store: DiskTier, request: GenerateRequest, events: AsyncIterator[TokenEvent]
+) -> AsyncIterator[TokenEvent]:
+    """The same events. Raises what `holding` raises."""
+    with holding(store, request.parts):
         async with aclosing(events) as closing:  # type: ignore[type-var]
             async for event in closing:
                 yield event

@@ -153,6 +153,7 @@ def _catalogue(
         settings.model.name,
         tokens=SecretTokens(secrets),
         other_base=OtherBase(names, settings.adapters.on_other_base),
+        preload=settings.adapters.preload,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the catalogue does on its own while the server runs: notes uses, keeps pins, unloads what was deleted."""
+"""What the catalogue does on its own while the server runs: preloads, notes uses, keeps pins, unloads what is gone."""
 
 import asyncio
 import logging
@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from loraplex.engines.errors import AdapterInUse, EngineError, EngineUnavailable
+from loraplex.engines.errors import AdapterInUse, AdapterSourceUnavailable, EngineError, EngineUnavailable
 from loraplex.engines.protocol import Engine
-from loraplex.gateway.adapter_records import AdapterRecords, Key, Registered
+from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered
+from loraplex.gateway.errors import AdapterNotReady, GatewayError
 
 _log = logging.getLogger("loraplex.gateway")
 _ROUND_SECONDS = 1.0
@@ -24,11 +25,13 @@ class Kept(Protocol):
 
     def everything(self) -> list[Registered]: ...
 
+    async def warm(self, key: Key) -> Registered: ...
+
     async def forget_uploads(self, *, older_than_seconds: float) -> None: ...
 
 
 class Upkeep:
-    """One background task, and one for each deletion that waits for its requests."""
+    """One background task, one for what is preloaded, and one for each deletion that waits for its requests."""
 
     def __init__(self, records: AdapterRecords, engine: Engine, kept: Kept) -> None:
         self._records = records
@@ -38,8 +41,10 @@ class Upkeep:
         self._unwritten: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self) -> None:
+    def start(self, preload: Collection[str] = ()) -> None:
+        """`preload` names shared adapters that are brought to the device as soon as both are ready."""
         self._run(self._rounds())
+        self._run(self._preload(preload))
 
     async def close(self) -> None:
         tasks = list(self._tasks)
@@ -63,9 +68,12 @@ class Upkeep:
 
     async def keep_pins(self) -> None:
         """Pin what is to be pinned and is not, and let go of its earlier versions. Never raises EngineError."""
+        pinned_entries = [entry for entry in self._kept.everything() if entry.pinned and entry.current_version]
+        if not pinned_entries:
+            return  # without asking the engine, whose answer grows with what it holds
         try:
             pinned = {found.adapter_id for found in await self._engine.residency() if found.pinned}
-            for entry in [entry for entry in self._kept.everything() if entry.pinned and entry.current_version]:
+            for entry in pinned_entries:
                 for version in entry.versions:
                     if version.number != entry.current_version and version.adapter_id in pinned:
                         await self._engine.pin(entry.adapter(version.number), pinned=False)
@@ -92,6 +100,23 @@ class Upkeep:
                 forgotten_at = time.monotonic()
                 await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
             await asyncio.sleep(_ROUND_SECONDS)
+
+    async def _preload(self, names: Collection[str]) -> None:
+        while names:
+            names = [name for name in names if not await self._has_preloaded(name)]
+            await asyncio.sleep(_ROUND_SECONDS)
+
+    async def _has_preloaded(self, name: str) -> bool:
+        """Whether it is on the device, or will not come; False where it is worth another try."""
+        if self._engine.health().state != "ready":
+            return False
+        try:
+            await self._kept.warm((SHARED, name))
+        except (EngineUnavailable, AdapterSourceUnavailable, AdapterNotReady):
+            return False
+        except (EngineError, GatewayError) as error:
+            _log.warning("adapters.preload: %s: %s", name, error)
+        return True
 
     async def _write_uses(self) -> None:
         if self._unwritten:

@@ -317,7 +317,10 @@ class AdapterTiers:
 
     def _too_large(self, loaded: LoadedAdapter) -> AdapterTooLarge:
         room = self._residency.capacity * self._base.dtype.itemsize
-        return AdapterTooLarge(f"{loaded.flat.nbytes} bytes exceed adapters.device_bytes = {room}")
+        return AdapterTooLarge(
+            f"{loaded.flat.nbytes} bytes exceed the {room} for adapters on the device: "
+            "adapters.device_bytes or device_share"
+        )
 
     def _fail(self, adapter_id: str, error: AdapterError) -> None:
         self._abandon(adapter_id)

@@ -57,9 +57,11 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     max_len = _max_model_len(settings, model)
     refuse_long_context(model, attention, max_len)
     block_size = settings.engine.kv_block_size
-    num_blocks = _num_kv_blocks(settings, attention, model, max_len)
+    free = free_bytes(model.device)
+    arena_bytes = settings.adapters.device_room(free)
+    num_blocks = _num_kv_blocks(settings.engine, attention, model, max_len, free, arena_bytes)
     attention.allocate(num_blocks * block_size, model.dtype, device)
-    capacity = settings.adapters.device_bytes // model.dtype.itemsize
+    capacity = arena_bytes // model.dtype.itemsize
     arena = Arena(capacity, model.dtype, device)
     info = EngineInfo(
         engine="native",
@@ -108,23 +110,25 @@ def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:
     return wanted if wanted is not None else int(limit or 0)
 
 
-def _num_kv_blocks(settings: Settings, attention: PagedAttention, model: PreTrainedModel, max_len: int) -> int:
+def _num_kv_blocks(
+    settings: EngineSettings, attention: PagedAttention, model: PreTrainedModel, max_len: int, free: int, arena: int
+) -> int:
     """Enough for `max_running` full-length sequences, within `kv_cache_bytes` or a share of what is free.
 
-    Raises ModelNotServable where adapters.device_bytes and one block do not fit into that.
+    `free` are the bytes beside the weights, of which the adapters' arena takes `arena`.
+    Raises ModelNotServable where the arena and one block do not fit into that.
     """
     numbers = sum(shape.num_heads * (shape.key_width + shape.value_width) for shape in attention.shapes)
-    block_bytes = numbers * settings.engine.kv_block_size * model.dtype.itemsize
-    free = free_bytes(model.device) - settings.adapters.device_bytes
-    if free < (settings.engine.kv_cache_bytes or block_bytes):
+    block_bytes = numbers * settings.kv_block_size * model.dtype.itemsize
+    if free - arena < (settings.kv_cache_bytes or block_bytes):
         raise ModelNotServable(
-            f"adapters.device_bytes = {settings.adapters.device_bytes} and a KV cache of "
-            f"{settings.engine.kv_cache_bytes or block_bytes} bytes do not fit beside the weights: "
-            f"{free + settings.adapters.device_bytes} bytes are free on {model.device}"
+            f"{arena} bytes for adapters (adapters.device_bytes or device_share) and a KV cache of "
+            f"{settings.kv_cache_bytes or block_bytes} bytes do not fit beside the weights: "
+            f"{free} bytes are free on {model.device}"
         )
-    room = settings.engine.kv_cache_bytes or int(free * KV_SHARE)
-    blocks_per_sequence = -(-max_len // settings.engine.kv_block_size)
-    num_blocks = min(room // block_bytes, blocks_per_sequence * settings.engine.max_running)
+    room = settings.kv_cache_bytes or int((free - arena) * KV_SHARE)
+    blocks_per_sequence = -(-max_len // settings.kv_block_size)
+    num_blocks = min(room // block_bytes, blocks_per_sequence * settings.max_running)
     if num_blocks < 1:
         raise ModelNotServable(f"one KV block takes {block_bytes} bytes, and there is room for {room}")
     return num_blocks

@@ -441,3 +441,62 @@ async def test_route_is_a_name_like_others(catalogue: Catalogue, shelf: Shelf, t
         await catalogue.route("to-a@1", ACME)
     await catalogue.remove("", "to-a")
     await catalogue.remove("", "a")
+
+
+async def test_preload_warms_what_is_there_at_the_start_and_tells_of_what_is_not(
+    database: AsyncEngine,
+    shelf: Shelf,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loraplex.gateway.upkeep._ROUND_SECONDS", 0.02)
+    source = str(write_adapter(tmp_path / "a"))
+    await Catalogue(database, shelf, EchoEngine(settings_in(tmp_path)), BASE).register("warm", source)
+    shelf.version = "v2"
+    shelf.gate.clear()
+    engine = EchoEngine(settings_in(tmp_path))
+    names = ("warm", "late", "absent")
+    async with Catalogue(database, shelf, engine, BASE, preload=names) as catalogue:
+        await catalogue.register("late", str(write_adapter(tmp_path / "b")), waits=False)
+        await engine.start(lambda progress: None)
+        async with asyncio.timeout(30):
+            while "absent" not in caplog.text:
+                await asyncio.sleep(0.02)
+        assert [one.name for one in await engine.residency()] == ["warm"]
+        shelf.gate.set()
+        async with asyncio.timeout(30):
+            while [one.name for one in await engine.residency()] != ["warm", "late"]:
+                await asyncio.sleep(0.02)
+    assert "adapters.preload: absent: There is no adapter 'absent'." in caplog.text
+
+
+async def test_long_table_is_read_in_turns_with_other_tasks(database: AsyncEngine, catalogue: Catalogue) -> None:
+    row = {"tenant_id": "", "wanted_version": 1}
+    rows = [{**row, "name": f"a{number}", "created_at": float(number)} for number in range(500)]
+    async with database.begin() as connection:
+        await connection.execute(insert(adapters), rows)
+        one = {"number": 1, "source": "s", "state": "registered", "created_at": 0.0, "tenant_id": ""}
+        await connection.execute(insert(adapter_versions), [{**one, "name": row["name"]} for row in rows])
+    turns = 0
+
+    async def neighbour() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    converted: list[int] = []
+    convert = msgspec.convert
+
+    def noted(*given: Any) -> Any:
+        converted.append(turns)
+        return convert(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(msgspec, "convert", noted)
+        task = asyncio.create_task(neighbour())
+        await catalogue.reload()
+        task.cancel()
+    assert len(catalogue.everything()) == 500
+    assert max(converted.count(turn) for turn in set(converted)) <= 200, "the loop stood still for as many rows"

@@ -86,6 +86,28 @@ def test_pooling_reaches_the_engine(gateway: Gateway, monkeypatch: pytest.Monkey
     assert [part.adapter.name for part in asked[0].parts] == ["team/echo-one"]
 
 
+def test_files_of_the_adapter_are_kept_on_disk_until_it_is_answered(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eviction is tried while the request runs: the last thing that could take the files from under the engine."""
+    embed, disk = gateway.services.engine.embed, gateway.services.store._disk
+    is_gone: list[bool] = []
+
+    async def evict(request: EmbedRequest) -> Embedding:
+        [part] = request.parts
+        is_gone.append(await asyncio.to_thread(disk.drop, part.adapter.id))
+        return await embed(request)
+
+    monkeypatch.setattr(gateway.services.engine, "embed", evict)
+    assert post(gateway, model="team/echo-one", input=["a", "b"]).status_code == 200
+    assert is_gone == [False, False]
+    monkeypatch.undo()
+    with gateway.admin() as admin:
+        [adapter] = [one for one in admin.get("/admin/v1/adapters").json()["data"] if one["name"] == "team/echo-one"]
+    assert disk.drop(adapter["adapter_id"]), "nobody holds it any more"
+    assert post(gateway, model="team/echo-one").status_code == 200, "it was fetched again"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [

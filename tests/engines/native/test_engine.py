@@ -30,7 +30,14 @@ from loraplex.engines.errors import (
     PromptTooLong,
 )
 from loraplex.engines.native.engine import NativeEngine
-from loraplex.engines.protocol import Adapter, EmbedRequest, GenerateRequest, SamplingParams, TokenEvent
+from loraplex.engines.protocol import (
+    Adapter,
+    EmbedRequest,
+    GenerateRequest,
+    SamplingParams,
+    TokenEvent,
+    WeightedAdapter,
+)
 
 PROMPT = tuple(range(40, 60))
 
@@ -213,20 +220,22 @@ async def test_stopped_worker_is_replaced_and_its_requests_told(small: SmallWorl
 
 
 async def test_restarted_worker_has_its_predecessors_adapters(engine: NativeEngine, small: SmallWorld) -> None:
-    pinned, used = small.adapters["rank-8"], small.adapters["rank-4"]
+    pinned, used, part = (small.adapters[name] for name in ("rank-8", "rank-4", "rank-16-rslora"))
     await engine.pin(pinned, pinned=True)
-    await engine.load(used)
-    await until(lambda: residents_are_known(engine, 2))
+    composition = (WeightedAdapter(used, 0.5), WeightedAdapter(part, 0.5))
+    await collect(engine, msgspec.structs.replace(request("composed"), composition=composition))
+    await until(lambda: residents_are_known(engine, 3))
     os.kill(worker_pid(), signal.SIGKILL)
 
     async def restored() -> bool:
         with suppress(EngineDied, EngineUnavailable):
             has_restarted = (await engine.stats()).num_restarts == 1
-            return has_restarted and [found.tier for found in await engine.residency()] == ["device", "device"]
+            return has_restarted and [found.tier for found in await engine.residency()] == ["device"] * 3
         return False
 
     await until(restored)
-    assert {found.adapter_id: found.pinned for found in await engine.residency()} == {pinned.id: True, used.id: False}
+    found = {found.adapter_id: found.pinned for found in await engine.residency()}
+    assert found == {pinned.id: True, used.id: False, part.id: False}
 
 
 async def test_reload_finishes_streams_in_the_old_process_and_begins_new_ones_in_the_new(
