@@ -5,11 +5,11 @@ Every change is one transaction, so that a process that is killed leaves the cat
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from sqlalchemy import ColumnElement, RowMapping, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -20,7 +20,8 @@ from loraplex.auth.tenants import require_tenant
 from loraplex.engines.protocol import Adapter, AdapterCard
 from loraplex.gateway.errors import AdapterNameTaken
 
-_ROWS_A_TURN = 100  # about two milliseconds
+_Kind = TypeVar("_Kind", bound=msgspec.Struct)
+_ROWS_A_TURN = 50  # about two milliseconds
 SHARED = ""  # the tenant of adapters that everyone may use
 Key = tuple[str, str]  # (tenant id, name)
 State = Literal["registered", "fetching", "ready", "failed"]
@@ -232,28 +233,26 @@ async def _read(connection: AsyncConnection, key: Key | None = None) -> list[Reg
     if key is not None:
         entries, numbered = entries.where(_of(names, key)), numbered.where(_of(versions, key))
     # names first: a version that is added between the two readings is of a name that is read as well, or of none
-    found = (await connection.execute(entries)).mappings().all()
-    found_versions = (await connection.execute(numbered)).mappings().all()
+    found = await _converted(connection, entries, Registered)
     by_key: dict[Key, list[Version]] = {}
-    async for row in _in_turns(found_versions):
-        by_key.setdefault((row["tenant_id"], row["name"]), []).append(_converted(row, Version))
-    read = [_entry(row, tuple(by_key.get((row["tenant_id"], row["name"]), ()))) async for row in _in_turns(found)]
+    for key_of_version, version in await _converted(connection, numbered, Version):
+        by_key.setdefault(key_of_version, []).append(version)
+    read = [msgspec.structs.replace(entry, versions=tuple(by_key.get(key_of, ()))) for key_of, entry in found]
     return [entry for entry in read if entry.versions or entry.targets is not None]  # others are leaving just now
 
 
-async def _in_turns(rows: Sequence[RowMapping]) -> AsyncIterator[RowMapping]:
-    """The same rows; now and then the loop's other tasks have their turn, for there may be thousands."""
-    for place, row in enumerate(rows):
-        if place % _ROWS_A_TURN == _ROWS_A_TURN - 1:
+async def _converted(connection: AsyncConnection, query: Select[Any], kind: type[_Kind]) -> list[tuple[Key, _Kind]]:
+    """A query's rows, some at a time: there may be thousands, and the loop's other tasks have their turns meanwhile."""
+    result = await connection.stream(query)
+    found = []
+    try:
+        told = set(result.keys())
+        columns = [name for name in kind.__struct_fields__ if name in told]
+        async for rows in result.mappings().partitions(_ROWS_A_TURN):
+            for row in rows:
+                fields = {name: row[name] for name in columns}
+                found.append(((row["tenant_id"], row["name"]), msgspec.convert(fields, kind)))
             await asyncio.sleep(0)
-        yield row
-
-
-def _entry(row: Any, its_versions: tuple[Version, ...]) -> Registered:
-    entry: Registered = _converted(row, Registered)
-    return msgspec.structs.replace(entry, versions=its_versions)
-
-
-def _converted(row: Any, kind: type) -> Any:
-    fields = {name: row[name] for name in kind.__struct_fields__ if name in row}  # type: ignore[attr-defined]
-    return msgspec.convert(fields, kind)
+    finally:
+        await result.close()
+    return found

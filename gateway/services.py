@@ -88,7 +88,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         ):
             accounts, usage = Accounts(admission, ledger, tenants), Usage(database, ledger.flush)
             watch.on(ACCESS, tenants.forget)
-            watch.on(CATALOGUE, catalogue.reload)
+            watch.on(CATALOGUE, catalogue.reload, rests=True)  # it reads the whole catalogue
             responses = ResponseStore(database, settings.responses.retention_days * 86400.0)
             yield Services(
                 engine, store, tenants, catalogue, accounts, secrets, audit, usage, files, batches, responses, made

@@ -24,6 +24,7 @@ ACCESS = "access"  # tenants, keys, admin keys, limits
 CATALOGUE = "catalogue"  # adapters, their versions and routes
 # A change in one process is known in every other after this many seconds and one query at most.
 POLL_SECONDS = 0.2
+_REST = 4.0
 
 
 async def announce(connection: AsyncConnection, topic: str) -> None:
@@ -38,12 +39,16 @@ class ChangeWatch:
         self._database = database
         self._poll_seconds = poll_seconds
         self._callbacks: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
+        self._resting: dict[str, float] = {}  # topics that rest -> until when
         self._known: dict[str, int] = {}
         self._is_away = False
         self._task: asyncio.Task[None] | None = None
 
-    def on(self, topic: str, callback: Callable[[], Awaitable[None]]) -> None:
+    def on(self, topic: str, callback: Callable[[], Awaitable[None]], *, rests: bool = False) -> None:
+        """A topic that `rests` is let alone for four times as long as its callbacks took, however fast it changes."""
         self._callbacks[topic].append(callback)
+        if rests:
+            self._resting[topic] = 0.0
 
     async def __aenter__(self) -> Self:
         """What changes from now on is noticed."""
@@ -59,11 +64,15 @@ class ChangeWatch:
     async def look(self) -> None:
         """Read the numbers once, and call back for those that are new."""
         found = await self._read()
+        clock = asyncio.get_running_loop().time
         for topic, number in found.items():
-            if number != self._known.get(topic):
+            began = clock()
+            if number != self._known.get(topic) and began >= self._resting.get(topic, 0.0):
                 for callback in self._callbacks[topic]:
                     await callback()
                 self._known[topic] = number  # after the callbacks: one that failed is called again
+                if topic in self._resting:
+                    self._resting[topic] = clock() + _REST * (clock() - began)
 
     async def _watch(self) -> None:
         while True:

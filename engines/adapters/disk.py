@@ -62,6 +62,7 @@ class DiskCache:
         self._guard = threading.Lock()
         self._holds: dict[str, tuple[int, int]] = {}  # id -> (descriptor with the shared lock, holders)
         self._verified: set[str] = set()
+        self._sizes: dict[str, int] = {}  # of those seen at the last look: an object never changes
         for directory in (self._objects, self._staging, self._refs):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweep()
@@ -156,12 +157,12 @@ class DiskCache:
 
     def usage(self) -> tuple[int, int]:
         """(objects, bytes on disk) right now, of all processes that share the cache."""
-        sizes = [size for _, _, size in self._inventory()]
-        return len(sizes), sum(sizes)
+        sizes = self._look()
+        return len(sizes), sum(sizes.values())
 
     def ids(self, before: float = math.inf) -> list[str]:
         """Every object last used before a time, in seconds since 1970; the least recently used first."""
-        return [object_id for used_at, object_id, _ in self._inventory() if used_at / 1e9 < before]
+        return [object_id for used_at, object_id, _ in self._by_last_use() if used_at / 1e9 < before]
 
     def drop(self, object_id: str) -> bool:
         """Remove an object unless someone holds it; whether it is gone."""
@@ -173,23 +174,36 @@ class DiskCache:
             raise AdapterNotFound(f"{object_id!r} is not the id of an adapter")
         return self._objects / object_id[:2] / object_id
 
-    def _inventory(self) -> list[tuple[int, str, int]]:
+    def _look(self) -> dict[str, int]:
+        """id -> bytes on disk of every object. There may be thousands, so only those that are new are measured."""
+        known, found = self._sizes, {}
+        for shelf in os.listdir(self._objects):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                for name in os.listdir(self._objects / shelf):
+                    with suppress(FileNotFoundError, NotADirectoryError):  # another process evicts
+                        if _ID.fullmatch(name):
+                            found[name] = known.get(name) or _size(self._objects / shelf / name)
+        self._sizes = found
+        return found
+
+    def _by_last_use(self) -> list[tuple[int, str, int]]:
         """(last use in ns, id, bytes on disk) of every object, sorted."""
         found = []
-        for place in filter(lambda path: _ID.fullmatch(path.name), self._objects.glob("??/*")):
-            with suppress(FileNotFoundError, NotADirectoryError):  # another process evicts
-                found.append((place.stat().st_mtime_ns, place.name, _size(place)))
+        for object_id, size in self._look().items():
+            with suppress(FileNotFoundError):
+                found.append((self._place(object_id).stat().st_mtime_ns, object_id, size))
         return sorted(found)
 
     def _make_room(self, num_bytes: int) -> None:
         misfit = f"{num_bytes} bytes do not fit the disk cache: adapters.disk_bytes = {self._max_bytes}"
         if num_bytes > self._max_bytes:
             raise AdapterTooLarge(misfit)
-        objects = self._inventory()
-        excess = sum(size for _, _, size in objects) + num_bytes - self._max_bytes
-        if excess > 0 and self._for_good:
+        excess = sum(self._look().values()) + num_bytes - self._max_bytes
+        if excess <= 0:
+            return
+        if self._for_good:
             raise AdapterTooLarge(f"{num_bytes} bytes more do not fit the uploads: adapters.upload_bytes")
-        for _, object_id, size in objects:
+        for _, object_id, size in self._by_last_use():
             if excess <= 0:
                 return
             if self._evict(object_id):

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.errors import InvalidApiKey
 from loraplex.auth.limits.policy import Limits
-from loraplex.auth.store.changes import ACCESS, ChangeWatch, announce
+from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch, announce
 from loraplex.auth.tenants import Tenants
 
 
@@ -32,6 +32,31 @@ async def test_watch_calls_back_once_for_each_look_that_finds_a_change(database:
     await watch.look()
     await watch.look()
     assert calls == 1
+    await watch.__aexit__()
+
+
+async def test_topic_that_rests_is_called_back_later_and_not_forgotten(database: AsyncEngine) -> None:
+    calls = 0
+
+    async def slow() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0.3)  # the second look comes within four times as long
+
+    watch = ChangeWatch(database, poll_seconds=3600)
+    watch.on(CATALOGUE, slow, rests=True)
+    await watch.__aenter__()
+    for _ in range(2):
+        async with database.begin() as connection:
+            await announce(connection, CATALOGUE)
+        await watch.look()
+    assert calls == 1
+    async with asyncio.timeout(30):
+        while calls == 1:
+            await watch.look()
+            await asyncio.sleep(0.05)
+    await watch.look()
+    assert calls == 2
     await watch.__aexit__()
 
 

@@ -107,16 +107,16 @@ async def test_reload_that_read_first_never_replaces_one_that_read_later(
     """The first reading of the table is held until a registration after it is complete, or as good as."""
     source = str(write_adapter(tmp_path / "a"))
     read, go_on = asyncio.Event(), asyncio.Event()
-    execute = AsyncConnection.execute
+    stream = AsyncConnection.stream
 
-    async def slow_execute(self: AsyncConnection, *arguments: Any) -> Any:
-        result = await execute(self, *arguments)
-        if str(arguments[0]).startswith("SELECT") and not read.is_set():
+    async def slow_stream(self: AsyncConnection, *arguments: Any) -> Any:
+        result = await stream(self, *arguments)
+        if not read.is_set():
             read.set()
             await go_on.wait()
         return result
 
-    monkeypatch.setattr(AsyncConnection, "execute", slow_execute)
+    monkeypatch.setattr(AsyncConnection, "stream", slow_stream)
     early = asyncio.create_task(catalogue.reload())
     await read.wait()
     registering = asyncio.create_task(catalogue.register("late", source))

@@ -1,15 +1,18 @@
-"""A Hugging Face hub on loopback: the model listing, HEAD and GET of files with ranges, and trouble on demand."""
+"""A Hugging Face hub on loopback: model listing, HEAD and GET of files with ranges; trouble and slowness on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+_PIECE_SECONDS = 0.05
 
 
 @dataclass
@@ -34,6 +37,7 @@ class FakeHub:
     """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes.
 
     `requests` are (method, path, headers by their names in small letters).
+    `bytes_per_second` slows each file down. `busy_seconds` is how long requests for a repository were being answered.
     """
 
     url: str = ""
@@ -43,6 +47,8 @@ class FakeHub:
     cut_after: int | None = None
     raw_listing: bytes | None = None
     hold: threading.Event | None = None
+    bytes_per_second: float | None = None
+    busy_seconds: dict[str, float] = field(default_factory=dict)
     holding: threading.Event = field(default_factory=threading.Event)
 
     def repository(self, name: str, files: dict[str, bytes]) -> tuple[Repository, str]:
@@ -70,6 +76,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         sent = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append((self.command, path, sent))
+        began = time.perf_counter()
+        self._answer(path)
+        name = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        self.hub.busy_seconds[name] = self.hub.busy_seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _answer(self, path: str) -> None:
         if self.hub.failures:
             return self._send(self.hub.failures.pop(0))
         parts = path.strip("/").split("/")
@@ -146,9 +158,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.hold.wait(30)
             body = body[1:]
         try:
-            self.wfile.write(body)
+            self._write(body)
         except OSError:  # the client left
             self.close_connection = True
+
+    def _write(self, body: bytes) -> None:
+        """At once, or in pieces of which each leaves when it is due."""
+        rate = self.hub.bytes_per_second
+        if rate is None or "/resolve/" not in self.path:
+            self.wfile.write(body)
+            return
+        self.wfile.flush()
+        began, piece = time.perf_counter(), max(1, int(rate * _PIECE_SECONDS))
+        for offset in range(0, len(body), piece):
+            sent = body[offset : offset + piece]
+            time.sleep(max(0.0, began + (offset + len(sent)) / rate - time.perf_counter()))
+            self.wfile.write(sent)
+            self.wfile.flush()
 
 
 @contextmanager

@@ -121,6 +121,20 @@ class Oracle:
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
+    def agrees(self, prompt: list[int], told: list[int], num_tokens: int, adapter: Adapter | None) -> bool:
+        """Whether `told` is the greedy answer, or leaves it where the two best logits are within 1e-3.
+
+        Two orders of float32 sums part such logits by chance; what follows is another answer then.
+        """
+        expected = self.greedy(prompt, num_tokens, adapter)
+        if told == expected:
+            return True
+        place = next((place for place, pair in enumerate(zip(told, expected, strict=False)) if pair[0] != pair[1]), -1)
+        if place < 0:
+            return False
+        best = self.logits([*prompt, *expected[:place]], adapter)[-1].topk(2)
+        return told[place] in best.indices.tolist() and float(best.values[0] - best.values[1]) < 1e-3
+
     @torch.inference_mode()
     def logits(self, token_ids: list[int], adapter: Adapter | None) -> torch.Tensor:
         """Shape [T, V]."""
