@@ -33,7 +33,7 @@ from loraplex.gateway.server import listen, serve
 from loraplex.gateway.services import open_services
 
 WEIGHTS = {"one": 1.0, "three": 3.0, "quiet": 1.0, "noisy": 1.0}
-VOCABULARY = range(10, 2000)
+VOCABULARY = range(10, 1500)  # of the 1,536 of the demo
 
 
 async def run_server() -> None:
