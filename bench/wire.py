@@ -18,7 +18,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,18 @@ from loraplex.gateway.services import open_services
 
 MODEL = "echo"
 DONE = b"data: [DONE]\n\n"
+_TEXT = b'"content":"x"'
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
 
 
 class Load(BaseModel):
-    """What one round asks of a server."""
+    """What one round asks of a server. `step` is in seconds; `home` is a directory of the round's own."""
 
     streams: int
     tokens: int
     step: float
     requests: int
+    home: str = ""
 
 
 def frame(text: str) -> bytes:
@@ -145,28 +148,27 @@ async def run_fastapi(load: Load, told: Connection) -> None:
 
 async def run_gateway(load: Load, told: Connection) -> None:
     """The product over the echo engine: keys, limits and the ledger are on."""
-    with tempfile.TemporaryDirectory() as name:
-        home = Path(name)
-        settings = Settings(
-            model=Model(path=name, name=MODEL, max_model_len=4096),
-            server=Server(port=0),
-            engine=EngineSettings(kind="echo"),
-            adapters=Adapters(cache_dir=str(home / "cache")),
-            database=Database(url=f"sqlite+aiosqlite:///{home / 'db'}"),
-            auth=Auth(pepper_file=str(home / "pepper")),
-            files=FileSettings(directory=str(home / "files")),
-        )
-        with listen(settings) as listener:
-            async with open_services(settings) as services:
-                services.engine._step_seconds = load.step  # type: ignore[attr-defined]
-                limits = Limits(requests_per_minute=10**9, output_tokens_per_minute=10**12, tokens_per_day=2**50)
-                tenant = await services.tenants.create_tenant("bench", limits)
-                key = await services.tenants.create_key(tenant.id, "bench")
+    home = Path(load.home)
+    settings = Settings(
+        model=Model(path=load.home, name=MODEL, max_model_len=4096),
+        server=Server(port=0),
+        engine=EngineSettings(kind="echo"),
+        adapters=Adapters(cache_dir=str(home / "cache")),
+        database=Database(url=f"sqlite+aiosqlite:///{home / 'db'}"),
+        auth=Auth(pepper_file=str(home / "pepper")),
+        files=FileSettings(directory=str(home / "files")),
+    )
+    with listen(settings) as listener:
+        async with open_services(settings) as services:
+            services.engine._step_seconds = load.step  # type: ignore[attr-defined]
+            limits = Limits(requests_per_minute=10**9, output_tokens_per_minute=10**12, tokens_per_day=2**50)
+            tenant = await services.tenants.create_tenant("bench", limits)
+            key = await services.tenants.create_key(tenant.id, "bench")
 
-                async def on_ready() -> None:
-                    told.send((listener.getsockname()[1], key.key))
+            async def on_ready() -> None:
+                told.send((listener.getsockname()[1], key.key))
 
-                await serve(settings, services, listener, lambda _: None, on_ready)
+            await serve(settings, services, listener, lambda _: None, on_ready)
 
 
 SERVERS: dict[str, Callable[[Load, Connection], Any]] = {
@@ -197,14 +199,13 @@ async def read_stream(port: int, payload: bytes, gaps: list[float]) -> int:
     count, before, data = 0, 0.0, b""
     while b"[DONE]" not in data:
         more = await reader.read(2**16)
-        assert more, data[-500:]
-        now = time.perf_counter()
-        found = more.count(b'"content":"x"')
+        assert more, data
+        data = data[-len(_TEXT) + 1 :] + more  # a frame may come in two pieces
+        found, now = data.count(_TEXT), time.perf_counter()
         if found:
             gaps.append(now - before)
             before = now
         count += found
-        data = data[-64:] + more
     writer.close()
     return count
 
@@ -226,40 +227,54 @@ async def read_answers(port: int, payload: bytes, number: int) -> list[float]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time of a process so far, of its threads that ended too. Linux counts it in nanoseconds."""
+    return time.clock_gettime(~pid << 3 | 2)  # the kernel's number of another process's clock, clock_getcpuclockid(3)
 
 
-async def measure(name: str, load: Load) -> dict[str, float]:
-    """One server alone: its figures for streams, then for single answers."""
+@contextmanager
+def serving(name: str, load: Load) -> Iterator[tuple[int, int, str]]:
+    """One server alone, for as long as the block: its process, its port, a key. Raises EOFError if it ended at once."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(name, load, theirs), daemon=True)
-    process.start()
-    try:
-        assert await asyncio.to_thread(ours.poll, 90), f"{name} did not start"
-        port, key = ours.recv()
-        warm = request(load, key, stream=False)
-        await read_answers(port, warm, 20)
+    with tempfile.TemporaryDirectory(prefix="loraplex-wire-") as home:
+        ours, theirs = context.Pipe()
+        arguments = name, load.model_copy(update={"home": home}), theirs
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()  # or nobody would learn that the process ended
+        try:
+            assert ours.poll(90), f"{name} was not ready in time"
+            port, key = ours.recv()
+            assert process.pid is not None
+            yield process.pid, port, key
+        finally:
+            process.kill()
+            process.join()
+
+
+async def measure_streams(name: str, load: Load) -> dict[str, float]:
+    """What its streams cost a server, and how evenly they come."""
+    with serving(name, load) as (pid, port, key):
+        await read_answers(port, request(load, key, stream=False), 20)
         gaps: list[list[float]] = [[] for _ in range(load.streams)]
         payload = request(load, key, stream=True)
-        cpu, began = cpu_seconds(process.pid or 0), time.perf_counter()
+        cpu, began = cpu_seconds(pid), time.perf_counter()
         counts = await asyncio.gather(*(read_stream(port, payload, one) for one in gaps))
-        seconds, used = time.perf_counter() - began, cpu_seconds(process.pid or 0) - cpu
-        assert set(counts) == {load.tokens}, set(counts)
-        between = sorted(gap for one in gaps for gap in one[1:])
-        quiet = load.model_copy(update={"step": 0.0})
-        took = await read_answers(port, request(quiet, key, stream=False), load.requests)
-        return {
-            "cpu us/token": used / sum(counts) * 1e6,
-            "tokens/s": sum(counts) / seconds,
-            "p99 gap ms": between[int(len(between) * 0.99)] * 1e3,
-            "request p50 ms": statistics.median(took) * 1e3,
-        }
-    finally:
-        process.kill()
-        process.join()
+        seconds, used = time.perf_counter() - began, cpu_seconds(pid) - cpu
+    assert set(counts) == {load.tokens}, set(counts)
+    between = sorted(gap for one in gaps for gap in one[1:])
+    return {
+        "cpu us/token": used / sum(counts) * 1e6,
+        "tokens/s": sum(counts) / seconds,
+        "p99 gap ms": between[int(len(between) * 0.99)] * 1e3,
+    }
+
+
+async def measure_answers(name: str, load: Load) -> float:
+    """Milliseconds of a request that does not stream, at p50; the engine answers at once."""
+    with serving(name, load.model_copy(update={"step": 0.0})) as (_, port, key):
+        payload = request(load, key, stream=False)
+        await read_answers(port, payload, min(200, load.requests))
+        return statistics.median(await read_answers(port, payload, load.requests)) * 1e3
 
 
 def main() -> None:
@@ -272,16 +287,14 @@ def main() -> None:
     chosen = parser.parse_args()
     os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
     load = Load(streams=chosen.streams, tokens=chosen.tokens, step=chosen.step_ms / 1e3, requests=chosen.requests)
-    plain = load.model_copy(update={"step": 0.0, "streams": 1})
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in SERVERS}
     single: dict[str, list[float]] = {name: [] for name in SERVERS}
     for _ in range(chosen.rounds):
         for name in SERVERS:
-            rounds[name].append(uvloop.run(measure(name, load)))
-            single[name].append(uvloop.run(measure(name, plain))["request p50 ms"])
-    middle = {name: {what: statistics.median(one[what] for one in found) for what in found[0]}
-              for name, found in rounds.items()}  # fmt: skip
-    for name, figures in middle.items():
+            rounds[name].append(uvloop.run(measure_streams(name, load)))
+            single[name].append(uvloop.run(measure_answers(name, load)))
+    for name, found in rounds.items():
+        figures = {what: statistics.median(one[what] for one in found) for what in found[0]}
         figures["request p50 ms"] = statistics.median(single[name])
         print(f"{name:8}", "  ".join(f"{what} {value:.2f}" for what, value in figures.items()))
     for other in ("floor", "fastapi"):
