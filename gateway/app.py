@@ -70,7 +70,7 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
             *chat_routes(engine, catalogue, answers, settings.model),
             *completion_routes(engine, catalogue, answers),
             *response_routes(engine, catalogue, answers, services.responses, settings.model),
-            *model_routes(catalogue, started_at=int(time.time())),
+            *model_routes(catalogue, engine, started_at=int(time.time())),
             *lorax_routes(settings, engine, catalogue, adapters, answers, embedder),
             *embedding_routes(engine, catalogue, embedder),
             *token_routes(engine, catalogue, settings.model),

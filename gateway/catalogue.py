@@ -106,12 +106,11 @@ class Catalogue:
         if model == self.base:
             self._require_allowed(model, model, caller)
             return Route(base=self.base, adapter=None)
-        name, _, wanted = model.partition("@")
-        entry = self._find(name, caller)
-        version = None if entry is None else _version_of(entry, wanted if "@" in model else None)
-        if entry is None or (version is None and ("@" in model or not entry.targets)):
+        found = self._named(model, caller)
+        if found is None:
             raise ModelNotFound(f"The model {model!r} does not exist or you do not have access to it.", "model")
-        self._require_allowed(model, name, caller)
+        entry, version = found
+        self._require_allowed(model, entry.name, caller)
         self._upkeep.note_use(entry.key)
         if entry.targets:
             entry, version = self._target(entry, user)
@@ -126,6 +125,11 @@ class Catalogue:
         """The source of an adapter this caller may know of; "" for the base; None where there is no such model."""
         entry = self._find(model.partition("@")[0], caller)
         return entry.source if entry is not None else "" if model == self.base else None
+
+    def find(self, model: str, caller: Caller) -> tuple[Registered, Version | None] | None:
+        """What `name` or `name@version` stands for, ready or not, if this caller may use it; a route has no version."""
+        found = self._named(model, caller)
+        return found if found is not None and self._is_allowed(model, found[0].name, caller) else None
 
     def visible(self, caller: Caller) -> list[Registered]:
         """What this caller may use beside the base, oldest first."""
@@ -341,14 +345,26 @@ class Catalogue:
         await self._refresh(entry.key)
         return msgspec.structs.replace(version, path=found["path"])
 
+    def _named(self, model: str, caller: Caller) -> tuple[Registered, Version | None] | None:
+        """None where this caller has no such name, or the name no such version."""
+        name, at, wanted = model.partition("@")
+        entry = self._find(name, caller)
+        version = None if entry is None else _version_of(entry, wanted if at else None)
+        if entry is None or (version is None and (at or not entry.targets)):
+            return None
+        return entry, version
+
     def _find(self, name: str, caller: Caller) -> Registered | None:
         return self._lookup(caller.tenant_id, name)
 
     def _lookup(self, tenant_id: str, name: str) -> Registered | None:
         return self._snapshot.get((tenant_id, name)) or self._snapshot.get((SHARED, name))
 
+    def _is_allowed(self, model: str, name: str, caller: Caller) -> bool:
+        return caller.policy.may_use(name) or caller.policy.may_use(model)
+
     def _require_allowed(self, model: str, name: str, caller: Caller) -> None:
-        if not (caller.policy.may_use(name) or caller.policy.may_use(model)):
+        if not self._is_allowed(model, name, caller):
             raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
 
     def _target(self, route: Registered, user: str | None) -> tuple[Registered, Version]:

@@ -1,27 +1,47 @@
-"""GET /v1/models and /v1/models/{id}: the base first, then the adapters the caller may use."""
+"""/v1/models and /v1/models/{id}: the base first, then the adapters the caller may use.
+
+The list has what can be asked right now. A model may be shown by its name, in either way of writing a slash, or by
+`name@version`, also while it arrives or after it failed. Deleting one is a matter of those who manage its tenant.
+"""
 
 from typing import Any, Literal
 
-from litestar import Request, Response, get
+from litestar import Request, Response, delete, get
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
-from loraplex.gateway.adapter_records import Registered
+from loraplex.engines.protocol import Engine, HealthState
+from loraplex.gateway.adapter_records import Registered, State, Version
+from loraplex.gateway.admin.scope import scope_of
+from loraplex.gateway.audit import tell_audit
 from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.errors import ModelNotFound
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.errors import MalformedRequest, ModelNotFound
+from loraplex.gateway.guards import caller_of, require_inference, require_tenant_admin
 from loraplex.gateway.replies import json_reply
 
 
+class AdapterVersion(Struct):
+    """What of an adapter answers. `id` is the hash of its files, "" until they are here; `rank` is null till then."""
+
+    version: int
+    id: str
+    rank: int | None
+
+
 class ModelCard(Struct):
-    """One model. `parent` and `root` as vLLM gives them: the base of an adapter, and where it came from."""
+    """One model. `parent` and `root` as vLLM gives them: the base of an adapter, and where it came from.
+
+    `state` is the engine's for the base, the version's for an adapter. The base and routes have no `adapter`.
+    """
 
     id: str
     created: int
+    state: HealthState | State
     owned_by: str = "loraplex"
     object: Literal["model"] = "model"
     root: str | None = None
     parent: str | None = None
+    adapter: AdapterVersion | None = None
 
 
 class ModelList(Struct):
@@ -29,29 +49,62 @@ class ModelList(Struct):
     object: Literal["list"] = "list"
 
 
-def model_routes(catalogue: Catalogue, started_at: int) -> list[HTTPRouteHandler]:
-    """The handlers of this resource. `started_at` is the base's time of creation, in seconds since 1970."""
+class ModelDeleted(Struct):
+    id: str
+    deleted: Literal[True] = True
+    object: Literal["model"] = "model"
 
-    def cards(request: Request[Any, Any, Any]) -> list[ModelCard]:
-        caller = caller_of(request)
-        base = ModelCard(id=catalogue.base, created=started_at, root=catalogue.base)
-        adapters = [_card(entry, catalogue.base) for entry in catalogue.visible(caller)]
-        return [base, *adapters] if caller.policy.may_use(catalogue.base) else adapters
+
+def model_routes(catalogue: Catalogue, engine: Engine, started_at: int) -> list[HTTPRouteHandler]:
+    """The handlers of this resource. `started_at` is the base's time of creation, in seconds since 1970."""
+    base = catalogue.base
+
+    def base_card() -> ModelCard:
+        return ModelCard(base, started_at, engine.health().state, root=base)
 
     @get("/v1/models", guards=[require_inference])
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
-        return json_reply(ModelList(data=cards(request)))
+        caller = caller_of(request)
+        cards = [base_card()] if caller.policy.may_use(base) else []
+        cards += [
+            _card(entry.name, entry, None if entry.targets else entry.shown, base)
+            for entry in catalogue.visible(caller)
+        ]
+        return json_reply(ModelList(cards))
 
     @get("/v1/models/{name:path}", guards=[require_inference])
     async def retrieve_model(request: Request[Any, Any, Any]) -> Response[bytes]:
-        name = str(request.path_params["name"]).lstrip("/")
-        card = next((card for card in cards(request) if card.id == name), None)
-        if card is None:
+        name, caller = _name(request), caller_of(request)
+        if name == base and caller.policy.may_use(base):
+            return json_reply(base_card())
+        found = catalogue.find(name, caller)
+        if found is None:
             raise ModelNotFound(f"The model {name!r} does not exist or you do not have access to it.", "model")
-        return json_reply(card)
+        return json_reply(_card(name, *found, base))
 
-    return [list_models, retrieve_model]
+    @delete("/v1/models/{name:path}", status_code=200, guards=[require_tenant_admin])
+    async def delete_model(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """An adapter or a route; an admin's are the shared ones, or with `?tenant_id=` a tenant's."""
+        key = scope_of(request), _name(request)
+        tell_audit(request, f"adapters/{key[1]}", tenant_id=key[0])
+        if key[1] == base:
+            raise MalformedRequest("The base model cannot be deleted.", "model")
+        if not catalogue.has(key):
+            raise ModelNotFound(f"The model {key[1]!r} does not exist or is not yours to delete.", "model")
+        await catalogue.remove(*key)
+        return json_reply(ModelDeleted(key[1]))
+
+    return [list_models, retrieve_model, delete_model]
 
 
-def _card(entry: Registered, base: str) -> ModelCard:
-    return ModelCard(id=entry.name, created=int(entry.created_at), root=entry.source or base, parent=base)
+def _name(request: Request[Any, Any, Any]) -> str:
+    return str(request.path_params["name"]).lstrip("/")
+
+
+def _card(shown_as: str, entry: Registered, version: Version | None, base: str) -> ModelCard:
+    """`version` is None for a route."""
+    if version is None:
+        return ModelCard(shown_as, int(entry.created_at), "ready", root=base, parent=base)
+    adapter = AdapterVersion(version.number, version.adapter_id, version.card.rank if version.card else None)
+    created = int(version.created_at if "@" in shown_as else entry.created_at)
+    return ModelCard(shown_as, created, version.state, root=version.source, parent=base, adapter=adapter)

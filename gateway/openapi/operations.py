@@ -147,6 +147,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "GET /v1/models": Operation(answer=models.ModelList),
     "GET /v1/models/{name}": Operation(answer=models.ModelCard, errors=(401, 403, 404)),
+    "DELETE /v1/models/{name}": _admin(400, 404, 409, answer=models.ModelDeleted),
     "POST /v1/files": Operation(form=Upload, answer=files.FileObject, errors=WRITES),
     "GET /v1/files": Operation(query=files.FileQuery, answer=files.FileList, errors=(400, 401, 403, 404)),
     "GET /v1/files/{file_id}": Operation(answer=files.FileObject, errors=(401, 403, 404)),

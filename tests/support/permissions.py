@@ -152,6 +152,7 @@ ROWS = (
     Row("POST", "/v1/embeddings", OWNERS, body={"model": "{model}", "input": "x"}),
     Row("GET", "/v1/models", CALLERS),
     Row("GET", "/v1/models/{model}", OWNERS),
+    Row("DELETE", "/v1/models/{adapter}" + _OF, MANAGERS),
     Row("POST", "/v1/responses", OWNERS, body=_RESPOND),
     Row("POST", "/v1/responses/input_tokens", OWNERS, body=_RESPOND),
     Row("POST", "/v1/responses/compact", CALLERS, 400, {}),  # not offered
