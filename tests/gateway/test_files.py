@@ -15,9 +15,6 @@ import pytest
 from openai import OpenAI
 from support.gateway import Gateway
 from support.problems import assert_problem
-from support.strict import strictly
-
-from openai.types import FileDeleted, FileObject  # isort: skip
 
 CONTENT = b'{"custom_id": "a"}\n' * 3
 
@@ -46,13 +43,6 @@ def test_file_lives_its_life(client: OpenAI, gateway: Gateway) -> None:
         client.files.content(made.id)
     assert caught.value.code == "file_not_found"
     assert not (Path(gateway.services.files.path(gateway.tenant_id, made.id))).exists()
-
-
-def test_file_is_strictly_the_sdks_type(gateway: Gateway) -> None:
-    made = strictly(FileObject, upload(gateway, ("purpose", (None, "batch")), ("file", ("a", CONTENT))))
-    with gateway.client() as client:
-        strictly(FileObject, client.get(f"/v1/files/{made.id}"))
-        strictly(FileDeleted, client.delete(f"/v1/files/{made.id}"))
 
 
 def test_list_goes_through_pages_in_either_order(gateway: Gateway) -> None:

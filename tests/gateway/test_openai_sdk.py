@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from support.gateway import BASE, Gateway
 
 
@@ -106,15 +105,6 @@ def test_stream_frames_are_exact(gateway: Gateway) -> None:
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     assert "usage" not in json.loads(frames(gateway, messages=user("ab"))[0].removeprefix(b"data: "))
-
-
-def test_every_chunk_and_answer_is_strictly_the_sdks_type(gateway: Gateway) -> None:
-    body = {"messages": user("hé"), "logprobs": True, "top_logprobs": 1, "n": 2}
-    for frame in frames(gateway, **body, stream_options={"include_usage": True})[:-1]:
-        ChatCompletionChunk.model_validate_json(frame.removeprefix(b"data: "), strict=True)
-    with gateway.client() as client:
-        answer = client.post("/v1/chat/completions", json={"model": BASE, **body})
-    ChatCompletion.model_validate_json(answer.content, strict=True)
 
 
 def test_stream_silence_is_filled_with_comments(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI
-from openai.types import Model
 from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
@@ -153,15 +152,3 @@ async def test_async_sdk_reads_answers_and_models(gateway: Gateway) -> None:
         texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
         assert "".join(texts) == "team/echo-one: hi"
         assert [model.id async for model in client.models.list()] == [BASE, "team/echo-one"]
-
-
-def test_models_are_strictly_the_sdks_type(gateway: Gateway) -> None:
-    with gateway.client() as client:
-        listed = client.get("/v1/models").json()
-        assert listed["object"] == "list"
-        for model in listed["data"]:
-            Model.model_validate(model, strict=True)
-        one = client.get("/v1/models/team%2Fecho-one")
-        Model.model_validate_json(one.content, strict=True)
-        assert one.json()["parent"] == BASE
-        assert one.json() == listed["data"][1]
