@@ -1,7 +1,8 @@
 """Unmodified clients against `loraplex demo`: what they get is what plain HTTP gets, and that is the adapter's voice.
 
-Those that need an older OpenAI SDK share one environment; OpenAI's package for Node has a directory of its own. Both
-are installed once and kept; that takes a minute or more, so these are not in the default run.
+OpenAI's newest SDK is in the environment of the tests; its second major version, its package for Node, and the
+frameworks that build on the SDK are each installed once and kept. The frameworks take a minute, so they are not in the
+default run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from loraplex.config.demo.voices import speaks_like
 MODEL = "pirate"
 PROMPT = EXAMPLE_PROMPTS[0]
 SCRIPTS = Path(__file__).parent / "clients"
-FRAMEWORKS = ["openai>=2,<3", "langchain-openai", "litellm", "instructor", "llama-index-llms-openai-like"]
+OPENAI_TWO = ["openai>=2,<3"]
+FRAMEWORKS = [*OPENAI_TWO, "langchain-openai", "litellm", "instructor", "llama-index-llms-openai-like"]
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +40,23 @@ def expected(demo: Demo) -> str:
     return text
 
 
-def run(client: str, demo: Demo, model: str = MODEL) -> dict[str, Any]:
-    python = client_python("frameworks", FRAMEWORKS)
+def run(python: Path, client: str, demo: Demo, model: str = MODEL) -> dict[str, Any]:
     arguments = [client, demo.base_url, demo.api_key, model, PROMPT]
     found: dict[str, Any] = run_in(python, SCRIPTS / "frameworks.py", arguments)
     return found
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def frameworks() -> Path:
+    return client_python("frameworks", FRAMEWORKS)
+
+
 @pytest.mark.timeout(420)
-def test_openai_python_two(demo: Demo, expected: str) -> None:
-    found = run("openai_two", demo)
-    assert found.pop("version").startswith("2.")
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_openai_python(demo: Demo, expected: str, version: str) -> None:
+    python = client_python("openai-two", OPENAI_TWO) if version == "2" else Path(sys.executable)
+    found = run(python, "openai", demo)
+    assert found.pop("version").split(".")[0] == version
     assert found.pop("parsed")
     assert found == dict.fromkeys(
         ("whole", "streamed", "final", "asynchronous", "response", "streamed_response"), expected
@@ -57,33 +65,32 @@ def test_openai_python_two(demo: Demo, expected: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_langchain(demo: Demo, expected: str) -> None:
-    found = run("langchain", demo)
+def test_langchain(frameworks: Path, demo: Demo, expected: str) -> None:
+    found = run(frameworks, "langchain", demo)
     assert found.pop("batch") == [expected, expected]
     assert found == dict.fromkeys(("whole", "streamed", "asynchronous"), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_litellm(demo: Demo, expected: str) -> None:
-    found = run("litellm", demo)
+def test_litellm(frameworks: Path, demo: Demo, expected: str) -> None:
+    found = run(frameworks, "litellm", demo)
     assert found.pop("refused") == "NotFoundError"
     assert found == dict.fromkeys(("whole", "streamed", "asynchronous"), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_instructor(demo: Demo) -> None:
-    assert run("instructor", demo, "json") == {"JSON_SCHEMA": True, "TOOLS": True}
+def test_instructor(frameworks: Path, demo: Demo) -> None:
+    assert run(frameworks, "instructor", demo, "json") == {"JSON_SCHEMA": True, "TOOLS": True}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_llama_index(demo: Demo, expected: str) -> None:
-    assert run("llama_index", demo) == {"whole": expected, "streamed": expected}
+def test_llama_index(frameworks: Path, demo: Demo, expected: str) -> None:
+    assert run(frameworks, "llama_index", demo) == {"whole": expected, "streamed": expected}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_openai_node(demo: Demo, expected: str) -> None:
     entry = node_package("openai") / "index.mjs"

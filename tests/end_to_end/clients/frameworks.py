@@ -9,13 +9,13 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 LIMIT = 48
 
 
-def openai_two(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
-    import openai
+def openai(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
+    import openai as client_package
     from openai import AsyncOpenAI, OpenAI
     from pydantic import BaseModel
 
@@ -23,7 +23,7 @@ def openai_two(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
     options: Any = {"model": model, "messages": messages, "temperature": 0, "max_tokens": LIMIT}
 
     class Answer(BaseModel):
-        colour: str
+        colour: Literal["red", "blue"]
 
     async def asynchronous() -> str:
         async with AsyncOpenAI(base_url=url, api_key=key) as client:
@@ -41,7 +41,7 @@ def openai_two(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
                 pass
             streamed_response = events.get_final_response().output_text
         return {
-            "version": openai.__version__,
+            "version": client_package.__version__,
             "whole": whole,
             "streamed": deltas,
             "final": final,
@@ -87,11 +87,11 @@ def litellm(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
 def instructor(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
     import instructor as client
     from openai import OpenAI
-    from pydantic import BaseModel
+    from pydantic import BaseModel, Field
 
-    class Person(BaseModel):
-        name: str
-        age: int
+    class Person(BaseModel):  # of bounded length: the demo's model rarely thinks of ending a string or a number
+        name: Literal["Anna", "Ben"]
+        age: Annotated[int, Field(ge=0, le=99)]
 
     found = {}
     for mode in (client.Mode.JSON_SCHEMA, client.Mode.TOOLS):
@@ -117,7 +117,7 @@ def llama_index(url: str, key: str, model: str, prompt: str) -> dict[str, Any]:
 
 
 CLIENTS: dict[str, Callable[[str, str, str, str], dict[str, Any]]] = {
-    "openai_two": openai_two,
+    "openai": openai,
     "langchain": langchain,
     "litellm": litellm,
     "instructor": instructor,
