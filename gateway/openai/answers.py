@@ -113,7 +113,8 @@ class Answers:
             answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
             events = [meter.watch(self._events(body.model, choice)) for choice in choices]
             if caller.policy.logs_prompts:
-                record = self._prompt_log.record(caller, demand, choices, body.num_choices, self._engine.tokenizer)
+                tokenizer = await self._engine.tokenizer_of(choices[0].adapter)
+                record = self._prompt_log.record(caller, demand, choices, body.num_choices, tokenizer)
                 meter.at_end(record.end)
                 events = [record.watch(number, each) for number, each in enumerate(events)]
             if body.stream:
