@@ -299,13 +299,12 @@ def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     with writer(tmp_path / "cache", 800_000, 1), writer(tmp_path / "cache", 800_000, 2):
         cache = DiskCache(tmp_path / "cache", 800_000)
         with put_and_hold(cache, blob(0)) as mine:
-            seen = set()
-            for _ in range(20):
+            seen: set[str] = set()
+            while len(seen) <= 20:  # the others come and go, however slow this machine is
                 time.sleep(0.02)
                 cache.verify(mine.id)
                 seen |= set(cache.ids())
             assert mine.id in cache.ids()
-    assert len(seen) > 20  # the others came and went
 
 
 def test_lock_of_a_killed_holder_is_gone(tmp_path: Path) -> None:
