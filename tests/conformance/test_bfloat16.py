@@ -61,7 +61,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(architecture: str, tm
     features = [Feature("lora", 8, attention_only), Feature("dora", 4, _dora)]
     trained = [make_feature_adapter(base, feature, tmp_path / feature.name, torch.bfloat16) for feature in features]
     theirs: dict[Adapter | None, Any] = {one.adapter: one.model for one in trained}
-    theirs[None] = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    theirs[None] = plain.eval()
     core = make_core(base, dtype="bfloat16")
     asked = [
         Asked(f"{number}-{adapter.name if adapter else None}", prompt, adapter)

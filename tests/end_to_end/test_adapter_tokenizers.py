@@ -63,7 +63,7 @@ def test_adapter_speaks_by_its_own_files_and_its_neighbours_by_the_bases(
 ) -> None:
     assert register(gateway, small, "plain").status_code == 201
     assert register(gateway, small, "own", **own_files(tmp_path)).status_code == 201
-    oracle = AutoTokenizer.from_pretrained(tmp_path)
+    oracle: Any = AutoTokenizer.from_pretrained(tmp_path)
     prompt = oracle.apply_chat_template(ASK, mood="calm", return_dict=False)
     assert 262 in prompt, "the added token"
     adapter = small.adapters["rank-8"]
@@ -79,7 +79,7 @@ def test_adapter_speaks_by_its_own_files_and_its_neighbours_by_the_bases(
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert streamed == answer.choices[0].message.content
         for model in ("small", "plain"):
-            theirs = AutoTokenizer.from_pretrained(small.directory)
+            theirs: Any = AutoTokenizer.from_pretrained(small.directory)
             prompt = theirs.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False)
             expected = small.oracle.greedy(prompt, 12, adapter if model == "plain" else None)
             answer = client.chat.completions.create(model=model, **options)
