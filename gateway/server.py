@@ -20,6 +20,9 @@ from loraplex.gateway.connections import protocol_for
 from loraplex.gateway.services import Services
 
 _log = logging.getLogger("loraplex.gateway")
+# Longer than clients keep an idle connection (httpx, and so OpenAI's SDK, 5 s; aiohttp 15 s). uvicorn's own 5 s close
+# it just as the next request is sent, which the client then sees as a server that left without an answer.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(uvicorn.Server):
@@ -88,6 +91,7 @@ async def serve(
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             proxy_headers=bool(settings.server.trusted_proxies),
             forwarded_allow_ips=list(settings.server.trusted_proxies),
             timeout_graceful_shutdown=math.ceil(settings.server.drain_seconds) + 2,  # for what the engine cannot end

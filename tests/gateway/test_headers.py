@@ -28,7 +28,7 @@ class Case(NamedTuple):
     """What is asked under which limits, so many times; how the last one ends, and the headers it has of `TOLD`."""
 
     limits: dict[str, Any]
-    count: int
+    times: int
     max_tokens: int
     status: int
     code: str
@@ -74,7 +74,7 @@ def test_headers_of_answers_and_of_refusals(
     key = case.key or key_with(gateway, case.limits)
     monkeypatch.setattr(gateway.services.engine, "_state", case.state)
     with gateway.client(key) as client:
-        for _ in range(case.count):
+        for _ in range(case.times):
             answer = client.post(route, json=body_of(route, case, stream), headers={"x-request-id": "of-the-test"})
             if answer.status_code != 200:
                 break
@@ -97,7 +97,7 @@ def check_values(answer: httpx.Response, case: Case) -> None:
         assert headers["x-should-retry"] == "false"
     if case.told >= REQUESTS:
         assert headers["x-ratelimit-limit-requests"] == str(case.limits["requests_per_minute"])
-        remaining = {200: "4", 429: "0" if case.count > 1 else "5"}[case.status]  # a refusal takes nothing
+        remaining = {200: "4", 429: "0" if case.times > 1 else "5"}[case.status]  # a refusal takes nothing
         assert headers["x-ratelimit-remaining-requests"] == remaining
     if case.told >= TOKENS:
         assert headers["x-ratelimit-limit-tokens"] == str(case.limits["output_tokens_per_minute"])
