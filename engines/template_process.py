@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from loraplex.engines.chat_template import ChatTemplate
-from loraplex.engines.errors import EngineError, InvalidRequest
+from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import ChatMessage
 
 MAX_CPU_SECONDS = 2.0  # of computing, so that a busy machine does not count
@@ -61,8 +61,8 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
     is_last: bool = False
 
 
-class TemplateExhausted(EngineError):
-    """The template's process was ended for what it used up."""
+class TemplateExhausted(Exception):
+    """The template's process was ended for what it used up. Whoever asked says what that means to a request."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -90,7 +90,10 @@ def test_slow_body_is_408_and_costs_nothing(strict: Gateway) -> None:
 def test_second_request_of_a_connection_has_bounds_of_its_own(strict: Gateway) -> None:
     with connect(strict) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        first = b""
+        while not first.endswith(b"}"):  # its head and its body may come apart
+            first += connection.recv(65536)
+        assert first.startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         assert answer(connection).startswith(b"HTTP/1.1 408 ")
 
