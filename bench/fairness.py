@@ -29,7 +29,8 @@ import uvloop
 
 from loraplex.auth.limits.policy import Limits
 from loraplex.gateway.demo import BASE_NAME, demo_settings
-from loraplex.gateway.server import listen, serve
+from loraplex.gateway.launch import listen
+from loraplex.gateway.server import serve
 from loraplex.gateway.services import open_services
 
 WEIGHTS = {"one": 1.0, "three": 3.0, "quiet": 1.0, "noisy": 1.0}
@@ -48,7 +49,7 @@ async def run_server() -> None:
             async def on_ready() -> None:
                 print(json.dumps({"port": listener.getsockname()[1], "keys": keys}), flush=True)
 
-            await serve(settings, services, listener, lambda _: None, on_ready)
+            await serve(settings, services, listener, services.engine.start(lambda _: None), on_ready)
 
 
 class Tenant:

@@ -34,7 +34,8 @@ from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Auth, Database, EngineSettings, Model, Server, Settings
 from loraplex.gateway.accounts import Accounts
-from loraplex.gateway.server import listen, serve
+from loraplex.gateway.launch import listen
+from loraplex.gateway.server import serve
 from loraplex.gateway.services import Services, open_services
 
 PLENTY = 10**12
@@ -82,7 +83,7 @@ async def run_server(kind: str, home: Path) -> None:
             async def on_ready() -> None:
                 print(json.dumps({"port": listener.getsockname()[1], "key": key}), flush=True)
 
-            await serve(settings, served, listener, lambda _: None, on_ready)
+            await serve(settings, served, listener, served.engine.start(lambda _: None), on_ready)
 
 
 class Gateway:

@@ -32,7 +32,8 @@ from pydantic import BaseModel
 
 from loraplex.auth.limits.policy import Limits
 from loraplex.config.settings import Adapters, Auth, Database, EngineSettings, FileSettings, Model, Server, Settings
-from loraplex.gateway.server import listen, serve
+from loraplex.gateway.launch import listen
+from loraplex.gateway.server import serve
 from loraplex.gateway.services import open_services
 
 MODEL = "echo"
@@ -168,7 +169,7 @@ async def run_gateway(load: Load, told: Connection) -> None:
             async def on_ready() -> None:
                 told.send((listener.getsockname()[1], key.key))
 
-            await serve(settings, services, listener, lambda _: None, on_ready)
+            await serve(settings, services, listener, services.engine.start(lambda _: None), on_ready)
 
 
 SERVERS: dict[str, Callable[[Load, Connection], Any]] = {

@@ -1,19 +1,22 @@
-"""loraplex demo | serve | check-config, and the operators' commands of `console/`."""
+"""loraplex demo | serve | check-config, and the operators' commands of `console/`.
+
+Nothing here imports the gateway's application, which takes longer than any of the console's commands: see `launch`.
+"""
+
+from __future__ import annotations
 
 import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
 import uvloop
 from rich.console import Console
 from rich.markup import escape
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
 
 from loraplex.config.settings import Settings, SettingsError, load_settings
 from loraplex.engines.build import build_engine
@@ -24,8 +27,11 @@ from loraplex.gateway.console.adapters import add_adapter_commands
 from loraplex.gateway.console.reports import add_report_commands
 from loraplex.gateway.console.routes import add_route_commands
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
-from loraplex.gateway.server import listen, serve
-from loraplex.gateway.services import CannotOpen, Services, open_services
+from loraplex.gateway.errors import CannotOpen
+from loraplex.gateway.launch import launch, listen
+
+if TYPE_CHECKING:
+    from loraplex.gateway.services import Services
 
 _screen = Console(stderr=True, highlight=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -80,6 +86,9 @@ def check_config_command(config: Annotated[Path, typer.Argument(help="A TOML fil
 
 def _without_password(settings: Settings) -> Settings:
     """The same settings, fit to be shown."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
     try:
         shown = make_url(settings.database.url).render_as_string(hide_password=True)
     except ArgumentError:
@@ -135,20 +144,18 @@ async def _serve(
 ) -> None:
     host, port = listener.getsockname()[:2]
     base_url = f"http://{host}:{port}/v1"
-    async with open_services(settings) as services:
-        on_open(services)
-        with _screen.status("Starting") as status:
+    with _screen.status("Starting") as status:
 
-            async def on_ready() -> None:
-                status.stop()
-                await present(services, base_url)
+        async def on_ready(services: Services) -> None:
+            status.stop()
+            await present(services, base_url)
 
-            def on_progress(progress: Progress) -> None:
-                status.update(f"{progress.stage} ({progress.fraction:.0%})")
-                if not _screen.is_terminal:
-                    _screen.print(f"{progress.stage} ({progress.fraction:.0%})")
+        def on_progress(progress: Progress) -> None:
+            status.update(f"{progress.stage} ({progress.fraction:.0%})")
+            if not _screen.is_terminal:
+                _screen.print(f"{progress.stage} ({progress.fraction:.0%})")
 
-            await serve(settings, services, listener, on_progress, on_ready)
+        await launch(settings, listener, on_progress, on_open, on_ready)
 
 
 def _load(config: Path) -> Settings:

@@ -1,9 +1,12 @@
 """The demo: the shipped model and adapters on embedded defaults, in a directory that is gone afterwards."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,7 +22,9 @@ from loraplex.config.settings import (
     Settings,
     environment,
 )
-from loraplex.gateway.services import Services
+
+if TYPE_CHECKING:
+    from loraplex.gateway.services import Services
 
 BASE_NAME = "loraplex-demo"
 

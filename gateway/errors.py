@@ -1,4 +1,8 @@
-"""What the gateway itself refuses; engines and auth raise errors of their own."""
+"""What the gateway itself refuses, and what keeps it from starting; engines and auth raise errors of their own."""
+
+
+class CannotOpen(Exception):
+    """Something that the settings name cannot be used; the message says which setting, and why."""
 
 
 class GatewayError(Exception):

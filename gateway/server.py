@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from loraplex.config.settings import Settings
-from loraplex.engines.protocol import Engine, Progress
+from loraplex.engines.protocol import Engine
 from loraplex.gateway.app import create_app
 from loraplex.gateway.batches.answering import Answerer
 from loraplex.gateway.batches.runner import BatchRunner
@@ -66,21 +66,16 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The listening socket. Raises OSError where the address is taken."""
-    return socket.create_server((settings.server.host, settings.server.port), backlog=1024)
-
-
 async def serve(
     settings: Settings,
     services: Services,
     listener: socket.socket,
-    on_progress: Callable[[Progress], None],
+    started: Awaitable[object],
     on_ready: Callable[[], Awaitable[None]],
 ) -> None:
-    """Serve until a signal. Health is answered while the engine loads; `on_ready` runs once it can serve.
+    """Serve until a signal. Health is answered while the engine loads; `on_ready` runs once it has `started`.
 
-    Raises ModelNotServable if the engine cannot start, and whatever `on_ready` raises.
+    Raises what `started` raises, such as ModelNotServable, and whatever `on_ready` raises. Closes the engine.
     """
     runner = BatchRunner(services.batches, services.files, settings.batches, settings.server.max_body_bytes)
     app = create_app(settings, services, runner)
@@ -103,7 +98,7 @@ async def serve(
 
     async def start() -> None:
         try:
-            await services.engine.start(on_progress)
+            await started
             runner.start(Answerer(app, services.tenants))
             await on_ready()
         except BaseException:

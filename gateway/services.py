@@ -33,15 +33,12 @@ from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.arrivals import OtherBase, base_names
 from loraplex.gateway.batches.records import BatchRecords
 from loraplex.gateway.catalogue import Catalogue
+from loraplex.gateway.errors import CannotOpen
 from loraplex.gateway.files.store import FileStore
 from loraplex.gateway.openai.response_store import ResponseStore
 from loraplex.gateway.source_tokens import SecretTokens
 
 _log = logging.getLogger("loraplex.gateway")
-
-
-class CannotOpen(Exception):
-    """Something that the settings name cannot be used; the message says which setting, and why."""
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -62,9 +59,9 @@ class Services(msgspec.Struct, frozen=True):
 
 
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncIterator[Services]:
-    """The engine is built, not started. Raises ModelNotServable for an unknown kind of engine, or CannotOpen."""
-    engine = build_engine(settings)
+async def open_services(settings: Settings, engine: Engine | None = None) -> AsyncIterator[Services]:
+    """An engine that is not given is built, not started. Raises CannotOpen; ModelNotServable for an unknown engine."""
+    engine = engine or build_engine(settings)
     try:
         pepper = load_pepper(environment(settings.auth.pepper_env), Path(settings.auth.pepper_file))
     except (OSError, ValueError) as error:

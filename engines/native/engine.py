@@ -78,13 +78,13 @@ class NativeEngine:
 
     async def start(self, on_progress: Callable[[Progress], None]) -> EngineInfo:
         model = self._settings.model
-        self.tokenizer = await asyncio.to_thread(HubTokenizer, model.directory, may_stand_in=model.random_weights)
         self._context = zmq.asyncio.Context()
         self._directory = tempfile.TemporaryDirectory(prefix="loraplex-")
         self._on_progress = on_progress
         on_progress(Progress(stage="starting the engine process", fraction=0.0))
         self._worker = self._begin_worker()
         try:
+            self.tokenizer = await asyncio.to_thread(HubTokenizer, model.directory, may_stand_in=model.random_weights)
             await self._take_up(self._worker)
         except EngineError as error:
             self._state, self._detail = "failed", str(error)

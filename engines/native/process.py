@@ -74,7 +74,7 @@ class WorkerProcess:
     async def run(self) -> EngineError:
         """The worker's life; returns why it ended, once everyone who waited for it has been told."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loraplex.engines.native.worker", self._address, stdin=asyncio.subprocess.PIPE
+            sys.executable, "-m", "loraplex.engines.native", self._address, stdin=asyncio.subprocess.PIPE
         )
         reader, heart = asyncio.create_task(self._read()), asyncio.create_task(self._beat())
         waiter = asyncio.create_task(process.wait())

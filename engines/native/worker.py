@@ -1,12 +1,11 @@
-"""The engine's own process: takes commands, steps, reports. Started by `engine.NativeEngine` with a socket's address.
-
-    python -m loraplex.engines.native.worker ipc:///…/engine
+"""The engine's own process: takes commands, steps, reports. `__main__` runs it with a socket's address.
 
 It ends when its standard input closes, so that it never outlives the process that started it.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -75,6 +74,8 @@ class Worker:
             self._send(StartFailed(_failure(error)))
             return
         self._core = EngineCore(machine)
+        gc.freeze()  # what is loaded stays, and no collection between steps need look at it again
+        gc.enable()
         self._send(Ready(machine.info, sorted(machine.eos_token_ids)))
         wait_ms: int | None = None
         while True:
@@ -197,7 +198,3 @@ def main() -> None:
     finally:
         socket.close(linger=1000)
         context.term()
-
-
-if __name__ == "__main__":
-    main()

@@ -126,7 +126,7 @@ class Soak:
 
 def resident_bytes() -> int:
     """Memory of the engine's process."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "engines.native"], capture_output=True, text=True)
     status = Path(f"/proc/{int(found.stdout)}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 

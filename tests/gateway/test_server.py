@@ -17,7 +17,8 @@ from loraplex.config.settings import Settings
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.protocol import EngineInfo, Progress
-from loraplex.gateway.server import listen, serve
+from loraplex.gateway.launch import listen
+from loraplex.gateway.server import serve
 from loraplex.gateway.services import Services, open_services
 
 
@@ -60,7 +61,9 @@ async def test_health_and_chat_say_starting_until_the_engine_is_ready(
     progress: list[Progress] = []
     with listen(settings) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        serving = asyncio.create_task(serve(settings, services, listener, progress.append, on_ready))
+        serving = asyncio.create_task(
+            serve(settings, services, listener, services.engine.start(progress.append), on_ready)
+        )
         async with httpx.AsyncClient(base_url=url, headers={"authorization": "Bearer k"}) as client:
             body: Any = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
             for path in ("/health", "/ping"):
@@ -98,7 +101,13 @@ async def test_serve_raises_what_kept_it_from_starting(
     if where == "start":
         monkeypatch.setattr(services.engine, "start", fail)
     with listen(settings) as listener:
-        serving = serve(settings, services, listener, lambda _: None, fail if where == "on_ready" else no_news)
+        serving = serve(
+            settings,
+            services,
+            listener,
+            services.engine.start(lambda _: None),
+            fail if where == "on_ready" else no_news,
+        )
         with pytest.raises(ModelNotServable, match="no such model"):
             await asyncio.wait_for(serving, 10)
     assert closed == [0.0]
@@ -115,7 +124,9 @@ async def test_serve_cancelled_while_it_starts_closes_the_engine(
 
     monkeypatch.setattr(services.engine, "start", endless)
     with listen(settings) as listener:
-        serving = asyncio.create_task(serve(settings, services, listener, lambda _: None, no_news))
+        serving = asyncio.create_task(
+            serve(settings, services, listener, services.engine.start(lambda _: None), no_news)
+        )
         await asyncio.wait_for(begun.wait(), 5)
         serving.cancel()
         with pytest.raises(asyncio.CancelledError):

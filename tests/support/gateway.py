@@ -25,7 +25,8 @@ from loraplex.config.settings import (
     Server,
     Settings,
 )
-from loraplex.gateway.server import listen, serve
+from loraplex.gateway.launch import listen
+from loraplex.gateway.server import serve
 from loraplex.gateway.services import Services, open_services
 
 BASE = "echo-base"
@@ -111,7 +112,11 @@ def running(settings: Settings, admin_key: str, *, send_buffer: int | None = Non
                     found.append(Gateway(f"http://{host}:{port}", admin_key, services, asyncio.get_running_loop()))
                     started.set()
 
-                stop.append(asyncio.ensure_future(serve(settings, services, listener, lambda _: None, on_ready)))
+                stop.append(
+                    asyncio.ensure_future(
+                        serve(settings, services, listener, services.engine.start(lambda _: None), on_ready)
+                    )
+                )
                 with suppress(asyncio.CancelledError):
                     await stop[0]
 

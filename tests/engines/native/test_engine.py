@@ -59,7 +59,7 @@ async def engine(small: SmallWorld) -> AsyncIterator[NativeEngine]:
 
 
 def worker_pids() -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "native.worker"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "engines.native"], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 

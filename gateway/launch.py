@@ -1,0 +1,49 @@
+"""The order in which a server starts: what takes longest, the engine's process, begins first."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from loraplex.config.settings import Settings
+from loraplex.engines.build import build_engine
+from loraplex.engines.protocol import Progress
+
+if TYPE_CHECKING:
+    from loraplex.gateway.services import Services
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket. Raises OSError where the address is taken."""
+    return socket.create_server((settings.server.host, settings.server.port), backlog=1024)
+
+
+async def launch(
+    settings: Settings,
+    listener: socket.socket,
+    on_progress: Callable[[Progress], None],
+    on_open: Callable[[Services], None],
+    on_ready: Callable[[Services], Awaitable[None]],
+) -> None:
+    """Serve on `listener` until a signal; `on_open` runs once the database is open, `on_ready` once it can generate.
+
+    Raises CannotOpen, ModelNotServable, and whatever `on_ready` raises.
+    """
+    engine = build_engine(settings)
+    starting = asyncio.create_task(engine.start(on_progress))
+    try:
+        # The gateway's own modules are imported while the engine's process imports torch: on two cores, 1.5 s less.
+        await asyncio.to_thread(import_module, "loraplex.gateway.server")
+        from loraplex.gateway.server import serve
+        from loraplex.gateway.services import open_services
+
+        async with open_services(settings, engine) as services:
+            on_open(services)
+            await serve(settings, services, listener, starting, lambda: on_ready(services))
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await engine.close()
