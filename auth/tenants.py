@@ -86,8 +86,11 @@ class Tenants:
             await callback()
 
     async def living_keys(self, key_ids: Set[str]) -> set[str]:
-        """Those of these keys that are not revoked, and whose tenant is there."""
-        return await self._authenticator.living(key_ids) | ({FROM_ENVIRONMENT} & key_ids)
+        """Those of these keys that are not revoked, and whose tenant is there. Raises KeysUnavailable."""
+        try:
+            return await self._authenticator.living(key_ids) | ({FROM_ENVIRONMENT} & key_ids)
+        except (SQLAlchemyError, OSError) as error:
+            raise _cannot_be_checked() from error
 
     async def bootstrap_admin(self, given: str | None) -> str | None:
         """Let in the `given` admin key as well; where there is none at all, make and return one."""
@@ -103,7 +106,7 @@ class Tenants:
         try:
             caller = await self._authenticator.look_up(key)
         except (SQLAlchemyError, OSError) as error:
-            raise KeysUnavailable("API keys cannot be checked at the moment; try again shortly.") from error
+            raise _cannot_be_checked() from error
         if caller is None:
             raise InvalidApiKey("The API key is not valid.")
         return caller
@@ -288,6 +291,10 @@ def _one_key(tenant_id: str, key_id: str) -> ColumnElement[bool]:
 
 def _no_such_key(tenant_id: str, key_id: str) -> KeyNotFound:
     return KeyNotFound(f"There is no key {key_id!r} in tenant {tenant_id!r}.")
+
+
+def _cannot_be_checked() -> KeysUnavailable:
+    return KeysUnavailable("API keys cannot be checked at the moment; try again shortly.")
 
 
 def _stored(limits: Limits) -> dict[str, Any]:

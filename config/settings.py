@@ -241,7 +241,7 @@ class UsageSettings(_Section, frozen=True):
         str | None,
         Help(
             description="Local directory where gateways record what running requests use, so that no kill loses it; "
-            "unset: named like the database, beside an SQLite file."
+            "unset: beside an SQLite file; for other databases CACHE_DIR-journal/HOST_PORT_NAME."
         ),
     ] = None
     retention_days: Annotated[

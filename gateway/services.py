@@ -1,6 +1,7 @@
 """Settings -> everything a server stands on, opened in order and closed in reverse."""
 
 import logging
+import re
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 from redis.asyncio import Redis
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -99,7 +101,7 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
 async def _books(settings: Settings, database: AsyncEngine) -> AsyncIterator[Ledger]:
     """The ledger, and whatever keeps it short. Raises CannotOpen."""
     try:
-        ledger = await open_ledger(database, _journal_dir(settings, database))
+        ledger = await open_ledger(database, journal_dir(settings))
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise CannotOpen(f"usage.journal_dir: {error}") from error
     days = settings.usage.retention_days
@@ -112,9 +114,18 @@ async def _books(settings: Settings, database: AsyncEngine) -> AsyncIterator[Led
         await ledger.close()
 
 
-def _journal_dir(settings: Settings, database: AsyncEngine) -> Path:
+def journal_dir(settings: Settings) -> Path:
     """Each database has one of its own, so that nothing is settled in another's books."""
-    return Path(settings.usage.journal_dir or f"{database.url.database}.journal").expanduser()
+    url = make_url(settings.database.url)
+    if settings.usage.journal_dir is not None:
+        directory = settings.usage.journal_dir
+    elif url.get_backend_name() == "sqlite":
+        return Path(f"{url.database}.journal")
+    else:  # on the local disk that uploaded adapters are kept on
+        parts = "_".join(str(part) for part in (url.host, url.port, url.database) if part)
+        name = re.sub(r"[^\w.-]", "_", parts)
+        directory = f"{settings.adapters.cache_dir}-journal/{name}"
+    return Path(directory).expanduser()
 
 
 @asynccontextmanager

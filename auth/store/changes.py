@@ -16,6 +16,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from loraplex.auth.errors import KeysUnavailable
 from loraplex.auth.store.tables import changes
 
 _log = logging.getLogger("loraplex.changes")
@@ -79,7 +80,7 @@ class ChangeWatch:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.look()
-            except (SQLAlchemyError, OSError) as error:
+            except (SQLAlchemyError, OSError, KeysUnavailable) as error:
                 if not self._is_away:
                     _log.error("changes made by other gateways cannot be read: %s", type(error).__name__)
                 self._is_away = True

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from loraplex.auth.errors import InvalidApiKey
+from loraplex.auth.errors import InvalidApiKey, KeysUnavailable
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch, announce
 from loraplex.auth.tenants import Tenants
@@ -72,8 +72,11 @@ async def test_watch_change_rolled_back_is_none(database: AsyncEngine) -> None:
     await watch.__aexit__()
 
 
+@pytest.mark.parametrize(
+    "error", [OperationalError("SELECT", None, OSError("postgresql://u:hush@h")), KeysUnavailable()]
+)
 async def test_watch_database_away_is_told_once_and_looked_for_again(
-    database: AsyncEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    database: AsyncEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     watch = ChangeWatch(database, poll_seconds=0.001)
     looks, back = 0, asyncio.Event()
@@ -82,7 +85,7 @@ async def test_watch_database_away_is_told_once_and_looked_for_again(
         nonlocal looks
         looks += 1
         if looks <= 5:
-            raise OperationalError("SELECT", None, OSError("postgresql://u:hush@h"))
+            raise error
         back.set()
 
     monkeypatch.setattr(watch, "look", fail)

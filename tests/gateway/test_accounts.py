@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from support.gateway import BASE, Gateway
+from support.problems import assert_problem
 
 from loraplex.auth.metering import UsageRecord
 
@@ -88,3 +91,35 @@ def test_request_refused_before_the_engine_is_in_no_book(gateway: Gateway, books
     with gateway.client() as client:
         assert client.post("/v1/chat/completions", json=chat("x" * 1000)).status_code == 400
     assert books.begun == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_database_that_vanishes_after_admission_is_503_and_holds_nothing(
+    gateway: Gateway, books: Witness, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Keys changed since the caller was let in, and whether its own still lives cannot be asked."""
+    tenants = gateway.services.tenants
+    admission = gateway.services.accounts._admission
+    reserve = admission.reserve
+
+    async def gone(key_ids: object) -> set[str]:
+        raise OperationalError("SELECT", None, OSError("postgresql://u:hush@h"))
+
+    async def reserve_before_a_change(*arguments: Any) -> Any:
+        reservation = await reserve(*arguments)
+        tenants._authenticator.forget()
+        return reservation
+
+    with gateway.admin() as admin:
+        body = {"name": f"vanishing-{stream}", "limits": {"concurrent_requests": 1}}
+        tenant = admin.post("/admin/v1/tenants", json=body).json()["id"]
+        key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+    with gateway.client(key) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(tenants._authenticator, "living", gone)
+            patch.setattr(admission, "reserve", reserve_before_a_change)
+            refused = client.post("/v1/chat/completions", json=chat("x", stream=stream))
+        assert "hush" not in assert_problem(refused, 503, "keys_unavailable")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (books.wait().outcome, books.wait().num_prompt_tokens) == ("KeysUnavailable", 0)
+        assert client.post("/v1/chat/completions", json=chat("x")).status_code == 200  # the one place is free

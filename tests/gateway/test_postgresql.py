@@ -54,7 +54,9 @@ def test_names_that_postgresql_cannot_hold_are_refused(on_postgresql: Gateway) -
         assert_problem(admin.post("/admin/v1/adapters", json=body), 404, "tenant_not_found")
 
 
-def test_catalogue_survives_a_restart(settings: Settings, tmp_path: Path) -> None:
+def test_catalogue_survives_a_restart(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     source = write_adapter(tmp_path / "local" / "kept")
     with running(settings, "k") as gateway:
         _, key = gateway.new_tenant("t")
@@ -62,6 +64,7 @@ def test_catalogue_survives_a_restart(settings: Settings, tmp_path: Path) -> Non
             assert admin.post("/admin/v1/adapters", json={"name": "kept", "source": str(source)}).status_code == 201
     with running(settings, "k") as gateway, gateway.client(key) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [BASE, "kept"]
+    assert list(Path.cwd().iterdir()) == []  # nothing strays: what a gateway writes lies where its settings say
 
 
 def test_batch_of_one_gateway_is_finished_by_another(settings: Settings, tmp_path: Path) -> None:

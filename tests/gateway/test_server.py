@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from support.gateway import BASE, settings_in
 from support.problems import assert_problem
 
-from loraplex.config.settings import Settings
+from loraplex.config.settings import Database, Settings, UsageSettings
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.protocol import EngineInfo, Progress
 from loraplex.gateway.launch import listen
 from loraplex.gateway.server import serve
-from loraplex.gateway.services import Services, open_services
+from loraplex.gateway.services import Services, journal_dir, open_services
 
 
 @pytest.fixture
@@ -132,3 +133,19 @@ async def test_serve_cancelled_while_it_starts_closes_the_engine(
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(serving, 10)
     assert services.engine.health().state == "draining"
+
+
+@pytest.mark.parametrize(
+    ("url", "journal", "directory"),
+    [
+        ("sqlite+aiosqlite:////data/l.db", None, "/data/l.db.journal"),
+        ("postgresql+asyncpg://u:hush@db.internal:5432/l", None, "/cache/adapters-journal/db.internal_5432_l"),
+        ("postgresql+asyncpg://u@/../l?host=/run/pg", None, "/cache/adapters-journal/.._l"),
+        ("postgresql+asyncpg://u@h/l", "/journal", "/journal"),
+    ],
+)
+def test_journal_lies_where_the_settings_say(settings: Settings, url: str, journal: str | None, directory: str) -> None:
+    adapters = msgspec.structs.replace(settings.adapters, cache_dir="/cache/adapters")
+    usage = UsageSettings(journal_dir=journal)
+    settings = msgspec.structs.replace(settings, database=Database(url=url), adapters=adapters, usage=usage)
+    assert journal_dir(settings) == Path(directory)
