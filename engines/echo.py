@@ -5,7 +5,7 @@ their names and weights. A grammar is only checked: what is not of it, the echo 
 running request one token, so interleaving, aborts and counts can be predicted exactly. The hidden state of a token is
 its byte's eight bits, lowest first, then the sum of the bytes of the adapters' names, times their weights. Three words
 in a prompt make faults on demand: `<fail>` fails this request after four tokens, `<die>` ends every request in flight
-as a crash would, `<slow>` stretches this request's steps to 50 ms; an embedding is one step.
+as a crash would, `<slow>` gives this request steps of its own, of 50 ms; an embedding is one step.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class EchoTokenizer:
         return [TokenSpan(byte, at, at + 1) for at, character in enumerate(text) for byte in character.encode()]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        if EOS not in token_ids:
+            return bytes(token_ids).decode(errors="replace")
         kept = (token for token in token_ids if token < EOS or not skip_special_tokens)
         return b"".join(self.token_bytes(token) for token in kept).decode(errors="replace")
 
@@ -102,6 +104,7 @@ class EchoEngine:
         self._adapters: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._deaths = 0
+        self._in_step: list[asyncio.Future[None]] = []
         self._steps = self._prompt_tokens = self._generated = self._finished = self._aborted = self._failed = 0
         self.tokenizer = EchoTokenizer()
         self._matching: LLTokenizer | None = None
@@ -177,17 +180,22 @@ class EchoEngine:
         tokens = [*whole[: cut + length * request.sampling.includes_stop].encode(), EOS]
         pending = b""
         deaths = self._deaths
+        faulty = "<die>" in prompt or "<fail>" in prompt
+        step = self._slow_step if "<slow>" in prompt else self._step
         for count, token in enumerate(tokens[:limit], start=1):
-            await asyncio.sleep(max(self._step_seconds, 0.05 * ("<slow>" in prompt)))
+            await step()
             self._steps += 1
-            if count > FAULT_AFTER and "<die>" in prompt:
+            if faulty and count > FAULT_AFTER:
+                if "<fail>" in prompt:
+                    raise GenerationFailed("this request was asked to fail")
                 self._deaths += 1
             if self._deaths != deaths:
                 raise EngineDied("the engine process ended; it is being restarted")
-            if count > FAULT_AFTER and "<fail>" in prompt:
-                raise GenerationFailed("this request was asked to fail")
             self._generated += 1
-            pending, text = _whole_characters(pending + bytes([token] if token != EOS else []))
+            if token < 128 and not pending:
+                text = chr(token)
+            else:
+                pending, text = _whole_characters(pending + bytes([token] if token != EOS else []))
             yield TokenEvent(
                 request_id=request.request_id,
                 token_ids=(token,),
@@ -197,6 +205,27 @@ class EchoEngine:
                 logprobs=_certainty(request.sampling.num_logprobs, token),
                 prompt_logprobs=_prompt_certainty(request) if count == 1 else (),
             )
+
+    async def _step(self) -> None:
+        """Wait for the end of the step that every running request shares."""
+        if self._step_seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        if not self._in_step:
+            loop.call_later(self._step_seconds, self._end_step)
+        over = loop.create_future()  # each has its own: to cancel a request cancels what it waits for
+        self._in_step.append(over)
+        await over
+
+    def _end_step(self) -> None:
+        ended, self._in_step = self._in_step, []
+        for over in ended:
+            if not over.done():
+                over.set_result(None)
+
+    async def _slow_step(self) -> None:
+        await asyncio.sleep(max(self._step_seconds, 0.05))
 
     async def embed(self, request: EmbedRequest) -> Embedding:
         if self._state != "ready":
@@ -214,7 +243,7 @@ class EchoEngine:
         prompt = self.tokenizer.decode(request.prompt_token_ids)
         finished = False
         try:
-            await asyncio.sleep(max(self._step_seconds, 0.05 * ("<slow>" in prompt)))
+            await (self._slow_step if "<slow>" in prompt else self._step)()
             self._steps += 1
             self._deaths += "<die>" in prompt
             if self._deaths != deaths:
@@ -338,6 +367,8 @@ def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...
 
 def _prompt_certainty(request: GenerateRequest) -> tuple[TokenLogprobs | None, ...]:
     wanted = request.sampling.num_prompt_logprobs
+    if wanted is None:
+        return ()
     told = [one for token in request.prompt_token_ids[1:] for one in _certainty(wanted, token)]
     return (None, *told) if told else ()
 

@@ -13,14 +13,15 @@ Tier = Literal["disk", "host", "device"]
 
 
 class DurationCounts:
-    """A histogram of durations over SECONDS_BUCKETS."""
+    """A histogram of durations; `bounds` are its buckets' upper ends, in seconds."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(SECONDS_BUCKETS) + 1)
+    def __init__(self, bounds: tuple[float, ...] = SECONDS_BUCKETS) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
     def add(self, seconds: float) -> None:
-        self._counts[bisect_left(SECONDS_BUCKETS, seconds)] += 1
+        self._counts[bisect_left(self._bounds, seconds)] += 1
         self._total += seconds
 
     def snapshot(self) -> Durations:

@@ -3,9 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
@@ -18,7 +18,6 @@ from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
 
-T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -42,15 +41,16 @@ class Accounts:
             if meter.key_id in dead:
                 meter.end(InvalidApiKey("The API key was revoked while the request was running."))
 
-    async def open(self, caller: Caller, demand: Demand, tell: Callable[[Headers], None]) -> "Meter":
-        """Whoever opens a meter settles it; `tell` is told how the caller's limits stand, admitted or refused.
+    async def open(self, caller: Caller, demand: Demand, tell: Callable[[Callable[[], Headers]], None]) -> "Meter":
+        """Whoever opens a meter settles it; `tell` is told how to ask how the caller's limits stand,
+        admitted or refused.
 
         Raises LimitReached or LimitsUnavailable.
         """
         try:
             reservation = await self._admission.reserve(caller, demand)
         except LimitReached:
-            tell(_told(self._admission.standings(caller)))
+            tell(lambda: _told(self._admission.standings(caller)))
             raise
         record = UsageRecord(
             request_id=demand.request_id,
@@ -76,7 +76,7 @@ class Accounts:
             except BaseException as error:
                 meter.settle(error)
                 raise
-        tell(meter.headers())
+        tell(meter.headers)
         return meter
 
 
@@ -92,7 +92,7 @@ class Meter:
         on_settled: "Callable[[Meter], None]",
     ) -> None:
         self._on_settled = on_settled
-        self._watchers: set[asyncio.Task[Any]] = set()
+        self._workers: set[asyncio.Task[Any]] = set()
         self._end: InvalidApiKey | None = None
         self._record = record
         self._books = books
@@ -111,9 +111,9 @@ class Meter:
         return self._record.key_id
 
     def end(self, error: InvalidApiKey) -> None:
-        """Whoever watches events of this request gets the error instead of the next one, at once."""
+        """Whoever works for this request gets the error instead of the next event, at once."""
         self._end = error
-        for task in self._watchers:
+        for task in self._workers:
             task.cancel()
 
     @property
@@ -125,50 +125,43 @@ class Meter:
         """Called with the outcome, in the ledger's words, once the request is settled."""
         self._at_end.append(callback)
 
-    async def watch(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
-        """The same events, reserved and counted before anyone sees them.
-
-        Where the budget is spent the last event is an empty one of the reason `length`, and `refusal` says why.
-        Raises the error of `end`.
-        """
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The current task does the request's work, which `end` breaks off. Raises the error of `end`."""
         task = asyncio.current_task()
-        assert task is not None, "events are watched in a task"
-        self._watchers.add(task)
+        assert task is not None, "work is done in a task"
+        self._workers.add(task)
         try:
-            async with aclosing(events) as closing:  # type: ignore[type-var]
-                async for event in closing:
-                    if self._end is not None:
-                        break
-                    if not await self._covers(len(event.token_ids)):
-                        yield TokenEvent(
-                            request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length"
-                        )
-                        return
-                    self._count(event)
-                    yield event
+            yield
         except asyncio.CancelledError:
             if self._end is None:
                 raise
             task.uncancel()  # it was `end` that cancelled it
         finally:
-            self._watchers.discard(task)
+            self._workers.discard(task)
         if self._end is not None:
             raise self._end
 
-    async def carry(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work gives, where it is no stream of events. Raises the error of `end`."""
-        task = asyncio.current_task()
-        assert task is not None, "work is done in a task"
-        self._watchers.add(task)
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if self._end is None:
-                raise
-            task.uncancel()  # it was `end` that cancelled it
-            raise self._end from None
-        finally:
-            self._watchers.discard(task)
+    def takes(self, event: TokenEvent) -> bool:
+        """Count the event's tokens, before anyone sees them; False where more must be reserved first."""
+        reservation = self._reservation
+        covered = reservation.num_output_tokens >= self._num_tokens + len(event.token_ids) or reservation.is_whole
+        if covered and self._end is None:
+            self._count(event)
+            return True
+        return False
+
+    async def reserves(self, event: TokenEvent) -> bool:
+        """The same, with more reserved; False where the budget is spent, and `refusal` says why.
+
+        Raises the error of `end`.
+        """
+        if self._end is not None:
+            raise self._end
+        if not await self._covers(len(event.token_ids)):
+            return False
+        self._count(event)
+        return True
 
     def saw_prompts(self, num_cached_tokens: int) -> None:
         """All of a request's prompts were computed, or found in the cache, and nothing is generated for them."""

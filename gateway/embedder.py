@@ -68,14 +68,13 @@ class Embedder:
 
         try:
             with self._metrics.counted(wanted.model, asked[0]), holding(self._store, asked[0].parts):
-                work = unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
-                found = await meter.carry(work)
+                with meter.working():
+                    found = await unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
         except BaseException as error:
             meter.settle(error)
             raise
         meter.saw_prompts(sum(embedding.num_cached_tokens for embedding in found))
         meter.settle()
-        tell_limits(request, meter.headers())
         return [_shortened(embedding.values, wanted.dimensions, asked[0]) for embedding in found]
 
     def _requests(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[EmbedRequest]:
@@ -109,7 +108,7 @@ def _demand(request: Request[Any, Any, Any], wanted: Wanted, asked: Sequence[Emb
     return Demand(
         request_id=wanted.embedding_id,
         trace_id=request_id_of(request),
-        route=request.url.path,
+        route=request.scope["path"],
         model=wanted.model,
         adapter_id=computed_with(asked[0]),
         num_prompt_tokens=sum(len(wish.prompt_token_ids) for wish in asked),

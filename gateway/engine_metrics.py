@@ -18,7 +18,6 @@ from loraplex.engines.protocol import (
     TierStats,
 )
 
-_BOUNDS = (*(str(bound) for bound in SECONDS_BUCKETS), "+Inf")
 _COUNTERS = ("num_steps", "num_restarts")
 
 
@@ -71,7 +70,7 @@ class EngineCollector(Collector):
                       {(tier.tier,): tier.total_evictions for tier in tiers})  # fmt: skip
         loads = HistogramMetricFamily("loraplex_tier_load_seconds", "Ways of adapters into a tier.", labels=["tier"])
         for tier in tiers:
-            loads.add_metric([tier.tier], _buckets(tier.load_durations), tier.load_durations.seconds)
+            loads.add_metric([tier.tier], buckets(tier.load_durations), tier.load_durations.seconds)
         yield loads
 
     def _adapters(self) -> Iterable[Metric]:
@@ -139,8 +138,9 @@ def _family(
 
 
 def _histogram(name: str, help: str, found: Durations) -> Metric:
-    return HistogramMetricFamily(name, help, _buckets(found), found.seconds)
+    return HistogramMetricFamily(name, help, buckets(found), found.seconds)
 
 
-def _buckets(found: Durations) -> list[tuple[str, float]]:
-    return list(zip(_BOUNDS, accumulate(found.counts), strict=True))
+def buckets(found: Durations, bounds: Sequence[float] = SECONDS_BUCKETS) -> list[tuple[str, float]]:
+    """By the upper end of each bucket how many were no longer."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(found.counts), strict=True))

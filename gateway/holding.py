@@ -1,12 +1,12 @@
 """Keeps the files of a request's adapters on this machine's disk until the request is over."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable
-from loraplex.engines.protocol import Adapter, AdapterTierStats, GenerateRequest, TierStats, TokenEvent, WeightedAdapter
+from loraplex.engines.protocol import Adapter, AdapterTierStats, TierStats, WeightedAdapter
 
 
 class DiskTier(Protocol):
@@ -32,13 +32,3 @@ def holding(store: DiskTier, parts: Iterable[WeightedAdapter]) -> Iterator[None]
                 name = part.adapter.name
                 raise AdapterSourceUnavailable(f"{name} has just left the disk cache; try again") from error
         yield
-
-
-async def held(
-    store: DiskTier, request: GenerateRequest, events: AsyncIterator[TokenEvent]
-) -> AsyncIterator[TokenEvent]:
-    """The same events. Raises what `holding` raises."""
-    with holding(store, request.parts):
-        async with aclosing(events) as closing:  # type: ignore[type-var]
-            async for event in closing:
-                yield event

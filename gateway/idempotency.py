@@ -144,6 +144,7 @@ def tell_meter(request: Request[Any, Any, Any], meter: Meter) -> None:
 
 async def _answer(app: ASGIApp, scope: Scope, body: "_Body", send: Send, replays: Replays, place: Place) -> None:
     recorder = _Recorder(send, replays.max_answer_bytes)
+    scope["extensions"] = {}  # nothing may be written past the recorder
     try:
         await app(scope, body.receive_without_end, recorder.send)
         meter: Meter | None = scope.get("meter")  # type: ignore[assignment]

@@ -5,97 +5,86 @@ The names beginning with `vllm:` are those that llm-d and the Gateway API infere
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import Guard
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from loraplex.engines.figures import DurationCounts
 from loraplex.engines.protocol import OTHERS, EmbedRequest, Engine, GenerateRequest, TokenEvent
-from loraplex.gateway.engine_metrics import EngineCollector, Moment
+from loraplex.gateway.engine_metrics import EngineCollector, Moment, buckets
 from loraplex.gateway.guards import require_admin
 from loraplex.gateway.holding import DiskTier
 
 COMPOSITION = "(composition)"
 _LABELS = ("model", "adapter")
-_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class Metrics:
+class _Generations:
+    """Those of one pair of names. Plain numbers: prometheus-client's own take a lock for every token."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.num_tokens = self.num_prompt_tokens = self.num_cached_tokens = 0
+        self.first_tokens = DurationCounts(_FIRST_TOKEN_BUCKETS)
+        self.gaps = DurationCounts(_GAP_BUCKETS)
+
+
+class Metrics(Collector):
     """The gateway's own counts, by the model's name and the adapter that it led to.
 
     The first `max_names` pairs are told apart, all later ones are counted together.
     """
 
     def __init__(self, max_names: int) -> None:
-        self.registry = CollectorRegistry()
         self.max_names = max_names
-        self._known: set[tuple[str, str]] = set()
-        self._requests = Counter(
-            "loraplex_requests", "Generations by outcome.", [*_LABELS, "outcome"], registry=self.registry
-        )
-        self._tokens = self._counter("loraplex_generated_tokens", "Tokens generated.")
-        self._prompt_tokens = self._counter("loraplex_prompt_tokens", "Tokens of prompts that got an answer.")
-        self._cached_tokens = self._counter("loraplex_cached_prompt_tokens", "Of these, found in the prefix cache.")
-        self._ttft = Histogram(
-            "loraplex_time_to_first_token_seconds", "From submission to the first token.", _LABELS,
-            buckets=_TTFT_BUCKETS, registry=self.registry,
-        )  # fmt: skip
-        self._gap = Histogram(
-            "loraplex_inter_token_seconds", "Between the tokens of one answer.", _LABELS,
-            buckets=_GAP_BUCKETS, registry=self.registry,
-        )  # fmt: skip
+        self._generations: dict[tuple[str, str], _Generations] = {}
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
-    async def watch(
-        self, model: str, request: GenerateRequest, events: AsyncIterator[TokenEvent]
-    ) -> AsyncIterator[TokenEvent]:
-        """The same events, counted; outcomes are `stop`, `length`, `aborted`, or the error's class."""
-        names = self._names(model, request)
-        tokens, gap = self._tokens.labels(*names), self._gap.labels(*names)
-        outcome = "aborted"
+    @contextmanager
+    def watching(self, model: str, request: GenerateRequest) -> Iterator[Callable[[TokenEvent], None]]:
+        """What is to see each event of a request; outcomes are `stop`, `length`, `aborted`, or the error's class."""
+        counts = self._of(model, request)
+        outcome: str = "aborted"
         last = began = time.perf_counter()
+
+        def saw(event: TokenEvent) -> None:
+            nonlocal last, outcome
+            now = time.perf_counter()
+            if last == began:
+                counts.first_tokens.add(now - began)
+                counts.num_prompt_tokens += len(request.prompt_token_ids)
+                counts.num_cached_tokens += event.num_cached_tokens
+            else:
+                counts.gaps.add(now - last)
+            last = now
+            counts.num_tokens += len(event.token_ids)
+            outcome = event.finish_reason or outcome
+
         try:
-            async with aclosing(events) as closing:  # type: ignore[type-var]
-                async for event in closing:
-                    now = time.perf_counter()
-                    if last == began:
-                        self._ttft.labels(*names).observe(now - began)
-                        self._prompt_tokens.labels(*names).inc(len(request.prompt_token_ids))
-                        self._cached_tokens.labels(*names).inc(event.num_cached_tokens)
-                    else:
-                        gap.observe(now - last)
-                    last = now
-                    tokens.inc(len(event.token_ids))
-                    outcome = event.finish_reason or outcome
-                    yield event
+            yield saw
         except Exception as error:
             outcome = type(error).__name__
             raise
         finally:
-            self._requests.labels(*names, outcome).inc()
-
-    def _counter(self, name: str, help: str) -> Counter:
-        return Counter(name, help, _LABELS, registry=self.registry)
-
-    def _names(self, model: str, request: GenerateRequest | EmbedRequest) -> tuple[str, str]:
-        adapter = request.adapter.name if request.adapter else COMPOSITION if request.composition else ""
-        names = (model, adapter)
-        if names not in self._known:
-            if len(self._known) >= self.max_names:
-                return OTHERS, OTHERS
-            self._known.add(names)
-        return names
+            counts.outcomes[outcome] += 1
 
     @contextmanager
     def counted(self, model: str, request: EmbedRequest) -> Iterator[None]:
         """A request without tokens of its own; outcomes are `embedded`, `aborted`, or the error's class."""
-        names = self._names(model, request)
+        counts = self._of(model, request)
         outcome = "aborted"
         try:
             yield
@@ -104,7 +93,45 @@ class Metrics:
             outcome = type(error).__name__
             raise
         finally:
-            self._requests.labels(*names, outcome).inc()
+            counts.outcomes[outcome] += 1
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily("loraplex_requests", "Generations by outcome.", labels=[*_LABELS, "outcome"])
+        tokens = _counter("loraplex_generated_tokens", "Tokens generated.")
+        prompt_tokens = _counter("loraplex_prompt_tokens", "Tokens of prompts that got an answer.")
+        cached_tokens = _counter("loraplex_cached_prompt_tokens", "Of these, found in the prefix cache.")
+        first = _histogram("loraplex_time_to_first_token_seconds", "From submission to the first token.")
+        gaps = _histogram("loraplex_inter_token_seconds", "Between the tokens of one answer.")
+        for names, counts in self._generations.items():
+            for outcome, number in counts.outcomes.items():
+                requests.add_metric([*names, outcome], number)
+            tokens.add_metric(names, counts.num_tokens)
+            prompt_tokens.add_metric(names, counts.num_prompt_tokens)
+            cached_tokens.add_metric(names, counts.num_cached_tokens)
+            for family, found, bounds in (
+                (first, counts.first_tokens, _FIRST_TOKEN_BUCKETS),
+                (gaps, counts.gaps, _GAP_BUCKETS),
+            ):
+                durations = found.snapshot()
+                family.add_metric(names, buckets(durations, bounds), durations.seconds)
+        return requests, tokens, prompt_tokens, cached_tokens, first, gaps
+
+    def _of(self, model: str, request: GenerateRequest | EmbedRequest) -> _Generations:
+        adapter = request.adapter.name if request.adapter else COMPOSITION if request.composition else ""
+        names = (model, adapter)
+        if (known := self._generations.get(names)) is not None:
+            return known
+        if len(self._generations) >= self.max_names:
+            names = (OTHERS, OTHERS)
+        return self._generations.setdefault(names, _Generations())
+
+
+def _counter(name: str, help: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, help, labels=_LABELS)
+
+
+def _histogram(name: str, help: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(name, help, labels=_LABELS)
 
 
 def metric_routes(metrics: Metrics, engine: Engine, store: DiskTier, *, is_open: bool) -> list[HTTPRouteHandler]:

@@ -3,11 +3,14 @@
 import re
 import secrets
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from litestar import Request
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -21,14 +24,14 @@ def request_id_of(request: Request[Any, Any, Any]) -> str:
     return str(request.scope.get("request_id", "-"))
 
 
-def tell_limits(request: Request[Any, Any, Any], headers: list[tuple[bytes, bytes]]) -> None:
-    """These headers join the response, whatever becomes of the request."""
+def tell_limits(request: Request[Any, Any, Any], headers: Callable[[], Headers]) -> None:
+    """These headers, asked for when the response begins, join it, whatever becomes of the request."""
     request.scope["limit_headers"] = headers  # type: ignore[typeddict-unknown-key]
 
 
-def tell(request: Request[Any, Any, Any], headers: list[tuple[bytes, bytes]]) -> None:
-    """These headers join those about limits."""
-    tell_limits(request, [*request.scope.get("limit_headers", []), *headers])  # type: ignore[misc]
+def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
+    """These headers join the response too."""
+    request.scope["told_headers"] = headers  # type: ignore[typeddict-unknown-key]
 
 
 def identify_requests(app: ASGIApp) -> ASGIApp:
@@ -47,8 +50,9 @@ def identify_requests(app: ASGIApp) -> ASGIApp:
             if message["type"] == "http.response.start":
                 took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
                 own = [(b"x-request-id", request_id), (b"openai-processing-ms", took)]
-                limits: list[tuple[bytes, bytes]] = scope.get("limit_headers", [])  # type: ignore[assignment]
-                message["headers"] = [*message["headers"], *own, *limits]
+                limits: Callable[[], Headers] = scope.get("limit_headers", list)  # type: ignore[assignment]
+                told: Headers = scope.get("told_headers", [])  # type: ignore[assignment]
+                message["headers"] = [*message["headers"], *own, *limits(), *told]
             await send(message)
 
         await app(scope, receive, send_with_headers)

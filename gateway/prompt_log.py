@@ -7,8 +7,7 @@ for every line, so that it may be moved away at any time; a line is one write at
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -84,14 +83,11 @@ class Record:
         self._log = log
         self._line = line
 
-    async def watch(self, number: int, events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
-        """The same events; their text becomes the choice's."""
+    def saw(self, number: int, event: TokenEvent) -> None:
+        """What a choice goes on with."""
         answer = self._line.answers[number]
-        async with aclosing(events) as closing:  # type: ignore[type-var]
-            async for event in closing:
-                answer.text += event.text
-                answer.finish_reason = event.finish_reason
-                yield event
+        answer.text += event.text
+        answer.finish_reason = event.finish_reason
 
     def end(self, outcome: str) -> None:
         """The request is over."""

@@ -1,13 +1,15 @@
 """Token events -> server-sent events, and a client that leaves -> an aborted request.
 
-`Relay` pulls an engine's events in a task of its own and keeps the encoded frames; frames that are ready together are
-written together. `StreamResponse` is sse-starlette's response on a shorter path: its generator yields ready bytes.
+`Relay` takes an engine's events in a task of its own. Once the response has begun each frame is written at once, unless
+the client reads too slowly: then frames are kept, and written together as soon as it has read. `StreamResponse` is
+sse-starlette's response on a shorter path: its generator yields ready bytes.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 from litestar.types import Receive
@@ -17,6 +19,7 @@ from starlette.types import Receive as StarletteReceive
 from starlette.types import Scope, Send
 
 from loraplex.engines.protocol import TokenEvent
+from loraplex.gateway.connections import WRITE_AT_ONCE
 from loraplex.gateway.errors import ClientLeft
 from loraplex.gateway.problems import problem_of, report
 
@@ -43,21 +46,32 @@ OPENAI = Framing(DONE, error_frame)
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The work's result; cancels it when the client disconnects, which no framework does. Raises ClientLeft."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    task, has_left = asyncio.current_task(), False
+    assert task is not None, "requests are answered in tasks"
+
+    async def watch() -> None:
+        nonlocal has_left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        has_left = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientLeft("The client closed the connection before its answer was complete.")
+        return await work
+    except asyncio.CancelledError:
+        if not has_left:
+            raise
+        task.uncancel()
+        raise ClientLeft("The client closed the connection before its answer was complete.") from None
     finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        watcher.cancel()
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, in order. The first error cancels the others and is raised as it is."""
+    if len(works) == 1:
+        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -67,22 +81,22 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+# Generates one choice, and gives each event to the callable.
+Generation: TypeAlias = Callable[[Callable[[TokenEvent], None]], Coroutine[Any, Any, None]]
 
 
 class Relay:
     """One answer's frames, of one choice or several.
 
     `encode(choice, event)` gives the frames of an event, `end()` those after the last; `request_id` is for the log.
+    `write_at_once` may be set once the response has begun; where it returns False nothing was written.
     `before_end` is done between the last frame's making and its sending.
     `on_end` is called when nothing more is generated, with the error that ended it, if any; perhaps twice.
     """
 
     def __init__(
         self,
-        choices: Sequence[AsyncIterator[TokenEvent]],
+        choices: Sequence[Generation],
         encode: Callable[[int, TokenEvent], bytes],
         end: Callable[[], bytes],
         request_id: str = "-",
@@ -98,7 +112,11 @@ class Relay:
         self._framing = framing
         self._before_end = before_end
         self._frames: list[bytes] = []
+        self._is_writing = False
         self._news = asyncio.Event()
+        self.write_at_once: Callable[[bytes], bool] | None = None
+        self._loop = asyncio.get_running_loop()
+        self.wrote_at = self._loop.time()  # the last time that something was
         self._is_over = False
         self._error: Exception | None = None
         self._task = asyncio.create_task(self._pump())
@@ -121,7 +139,9 @@ class Relay:
             if self._frames:
                 ready = b"".join(self._frames)
                 self._frames.clear()
+                self._is_writing = True  # what comes meanwhile must not overtake it
                 yield ready
+                self._is_writing = False
             if is_over:
                 break
         if self._error is not None:
@@ -135,7 +155,7 @@ class Relay:
 
     async def _pump(self) -> None:
         try:
-            await together([self._follow(number, events) for number, events in enumerate(self._choices)])
+            await together([generate(partial(self._take, number)) for number, generate in enumerate(self._choices)])
             self._on_end(None)  # before the client learns of it
             last = self._end()
             if self._before_end is not None:
@@ -151,12 +171,15 @@ class Relay:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._on_end(asyncio.CancelledError() if task.cancelled() else None)
 
-    async def _follow(self, number: int, events: AsyncIterator[TokenEvent]) -> None:
-        async with contextlib.aclosing(events) as closing:  # type: ignore[type-var]
-            async for event in closing:
-                if frames := self._encode(number, event):
-                    self._frames.append(frames)
-                    self._news.set()
+    def _take(self, number: int, event: TokenEvent) -> None:
+        frames = self._encode(number, event)
+        if not frames:
+            return
+        if self.write_at_once is not None and not self._frames and not self._is_writing and self.write_at_once(frames):
+            self.wrote_at = self._loop.time()
+            return
+        self._frames.append(frames)
+        self._news.set()
 
 
 class StreamResponse(EventSourceResponse):
@@ -168,9 +191,9 @@ class StreamResponse(EventSourceResponse):
         self._send_timeout = send_timeout_seconds
         self._stalled = anyio.CancelScope()
         self._loop = asyncio.get_running_loop()
-        self._wrote_at = self._loop.time()
 
     async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
+        self._write_at_once = scope.get("extensions", {}).get(WRITE_AT_ONCE, {}).get("call")
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -181,10 +204,11 @@ class StreamResponse(EventSourceResponse):
         """sse-starlette's own wraps every frame in an event object and a cancel scope, at several times the cost."""
         with self._stalled:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._relay.write_at_once = self._write_at_once
             async for frames in self.body_iterator:
                 with self._bounded():
                     await send({"type": "http.response.body", "body": frames, "more_body": True})
-                self._wrote_at = self._loop.time()
+                self._relay.wrote_at = self._loop.time()
             with self._bounded():
                 async with self._send_lock:
                     self.active = False
@@ -193,7 +217,7 @@ class StreamResponse(EventSourceResponse):
     async def _ping(self, send: Send) -> None:
         """sse-starlette's own comments at every interval, between tokens that come in time as well."""
         while self.active:
-            silence = self._loop.time() - self._wrote_at
+            silence = self._loop.time() - self._relay.wrote_at
             if silence < self.ping_interval:
                 await asyncio.sleep(self.ping_interval - silence)
                 continue
@@ -201,7 +225,7 @@ class StreamResponse(EventSourceResponse):
                 if self.active:
                     with self._bounded():
                         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            self._wrote_at = self._loop.time()
+            self._relay.wrote_at = self._loop.time()
 
     @contextlib.contextmanager
     def _bounded(self) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
 
-from litestar import Request, Response
+from litestar import Request
 from litestar.types import ASGIApp
 
 from loraplex.auth.metering import Demand
@@ -14,13 +15,14 @@ from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.guards import caller_of
-from loraplex.gateway.holding import DiskTier, held
+from loraplex.gateway.holding import DiskTier, holding
 from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
-from loraplex.gateway.prompt_log import PromptLog
-from loraplex.gateway.sse import OPENAI, Framing, Relay, StreamResponse, together, unless_client_leaves
+from loraplex.gateway.prompt_log import PromptLog, Record
+from loraplex.gateway.replies import EncodedJson
+from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, together, unless_client_leaves
 
 
 class Asked(Protocol):
@@ -95,7 +97,7 @@ class Answers:
         choices: list[GenerateRequest],
         wire: Wire,
         framing: Framing = OPENAI,
-        on_event: Callable[[TokenEvent], None] = lambda event: None,
+        on_event: Callable[[TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event as it comes.
@@ -111,36 +113,50 @@ class Answers:
         tell_meter(request, meter)
         try:
             answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
-            events = [meter.watch(self._events(body.model, choice)) for choice in choices]
             if caller.policy.logs_prompts:
                 tokenizer = await self._engine.tokenizer_of(choices[0].adapter)
                 record = self._prompt_log.record(caller, demand, choices, body.num_choices, tokenizer)
                 meter.at_end(record.end)
-                events = [record.watch(number, each) for number, each in enumerate(events)]
+                answer.record = record
+            generations = [partial(self._generate, body.model, choice, meter) for choice in choices]
             if body.stream:
-                return await self._stream(request, answer, events, body, meter, framing)
-            collected = await unless_client_leaves(request.receive, answer.collect(events))
+                return await self._stream(request, answer, generations, body, meter, framing)
+            collected = await unless_client_leaves(request.receive, answer.collect(generations))
         except BaseException as error:
             meter.settle(error)
             _name_as_asked(error, body)
             raise
         meter.settle()
-        tell_limits(request, meter.headers())
-        return Response(collected, media_type="application/json")  # type: ignore[return-value]
+        return EncodedJson(collected)
 
-    def _events(self, model: str, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        return self._metrics.watch(model, choice, held(self._store, choice, self._engine.generate(choice)))
+    async def _generate(
+        self, model: str, choice: GenerateRequest, meter: Meter, take: Callable[[TokenEvent], None]
+    ) -> None:
+        """One choice's events, each given to `take` once it is counted.
+
+        Where the budget is spent the last event is an empty one of the reason `length`, and the meter says why.
+        """
+        with meter.working(), self._metrics.watching(model, choice) as saw, holding(self._store, choice.parts):
+            async with aclosing(self._engine.generate(choice)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    saw(event)
+                    if not (meter.takes(event) or await meter.reserves(event)):
+                        take(_cut(event))
+                        return
+                    take(event)
 
     async def _stream(
         self,
         request: Request[Any, Any, Any],
         answer: "_Answer",
-        events: Sequence[AsyncIterator[TokenEvent]],
+        generations: Sequence[Generation],
         body: Asked,
         meter: Meter,
         framing: Framing,
     ) -> ASGIApp:
-        relay = answer.relay(events, request_id_of(request), framing, include_usage=body.includes_usage, meter=meter)
+        relay = answer.relay(
+            generations, request_id_of(request), framing, include_usage=body.includes_usage, meter=meter
+        )
         try:
             await unless_client_leaves(request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
@@ -151,6 +167,11 @@ class Answers:
             keep_alive_seconds=self._server.keep_alive_seconds,
             send_timeout_seconds=self._server.send_timeout_seconds,
         )
+
+
+def _cut(event: TokenEvent) -> TokenEvent:
+    """What is told instead of an event that the budget does not cover."""
+    return TokenEvent(request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length")
 
 
 def _name_as_asked(error: BaseException, body: Asked) -> None:
@@ -165,7 +186,7 @@ def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[Gene
     return Demand(
         request_id=choices[0].request_id.removesuffix("-0-0"),
         trace_id=request_id_of(request),
-        route=request.url.path,
+        route=request.scope["path"],
         model=body.model,
         adapter_id=computed_with(choices[0]),
         num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
@@ -195,20 +216,27 @@ class _Answer:
         choices: list[GenerateRequest],
         num_per_prompt: int,
         wire: Wire,
-        on_event: Callable[[TokenEvent], None],
+        on_event: Callable[[TokenEvent], None] | None,
         before_end: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self._wire = wire
-        self._before_end = before_end
         self._on_event = on_event
+        self._before_end = before_end
         # the choices of one prompt stand together, and count it once
         self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
         self._num_tokens = 0
         self._num_cached = 0
+        self.record: Record | None = None  # of the log of prompts
 
-    async def collect(self, events: Sequence[AsyncIterator[TokenEvent]]) -> bytes:
+    async def collect(self, generations: Sequence[Generation]) -> bytes:
         """The whole answer at once."""
-        choices = await together([self._exhaust(choice) for choice in events])
+        choices: list[list[TokenEvent]] = [[] for _ in generations]
+
+        def take(number: int, event: TokenEvent) -> None:
+            self._saw(number, event)
+            choices[number].append(event)
+
+        await together([generate(partial(take, number)) for number, generate in enumerate(generations)])
         whole = self._wire.whole(choices, self._usage())
         if self._before_end is not None:
             await self._before_end()
@@ -216,7 +244,7 @@ class _Answer:
 
     def relay(
         self,
-        events: Sequence[AsyncIterator[TokenEvent]],
+        generations: Sequence[Generation],
         request_id: str,
         framing: Framing,
         *,
@@ -227,10 +255,11 @@ class _Answer:
         begun: set[int] = set()
 
         def encode(number: int, event: TokenEvent) -> bytes:
-            self._count(event)
-            encoded = b"" if number in begun else self._wire.begin(number)
-            begun.add(number)
-            encoded += self._wire.chunk(number, event)
+            self._saw(number, event)
+            encoded = self._wire.chunk(number, event)
+            if number not in begun:
+                begun.add(number)
+                encoded = self._wire.begin(number) + encoded
             if event.finish_reason is not None:
                 encoded += self._wire.finish(number, event.finish_reason)
             return encoded
@@ -239,17 +268,13 @@ class _Answer:
             usage = self._wire.usage(self._usage()) if include_usage else b""
             return usage + (framing.done if meter.refusal is None else framing.error(meter.refusal))
 
-        return Relay(events, encode, end, request_id, meter.settle, framing, self._before_end)
+        return Relay(generations, encode, end, request_id, meter.settle, framing, self._before_end)
 
-    async def _exhaust(self, events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
-        collected = []
-        async for event in events:
-            self._count(event)
-            collected.append(event)
-        return collected
-
-    def _count(self, event: TokenEvent) -> None:
-        self._on_event(event)
+    def _saw(self, number: int, event: TokenEvent) -> None:
+        if self.record is not None:
+            self.record.saw(number, event)
+        if self._on_event is not None:
+            self._on_event(event)
         self._num_tokens += len(event.token_ids)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
 

@@ -35,15 +35,18 @@ class ChatWire:
         head = {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
         self._tail = b"]" + (b',"usage":null' if body.includes_usage else b"") + b"}\n\n"
+        self._text_head = self._head + b'{"index":0,"delta":{"content":'
+        self._text_tail = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
     def begin(self, number: int) -> bytes:
         return self._frame(number, b'{"role":"assistant","content":""}')
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
-        logprobs = self._logprobs([event])
-        if not event.text and logprobs is None:
+        if number == 0 and event.text and not event.logprobs:  # as nearly all are
+            return self._text_head + msgspec.json.encode(event.text) + self._text_tail
+        described = self._described(event) if event.logprobs else b"null"
+        if not event.text and described == b"null":
             return b""
-        described = b"null" if logprobs is None else msgspec.json.encode(logprobs)
         return self._frame(number, b'{"content":' + msgspec.json.encode(event.text) + b"}", described)
 
     def finish(self, number: int, reason: FinishReason) -> bytes:
@@ -65,6 +68,9 @@ class ChatWire:
     def _choice(self, number: int, events: Sequence[TokenEvent]) -> Choice:
         message = AnswerMessage(content="".join(event.text for event in events))
         return Choice(message, _reason(events), number, self._logprobs(events))
+
+    def _described(self, event: TokenEvent) -> bytes:
+        return msgspec.json.encode(self._logprobs([event]))
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> ChoiceLogprobs | None:
         """None where the request did not ask."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 from sse_starlette import EventSourceResponse
@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse
 from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.errors import ClientLeft
-from loraplex.gateway.sse import Relay, together, unless_client_leaves
+from loraplex.gateway.sse import Generation, Relay, together, unless_client_leaves
 
 
 def event(text: str) -> TokenEvent:
@@ -26,8 +26,20 @@ async def events(texts: Sequence[str], error: Exception | None = None) -> AsyncI
         raise error
 
 
+def generation(events: AsyncIterator[TokenEvent]) -> Generation:
+    async def generate(take: Callable[[TokenEvent], None]) -> None:
+        async for event in events:
+            take(event)
+
+    return generate
+
+
 def relay_of(*choices: AsyncIterator[TokenEvent]) -> Relay:
-    return Relay(choices, lambda number, event: f"{number}{event.text};".encode(), lambda: b"end")
+    return Relay(
+        [generation(choice) for choice in choices],
+        lambda number, event: f"{number}{event.text};".encode(),
+        lambda: b"end",
+    )
 
 
 @pytest.mark.parametrize("method", ["_stream_response", "_ping"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import TokenEvent
+from loraplex.gateway.connections import WRITE_AT_ONCE
 from loraplex.gateway.sse import DONE, Relay, StreamResponse
 
 SCOPE: Any = {"type": "http", "method": "POST", "path": "/", "headers": []}
@@ -44,18 +45,18 @@ class Tap:
         self.texts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self.was_closed = False
 
-    async def events(self) -> AsyncIterator[TokenEvent]:
+    async def generate(self, take: Callable[[TokenEvent], None]) -> None:
         try:
             while (text := await self.texts.get()) is not None:
                 if isinstance(text, Exception):
                     raise text
-                yield TokenEvent(request_id="r", token_ids=(1,), text=text, step=1)
+                take(TokenEvent(request_id="r", token_ids=(1,), text=text, step=1))
         finally:
             self.was_closed = True
 
 
 def response_of(tap: Tap, *, keep_alive: float = 3600, send_timeout: float = 3600) -> StreamResponse:
-    relay = Relay([tap.events()], lambda number, event: f"data: {event.text}\n\n".encode(), lambda: DONE)
+    relay = Relay([tap.generate], lambda number, event: f"data: {event.text}\n\n".encode(), lambda: DONE)
     return StreamResponse(relay, keep_alive_seconds=keep_alive, send_timeout_seconds=send_timeout)
 
 
@@ -182,3 +183,71 @@ async def test_client_that_stalls_in_silence_is_cut_after_the_timeout() -> None:
     )
     await asyncio.wait_for(answering, 2)
     assert tap.was_closed
+
+
+class FastWire(Wire):
+    """Lets frames be written at once, unless `is_full`; what is sent waits while it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_full = False
+        self.was_read = asyncio.Event()
+        self.written: list[bytes] = []  # in the order in which the client sees it
+        self.scope = {**SCOPE, "extensions": {WRITE_AT_ONCE: {"call": self.write_at_once}}}
+
+    def write_at_once(self, body: bytes) -> bool:
+        if not self.is_full:
+            self.written.append(body)
+        return not self.is_full
+
+    async def send(self, message: Any) -> None:
+        if self.is_full:
+            await self.was_read.wait()
+            await asyncio.sleep(0)  # as a server's own task goes on later than the connection does
+        if message["type"] == "http.response.body":
+            self.written.append(message["body"])
+        await super().send(message)
+
+
+async def test_frames_are_written_at_once_when_the_server_can() -> None:
+    tap, wire = Tap(), FastWire()
+    answering = asyncio.create_task(response_of(tap)(wire.scope, wire.receive, wire.send))
+    await settle()
+    for text in "ab":
+        tap.texts.put_nowait(text)
+    await settle()
+    assert wire.written == [b"data: a\n\n", b"data: b\n\n"]
+    assert wire.writes == []
+    tap.texts.put_nowait(None)
+    await answering
+    assert wire.writes == [DONE, b""]
+
+
+async def test_frames_for_a_slow_reader_wait_and_none_overtakes_another() -> None:
+    tap, wire = Tap(), FastWire()
+    answering = asyncio.create_task(response_of(tap)(wire.scope, wire.receive, wire.send))
+    await settle()
+    wire.is_full = True
+    for text in "abc":
+        tap.texts.put_nowait(text)
+        await settle()
+    assert wire.written == []
+    wire.is_full = False
+    wire.was_read.set()
+    for text in "de":
+        tap.texts.put_nowait(text)
+    tap.texts.put_nowait(None)
+    await answering
+    assert b"".join(wire.written) == b"".join(b"data: %c\n\n" % letter for letter in b"abcde") + DONE
+
+
+async def test_frames_written_at_once_need_no_comment() -> None:
+    tap, wire = Tap(), FastWire()
+    answering = asyncio.create_task(response_of(tap, keep_alive=0.2)(wire.scope, wire.receive, wire.send))
+    await settle()
+    for _ in range(25):
+        tap.texts.put_nowait("a")
+        await asyncio.sleep(0.02)
+    assert wire.writes == []
+    tap.texts.put_nowait(None)
+    await answering
