@@ -61,7 +61,12 @@ class EngineCore:
             self._fail_adapter,
             max_names=settings.adapters.max_names_in_figures,
         )
-        limits = Limits(settings.engine.max_batch_tokens, settings.engine.max_running, settings.engine.max_draft_tokens)
+        limits = Limits(
+            settings.engine.max_batch_tokens,
+            settings.engine.max_running,
+            settings.engine.max_draft_tokens,
+            newcomers_alone=machine.info.device == "cpu",
+        )
         self.scheduler = Scheduler(limits, self.blocks, residency, clock)
         self._grammars = Grammars(settings.model.directory, machine.info.vocab_size, machine.eos_token_ids)
         self._deadlines = Deadlines(settings.engine.max_wait_seconds)

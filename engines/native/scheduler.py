@@ -12,7 +12,9 @@ their prompt once. What a step of decodes has room for goes to drafts, where the
 A tenant that runs nothing does not wait for another's answers or prompts to end. No place stands empty for it: when its
 turn comes in a full house, the tenant that runs most gives up the place of its youngest sequence, which goes on later,
 mostly from the prefix cache. And what decodes leave of a step's budget is shared evenly between the tenants that have
-prompts to compute, the one whose turn it is among them; what one does not need, the others have.
+prompts to compute, the one whose turn it is among them; what one does not need, the others have. Where a step takes as
+long as its rows are many, such a newcomer's prompt has a step of its own, and everybody else's next tokens come after
+it; never twice in a row.
 """
 
 from __future__ import annotations
@@ -35,12 +37,16 @@ from loraplex.engines.protocol import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one step, in tokens and sequences, and of a draft, in tokens; `cold_patience` in seconds."""
+    """Bounds of one step, in tokens and sequences, and of a draft, in tokens; `cold_patience` in seconds.
+
+    `newcomers_alone` suits machines on which each row of a step costs its share of the step's time.
+    """
 
     max_batch_tokens: int
     max_running: int
     max_draft_tokens: int = 0
     cold_patience: float = 2.0
+    newcomers_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class Scheduler:
         self.num_steps = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self._newcomers_were_alone = False
         self.wait_durations = DurationCounts()
         self.drafter = Drafter(limits.max_draft_tokens)
 
@@ -95,6 +102,16 @@ class Scheduler:
     def next(self) -> Batch | None:
         """The next step's batch; None where nothing can be computed now."""
         plan = _Plan(self._limits.max_batch_tokens)
+        self._admit_newcomers(plan)
+        if not plan.segments:
+            self._plan_all(plan)
+        if not plan.segments:
+            return None
+        self.num_steps += 1
+        ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_ids)
+        return Batch(step=self.num_steps, segments=tuple(ordered))
+
+    def _plan_all(self, plan: _Plan) -> None:
         preemptions = self.num_preemptions
         self._continue_all([sequence for sequence in self.running if sequence.num_uncomputed <= 1], plan)
         self._continue_prompts(plan)
@@ -102,11 +119,13 @@ class Scheduler:
             self._admit(plan)
         if plan.only_decodes:
             self._draft(plan)
-        if not plan.segments:
-            return None
-        self.num_steps += 1
-        ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_ids)
-        return Batch(step=self.num_steps, segments=tuple(ordered))
+
+    def _admit_newcomers(self, plan: _Plan) -> None:
+        """A step for those whose turn it is and whose tenants run nothing, if it is theirs alone and computes all."""
+        wanted = self._limits.newcomers_alone and self.running and not self._newcomers_were_alone
+        if wanted and self._has_newcomer():
+            self._admit(plan, newcomers_only=True)
+        self._newcomers_were_alone = bool(plan.segments)
 
     def commit(self, batch: Batch, outcomes: Iterable[Outcome]) -> list[Emission]:
         """Record a step; `outcomes` holds what each segment gave, in turn."""
@@ -168,7 +187,10 @@ class Scheduler:
     def _has_newcomer(self) -> bool:
         """Whether it is the turn of a tenant that runs nothing, and its request can start now."""
         sequence = self.waiting.first()
-        if sequence is None or sequence.request.is_background or not self._can_start(sequence):
+        return sequence is not None and self._is_newcomer(sequence)
+
+    def _is_newcomer(self, sequence: Sequence) -> bool:
+        if sequence.request.is_background or not self._can_start(sequence):
             return False
         return all(running.request.tenant != sequence.request.tenant for running in self.running)
 
@@ -240,13 +262,18 @@ class Scheduler:
         for adapter_id in sequence.adapter_ids:
             self._residency.stop(adapter_id)
 
-    def _admit(self, plan: _Plan) -> None:
-        """Start waiting sequences, whoever's turn it is, while budget, places and blocks last."""
+    def _admit(self, plan: _Plan, *, newcomers_only: bool = False) -> None:
+        """Start waiting sequences, whoever's turn it is, while budget, places and blocks last.
+
+        With `newcomers_only` up to the first that is none, or whose prompt does not fit whole.
+        """
         skipped: set[Sequence] = set()
         coming = self._coming_keys() if self.waiting else set()
         while plan.budget:
             sequence = self.waiting.first(skipped=skipped)
             if sequence is None:
+                return
+            if newcomers_only and not (sequence.num_uncomputed <= plan.budget and self._is_newcomer(sequence)):
                 return
             if not self._can_start(sequence):
                 if sequence.is_ready and self._lacks_room(sequence) and self._has_waited(sequence):

@@ -28,13 +28,20 @@ class Bench:
     With `num_drafts` it plays one whose answer repeats itself for a while and then surprises.
     """
 
-    def __init__(self, num_blocks: int = 64, budget: int = 16, max_running: int = 8, num_drafts: int = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        budget: int = 16,
+        max_running: int = 8,
+        num_drafts: int = 0,
+        *,
+        newcomers_alone: bool = False,
+    ) -> None:
         self.now = 0.0
         self.blocks = BlockPool(num_blocks, BLOCK)
         self.residency = Residency(capacity=100)
-        self.scheduler = Scheduler(
-            Limits(budget, max_running, num_drafts), self.blocks, self.residency, lambda: self.now
-        )
+        limits = Limits(budget, max_running, num_drafts, newcomers_alone=newcomers_alone)
+        self.scheduler = Scheduler(limits, self.blocks, self.residency, lambda: self.now)
         self.surprises = bool(num_drafts)
         self.count = 0
         self.sequences: list[Sequence] = []

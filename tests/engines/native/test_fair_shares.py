@@ -10,11 +10,12 @@ from support.bench import Bench
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST
 
 
+@pytest.mark.parametrize("newcomers_alone", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_weights_of_1_to_3_give_service_of_1_to_3_under_saturation(seed: int) -> None:
+def test_weights_of_1_to_3_give_service_of_1_to_3_under_saturation(seed: int, newcomers_alone: bool) -> None:
     """Within 5 %, of what the counters count: prompt tokens and, twice as dear, generated ones."""
     chance = random.Random(seed)
-    bench = Bench(num_blocks=4000, budget=64, max_running=16)
+    bench = Bench(num_blocks=4000, budget=64, max_running=16, newcomers_alone=newcomers_alone)
     for _ in range(600):
         bench.add(chance.randint(4, 40), chance.randint(4, 40), tenant="one")
         bench.add(chance.randint(4, 40), chance.randint(4, 40), tenant="three", weight=3.0)
@@ -80,6 +81,31 @@ def test_who_gave_up_its_place_goes_on_later_and_loses_nothing() -> None:
         bench.step()
     assert [sequence.num_generated for sequence in noisy] == [20] * 6
     assert bench.blocks.num_used == 0
+
+
+def test_newcomers_have_a_step_of_their_own_where_rows_cost_time() -> None:
+    bench = Bench(num_blocks=8000, budget=64, max_running=8, newcomers_alone=True)
+    for _ in range(3):
+        bench.add(8, 20, tenant="noisy")
+    assert bench.step() == {"1": 8, "2": 8, "3": 8}
+    bench.add(8, 4, tenant="quiet")
+    bench.add(8, 4, tenant="shy")
+    assert bench.step() == {"4": 8, "5": 8}
+    assert bench.step() == {str(number): 1 for number in range(1, 6)}
+    bench.add(8, 4, tenant="noisy")
+    assert bench.step() == {**{str(number): 1 for number in range(1, 6)}, "6": 8}
+
+
+def test_newcomers_never_have_two_steps_in_a_row_and_none_for_a_part_of_a_prompt() -> None:
+    bench = Bench(num_blocks=8000, budget=64, max_running=8, newcomers_alone=True)
+    bench.add(8, 20, tenant="noisy")
+    bench.step()
+    bench.add(8, 4, tenant="a")
+    assert bench.step() == {"2": 8}
+    bench.add(8, 4, tenant="b")
+    assert bench.step() == {"1": 1, "2": 1, "3": 8}
+    bench.add(80, 4, tenant="c")
+    assert bench.step() == {"1": 1, "2": 1, "3": 1, "4": 61}
 
 
 def test_nobody_gives_up_its_only_place() -> None:

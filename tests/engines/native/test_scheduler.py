@@ -188,12 +188,13 @@ def test_priority_goes_first_within_a_tenant() -> None:
         min_size=120, max_size=120,
     ),
     weight=st.sampled_from([1.0, 3.0]),
+    newcomers_alone=st.booleans(),
 )  # fmt: skip
 def test_backlogged_tenants_services_stay_within_the_papers_bound(
-    sizes: list[tuple[int, int, int, int]], weight: float
+    sizes: list[tuple[int, int, int, int]], weight: float, newcomers_alone: bool
 ) -> None:
     """|W_a/w_a - W_b/w_b| <= 2 max(input cost of one prompt, output cost of a full batch), at every step."""
-    bench = Bench(num_blocks=200, budget=24, max_running=4)
+    bench = Bench(num_blocks=200, budget=24, max_running=4, newcomers_alone=newcomers_alone)
     for a_prompt, a_tokens, b_prompt, b_tokens in sizes:
         bench.add(a_prompt, a_tokens, tenant="a")
         bench.add(b_prompt, b_tokens, tenant="b", weight=weight)

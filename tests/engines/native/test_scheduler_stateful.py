@@ -24,10 +24,11 @@ class AnyOrder(RuleBasedStateMachine):
     """Requests, steps, aborts, and adapters that come, go and are pinned, as the engine's core does it."""
 
     num_drafts = 0
+    newcomers_alone = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(NUM_BLOCKS, BUDGET, MAX_RUNNING, self.num_drafts)
+        self.bench = Bench(NUM_BLOCKS, BUDGET, MAX_RUNNING, self.num_drafts, newcomers_alone=self.newcomers_alone)
         self.scheduler, self.residency = self.bench.scheduler, self.bench.residency
         self.aborted: set[Sequence] = set()
         self.computed: Counter[str] = Counter()
@@ -145,10 +146,16 @@ class AnyOrderWithDrafts(AnyOrder):
     num_drafts = 5
 
 
+class AnyOrderWithNewcomersAlone(AnyOrder):
+    newcomers_alone = True
+
+
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyOrderWithDrafts = AnyOrderWithDrafts.TestCase
 TestAnyOrderWithDrafts.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyOrderWithNewcomersAlone = AnyOrderWithNewcomersAlone.TestCase
+TestAnyOrderWithNewcomersAlone.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,12 +165,13 @@ TestAnyOrderWithDrafts.settings = settings(max_examples=60, stateful_step_count=
         min_size=10, max_size=60,
     ),
     weight=st.sampled_from([1.0, 3.0]),
+    newcomers_alone=st.booleans(),
 )  # fmt: skip
 def test_fairness_bound_holds_in_any_interval_in_which_both_wait(
-    arrivals: list[tuple[str, int, int, int, int]], weight: float
+    arrivals: list[tuple[str, int, int, int, int]], weight: float, newcomers_alone: bool
 ) -> None:
     """Theorem 4.2 of the paper: |W_a - W_b| <= 2U there, U = max(cost of the longest prompt, of a full batch)."""
-    bench = Bench(num_blocks=200, budget=24, max_running=4)
+    bench = Bench(num_blocks=200, budget=24, max_running=4, newcomers_alone=newcomers_alone)
     bound = 2 * max(INPUT_COST * 20, OUTPUT_COST * 4 * 12)
     served: Counter[str] = Counter()
     differences: list[float] = []
