@@ -104,10 +104,10 @@ class Metrics(Collector):
         gaps = _histogram("loraplex_inter_token_seconds", "Between the tokens of one answer.")
         for names, counts in self._generations.items():
             for outcome, number in counts.outcomes.items():
-                requests.add_metric([*names, outcome], number)
-            tokens.add_metric(names, counts.num_tokens)
-            prompt_tokens.add_metric(names, counts.num_prompt_tokens)
-            cached_tokens.add_metric(names, counts.num_cached_tokens)
+                requests.add_metric([*names, outcome], float(number))
+            tokens.add_metric(names, float(counts.num_tokens))
+            prompt_tokens.add_metric(names, float(counts.num_prompt_tokens))
+            cached_tokens.add_metric(names, float(counts.num_cached_tokens))
             for family, found, bounds in (
                 (first, counts.first_tokens, _FIRST_TOKEN_BUCKETS),
                 (gaps, counts.gaps, _GAP_BUCKETS),

@@ -31,7 +31,8 @@ def tell_limits(request: Request[Any, Any, Any], headers: Callable[[], Headers])
 
 def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
     """These headers join the response too."""
-    request.scope["told_headers"] = headers  # type: ignore[typeddict-unknown-key]
+    told: Headers = request.scope.setdefault("told_headers", [])  # type: ignore[typeddict-item]
+    told.extend(headers)
 
 
 def identify_requests(app: ASGIApp) -> ASGIApp:

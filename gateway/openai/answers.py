@@ -256,10 +256,11 @@ class _Answer:
 
         def encode(number: int, event: TokenEvent) -> bytes:
             self._saw(number, event)
-            encoded = self._wire.chunk(number, event)
-            if number not in begun:
+            if number in begun:
+                encoded = self._wire.chunk(number, event)
+            else:
                 begun.add(number)
-                encoded = self._wire.begin(number) + encoded
+                encoded = self._wire.begin(number) + self._wire.chunk(number, event)
             if event.finish_reason is not None:
                 encoded += self._wire.finish(number, event.finish_reason)
             return encoded

@@ -217,7 +217,7 @@ def test_serve_first_start_prints_an_admin_key_once(tmp_path: Path) -> None:
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
-            except httpx.ConnectError:
+            except httpx.TransportError:  # it listens before it can answer
                 time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
