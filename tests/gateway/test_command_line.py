@@ -273,7 +273,7 @@ def when_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> httpx.
         try:
             if (answer := client.get("/health")).status_code == 200:
                 return answer
-        except httpx.ConnectError:
+        except httpx.TransportError:
             pass
         time.sleep(0.1)
     raise AssertionError("the server ended")

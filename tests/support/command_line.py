@@ -65,7 +65,7 @@ def serving_at(
                 try:
                     if client.get("/health").status_code == 200:
                         break
-                except httpx.ConnectError:
+                except httpx.TransportError:
                     pass
                 assert time.monotonic() < deadline, process.communicate(timeout=5)
                 time.sleep(0.05)
