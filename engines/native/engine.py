@@ -185,7 +185,13 @@ class NativeEngine:
     async def reload(self) -> EngineInfo:
         async with self._reloading:
             self._require_ready()
-            await self._take_up(self._begin_worker(self._worker.residents))
+            worker = self._begin_worker(self._worker.residents)
+            try:
+                await self._take_up(worker)
+            except asyncio.CancelledError:
+                if worker is not self._worker:
+                    await self._end(worker)
+                raise
             return self.info()
 
     async def close(self, drain_seconds: float = 0.0) -> None:
@@ -252,6 +258,8 @@ class NativeEngine:
     async def _take_up(self, worker: WorkerProcess) -> None:
         """Use a worker as soon as it is ready, whichever it replaces. Raises the error that it ended with instead."""
         ready = await asyncio.shield(worker.ready)
+        if self._state == "draining":
+            raise EngineUnavailable("the engine is stopping")
         replaced, self._worker, self._info = self._worker, worker, ready.info
         if replaced is not worker:
             self._keep(asyncio.create_task(self._retire(replaced)))
@@ -273,8 +281,12 @@ class NativeEngine:
     async def _retire(self, worker: WorkerProcess) -> None:
         """Let a replaced worker finish its streams, then end it."""
         await _drained(worker)
+        await self._end(worker)
+
+    async def _end(self, worker: WorkerProcess) -> None:
         if (watch := self._workers.get(worker)) is not None:
             watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
 
 
 def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:

@@ -262,6 +262,35 @@ async def test_reload_finishes_streams_in_the_old_process_and_begins_new_ones_in
     assert (await engine.stats()).num_restarts == 0
 
 
+async def test_reload_that_is_given_up_leaves_the_engine_as_it_was(engine: NativeEngine) -> None:
+    before = worker_pids()
+    reloading = asyncio.create_task(engine.reload())
+
+    async def has_begun() -> bool:
+        return len(worker_pids()) == 2
+
+    await until(has_begun)
+    reloading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reloading
+    assert worker_pids() == before
+    assert len(token_ids(await collect(engine, request("after", ignore_eos=True)))) == 24
+
+
+async def test_close_while_reloading_ends_every_process(small: SmallWorld) -> None:
+    async with running(small.settings()) as engine:
+        reloading = asyncio.create_task(engine.reload())
+
+        async def has_begun() -> bool:
+            return len(worker_pids()) == 2
+
+        await until(has_begun)
+    assert worker_pids() == []
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await reloading
+    assert engine.health().state == "draining"
+
+
 async def test_start_model_missing_raises_not_servable(tmp_path: Path) -> None:
     engine = NativeEngine(Settings(model=Model(path=str(tmp_path), name="none")))
     with pytest.raises(ModelNotServable, match=r"holds no tokenizer\.json"):
