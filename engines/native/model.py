@@ -126,7 +126,7 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         with torch.inference_mode(), attention.intercepting():
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits
     except Exception as error:  # any failure of foreign model code means the same: it cannot be carried
-        raise ModelNotServable(f"{type(model).__name__} cannot be stepped: {error!r}") from error
+        raise ModelNotServable(f"{type(model).__name__} {_obstacle(model, error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -149,6 +149,12 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         decoder=decoder if hidden[-1] else None,
         embedding_width=hidden[-1],
     )  # fmt: skip
+
+
+def _obstacle(model: PreTrainedModel, error: Exception) -> str:
+    if getattr(model.config.get_text_config(), "index_topk", None):
+        return "is not served: its layers choose anew for each token which others it attends to (index_topk)"
+    return f"cannot be stepped: {error!r}"
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module | None:
