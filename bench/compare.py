@@ -3,10 +3,11 @@
     python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 --vllm /path/to/venv/bin/python
 
 Contenders: loraplex; vLLM's CPU build (with and without LoRA, each at its best) where `--vllm` names the Python of an
-environment that has it; transformers' `generate` alone and with PEFT's `adapter_names`, which have no server and get
-the whole batch at once. Every contender loads the same random weights (`shapes.py`) once and is stopped (SIGSTOP)
-while another is measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share
-no beginning. Medians over `--rounds`; the last column is each figure of loraplex over the contender's.
+environment that has it; transformers' `generate`, its continuous batching (which has no adapters) and `generate` with
+PEFT's `adapter_names`, which have no server and get the whole batch at once. Every contender loads the same random
+weights (`shapes.py`) once and is stopped (SIGSTOP) while another is measured. Servers are driven over HTTP by
+`serve.py`: closed loop, streaming, random prompts that share no beginning. Medians over `--rounds`; the last column is
+each figure of loraplex over the contender's.
 """
 
 from __future__ import annotations
@@ -186,9 +187,10 @@ class Generate(Contender):
 
     talks = True
 
-    def __init__(self, *, with_lora: bool) -> None:
+    def __init__(self, name: str, *, with_lora: bool = False, continuous: bool = False) -> None:
+        self.name = name
         self.with_lora = with_lora
-        self.name = "PEFT adapter_names" if with_lora else "transformers generate"
+        self.continuous = continuous
         self.rows = ("mixed",) if with_lora else ("base",)
 
     def start(self, scene: Scene) -> None:
@@ -200,6 +202,8 @@ class Generate(Contender):
         ]  # fmt: skip
         if self.with_lora:
             command += ["--adapters", ",".join(adapter.path for adapter in scene.adapters)]
+        if self.continuous:
+            command += ["--continuous"]
         self.spawn(command)
         self._answer()
 
@@ -285,7 +289,11 @@ def main() -> None:
     if options.vllm:
         contenders += [Vllm(options.vllm, with_lora=False), Vllm(options.vllm, with_lora=True)]
     if "peft" not in options.without.split(","):
-        contenders += [Generate(with_lora=False), Generate(with_lora=True)]
+        contenders += [
+            Generate("transformers generate"),
+            Generate("transformers continuous", continuous=True),
+            Generate("PEFT adapter_names", with_lora=True),
+        ]
     results = contend(contenders, Scene(base, adapters, options))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{options.shape}, {options.requests} concurrent requests, adapters of ranks {options.ranks}, "
