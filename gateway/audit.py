@@ -47,7 +47,7 @@ async def begin_action(
         key_id=caller.key_id,
         role=caller.role,
         action=handler.handler_name.rpartition(".")[2],
-        object=_printable(connection.url.path.removeprefix(_PREFIX)),
+        object=_printable(connection.scope["path"].removeprefix(_PREFIX)),
         tenant_id=tenant_id if _TENANT_ID.fullmatch(tenant_id) else "",
         address=connection.client.host[:64] if connection.client else "",
         request_id=str(connection.scope.get("request_id", "-")),

@@ -2,7 +2,11 @@
 
 uvicorn waits for ever for a request that has begun, and keeps whatever a client calls a header. A request's head must
 be complete within `header_seconds` of its first byte (of the connection, for the first one); its body within
-`body_seconds`, and longer only as far as what came by then was at least `_LEAST_RATE`.
+`body_seconds`, and longer only as far as what came by then was at least `_LEAST_RATE`. What a body has beside its
+bytes, such as headers behind it, is bounded like a head, and kept nowhere.
+
+It would also lose the body of a request that offers another protocol, as Java's client and curl do by themselves
+(`Upgrade: h2c`). The offer is declined instead: such a request is read as one that did not make it (RFC 9110, 7.8).
 """
 
 import asyncio
@@ -10,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, NamedTuple
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -57,7 +62,9 @@ class _BoundedProtocol(HttpToolsProtocol):
     _is_in_head = True
     _has_passed_head = False  # by what came last
     _is_refused = False
+    _offers_upgrade = False
     _num_head_bytes = 0  # of a head that is not complete
+    _num_idle_bytes = 0  # within a body, since the last of its own bytes
     _num_body_bytes = 0
     _body_began_at = 0.0
 
@@ -67,6 +74,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._unset_keepalive_if_required()  # uvicorn's own leaves it, and so the connection, where the client reset it
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -75,20 +83,52 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._is_in_head and self._deadline is None:
             self._within(self.bounds.header_timeout_seconds, self._head_is_late)
         self._has_passed_head = False
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        num_body_bytes = self._num_body_bytes
+        self._feed(data)
         # the parser keeps an endless header without a word; what holds the end of a head or a body is not all header
-        if self._is_in_head and not self._has_passed_head and not self._is_refused:
+        if self._has_passed_head or self._is_refused:
+            return
+        if self._is_in_head:
             self._num_head_bytes += len(data)
             self._check_head(self._num_head_bytes)
+        else:
+            self._num_idle_bytes = self._num_idle_bytes + len(data) if num_body_bytes == self._num_body_bytes else 0
+            self._check_head(self._num_idle_bytes, "What stands behind a body or between its chunks")
+
+    def _feed(self, data: bytes) -> None:
+        while not self._is_refused:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._declined_upgrade() + data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                message = "This is not an HTTP request that can be read."
+                self._refuse(_Refusal("400 Bad Request", "invalid_request", message))
+
+    def _declined_upgrade(self) -> bytes:
+        """The head of the request that was read last, without its offer, and a parser that has read nothing."""
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        return b"\r\n".join([line, *headers, b"", b""])
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # nobody reads what is behind a body
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._disarm()
         self._has_passed_head = True
-        self._is_in_head = False
-        self._num_head_bytes = self._num_body_bytes = 0
+        self._num_head_bytes = self._num_body_bytes = self._num_idle_bytes = 0
         self._check_head(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
-        if self._is_refused:
+        self._check_line()
+        self._offers_upgrade = self.parser.should_upgrade()
+        if self._is_refused or self._offers_upgrade:
             return
+        self._is_in_head = False
         self._body_began_at = self.loop.time()
         self._within(self.bounds.body_timeout_seconds, self._body_is_late)
         super().on_headers_complete()
@@ -103,16 +143,21 @@ class _BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._disarm()
         self._is_in_head = self._has_passed_head = True  # the next one's
-        if not self._is_refused:
+        if not self._is_refused and not self._offers_upgrade:  # one that offers it is read again
             super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(_Refusal("400 Bad Request", "invalid_request", "This is not an HTTP request that can be read."))
+    def _check_line(self) -> None:
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            message = "This server speaks HTTP/1.1 and HTTP/1.0."
+            self._refuse(_Refusal("505 HTTP Version Not Supported", "invalid_request", message))
+        elif self.parser.get_method() == b"CONNECT":
+            message = "This server is no proxy: it opens no tunnels."
+            self._refuse(_Refusal("405 Method Not Allowed", "method_not_allowed", message))
 
-    def _check_head(self, num_bytes: int) -> None:
+    def _check_head(self, num_bytes: int, what: str = "The request's line and headers together") -> None:
         most = self.bounds.max_header_bytes
         if num_bytes > most:
-            message = f"The request's line and headers may have {most} bytes together."
+            message = f"{what} may have {most} bytes."
             self._refuse(_Refusal("431 Request Header Fields Too Large", "headers_too_large", message))
 
     def _head_is_late(self) -> None:
@@ -138,7 +183,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._disarm()
         self._is_refused = True
         if not self.transport.is_closing():
-            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            cycle = self.cycle  # of the request before, where this one's head is not complete
+            if cycle is None or not cycle.response_started or (cycle.response_complete and self._is_in_head):
                 self.transport.write(refusal.encoded())
             self.transport.close()
 

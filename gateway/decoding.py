@@ -8,7 +8,7 @@ import msgspec.inspect
 from litestar import Request
 from litestar.exceptions import InternalServerException
 
-from loraplex.gateway.errors import ClientLeft, MalformedRequest, NotJson, UnknownParameter
+from loraplex.gateway.errors import ClientLeft, MalformedRequest, NotJson, UnknownParameter, UnsupportedEncoding
 
 T = TypeVar("T")
 
@@ -24,12 +24,20 @@ class Body(Generic[T]):
         self._decoder = msgspec.json.Decoder(type, strict=True)
 
     async def of(self, request: Request[Any, Any, Any]) -> T:
-        """Raises MalformedRequest or UnknownParameter, or ClientLeft."""
+        """Raises MalformedRequest, UnknownParameter or UnsupportedEncoding, or ClientLeft."""
         try:
             raw = await request.body()
         except InternalServerException as error:  # Litestar's word for a body that broke off
             raise ClientLeft("The client closed the connection before its request was complete.") from error
-        return self.decode(raw)
+        try:
+            return self.decode(raw)
+        except NotJson:
+            encoding = request.headers.get("content-encoding", "identity")
+            if encoding.lower() != "identity":
+                raise UnsupportedEncoding(
+                    f"The body must be sent as it is, without Content-Encoding: {encoding}."
+                ) from None
+            raise
 
     def decode(self, raw: bytes) -> T:
         if not raw.strip():

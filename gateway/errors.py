@@ -21,6 +21,10 @@ class NotJson(MalformedRequest):
     """The body is missing, or not JSON at all."""
 
 
+class UnsupportedEncoding(GatewayError):
+    """The body is compressed, or otherwise encoded, and cannot be read."""
+
+
 class InvalidUserInput(MalformedRequest):
     """What vLLM calls by this name: an adapter's name or path that is empty."""
 

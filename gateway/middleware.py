@@ -36,13 +36,18 @@ def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
 
 
 def identify_requests(app: ASGIApp) -> ASGIApp:
-    """Adds `x-request-id` (the client's own, if it sent a sane one), `openai-processing-ms`, and `x-ratelimit-*`."""
+    """Adds `x-request-id` (the client's own, if it sent a sane one), `openai-processing-ms`, and `x-ratelimit-*`.
+
+    HEAD is answered wherever GET is, as HTTP has it: like GET, and the server leaves the body out.
+    """
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await app(scope, receive, send)
             return
         began = time.perf_counter()
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _ID.fullmatch(given) else new_request_id()
         scope["request_id"] = request_id.decode()  # type: ignore[typeddict-unknown-key]

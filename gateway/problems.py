@@ -33,6 +33,7 @@ TABLE: dict[type[Exception], Row] = {
     gateway.GatewayError: Row(400, _INVALID, "invalid_request"),
     gateway.MalformedRequest: Row(400, _INVALID, "invalid_request"),
     gateway.NotJson: Row(400, _INVALID, "invalid_request"),
+    gateway.UnsupportedEncoding: Row(415, _INVALID, "unsupported_encoding"),
     gateway.InvalidUserInput: Row(400, _INVALID, "invalid_request"),
     gateway.UnknownParameter: Row(400, _INVALID, "unknown_parameter"),
     gateway.UnsupportedParameter: Row(400, _INVALID, "unsupported_parameter"),
@@ -92,6 +93,7 @@ TABLE: dict[type[Exception], Row] = {
     engines.ModelNotServable: Row(500, _SERVER, "model_not_servable"),
 }
 
+_MOST_CHARACTERS = 2000  # of a message: it may repeat what a client sent, however long
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -116,7 +118,12 @@ def problem_of(error: Exception) -> Problem:
     row = TABLE.get(type(error))
     if row is None:
         return Problem(Row(500, _SERVER, "internal_error"), "The server had an error; it has been logged.", None)
-    return Problem(row, str(error), getattr(error, "param", None))
+    message, param = str(error), getattr(error, "param", None)
+    return Problem(row, _in_short(message), param if param is None else _in_short(param))
+
+
+def _in_short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 def report(request_id: str, error: Exception) -> None:

@@ -65,7 +65,7 @@ def info_routes(engine: Engine, settings: EngineSettings) -> list[HTTPRouteHandl
     @post(["/classify", "/classify_batch"], guards=[require_inference], exception_handlers={Exception: respond_flat})
     async def classify(request: Request[Any, Any, Any]) -> NoReturn:
         raise UnsupportedParameter(
-            f"{request.url.path} is not offered: this server's models generate text, they do not classify it", None
+            f"{request.scope['path']} is not offered: this server's models generate text, they do not classify it", None
         )
 
     return [root, started, info, classify]

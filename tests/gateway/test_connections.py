@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import http.client
 import json
 import random
+import select
 import socket
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 from support.gateway import BASE, Gateway, running, settings_in
@@ -40,6 +45,28 @@ def answer(connection: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return received
+
+
+class Answer(NamedTuple):
+    status: int
+    content: Any
+
+
+def read_answer(connection: socket.socket) -> Answer:
+    """The next answer, of a connection that may go on."""
+    response = http.client.HTTPResponse(_Unclosed(connection), method="POST")  # type: ignore[arg-type]
+    response.begin()
+    return Answer(response.status, json.loads(response.read()))
+
+
+class _Unclosed:
+    """A socket whose file reads no more than it is asked for, so that nothing of the next answer is lost."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def makefile(self, *_: object) -> Any:
+        return self._connection.makefile("rb", buffering=0)
 
 
 def head(gateway: Gateway, length: int, *more: str) -> bytes:
@@ -168,3 +195,162 @@ def test_body_larger_than_a_head_may_be_is_no_head(strict: Gateway, size: int) -
         for _ in range(3):
             refused = client.post("/v1/chat/completions", json=body)
             assert_problem(refused, 400, "context_length_exceeded", "messages")
+
+
+CHUNKED = "transfer-encoding: chunked"
+WHOLE = b"%x\r\n%s\r\n0\r\n\r\n" % (len(CHAT), CHAT)
+UPGRADE = ("connection: Upgrade, HTTP2-Settings", "http2-settings: AAMAAABkAARAAAAAAAIAAAAA")
+
+
+def said(gateway: Gateway, body: bytes, *more: str, line: str = "POST /v1/chat/completions HTTP/1.1") -> bytes:
+    """A request with just these headers, beside a key."""
+    lines = [line, "host: x", f"authorization: Bearer {gateway.api_key}", *more, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def length(body: bytes) -> str:
+    return f"content-length: {len(body)}"
+
+
+FRAMED: dict[str, tuple[bytes, tuple[str, ...], int]] = {
+    "chunks": (WHOLE, (CHUNKED,), 200),
+    "chunk extension and trailer": (WHOLE.replace(b"\r\n", b";a=b\r\n", 1)[:-2] + b"x: y\r\n\r\n", (CHUNKED,), 200),
+    "chunk shorter than it says": (WHOLE.replace(b"%x" % len(CHAT), b"%x" % (len(CHAT) + 4), 1), (CHUNKED,), 400),
+    "chunk longer than it says": (WHOLE.replace(b"%x" % len(CHAT), b"%x" % (len(CHAT) - 4), 1), (CHUNKED,), 400),
+    "chunk of no number": (b"zz\r\n" + CHAT, (CHUNKED,), 400),
+    "chunk of a negative size": (b"-5\r\n" + CHAT, (CHUNKED,), 400),
+    "chunk beyond 64 bits": (b"f" * 18 + b"\r\n" + CHAT, (CHUNKED,), 400),
+    "chunks and a length": (WHOLE, (CHUNKED, "content-length: 5"), 400),
+    "unknown coding": (WHOLE, ("transfer-encoding: xchunked",), 400),
+    "length too small": (CHAT, ("content-length: 10", "connection: close"), 400),
+    "length negative": (CHAT, ("content-length: -5",), 400),
+    "length signed": (CHAT, ("content-length: +5",), 400),
+    "length in hex": (CHAT, ("content-length: 0x10",), 400),
+    "length beyond 64 bits": (CHAT, (f"content-length: {10**30}",), 400),
+    "two lengths": (CHAT, (length(CHAT), "content-length: 5"), 400),
+    "asked to go on": (CHAT, (length(CHAT), "expect: 100-continue"), 200),
+    "compressed": (gzip.compress(CHAT), (length(gzip.compress(CHAT)), "content-encoding: gzip"), 415),
+    "said to be identity": (CHAT, (length(CHAT), "content-encoding: identity"), 200),
+    "offer of HTTP/2": (CHAT, (length(CHAT), "upgrade: h2c", *UPGRADE), 200),
+    "offer of a websocket": (CHAT, (length(CHAT), "upgrade: websocket", *UPGRADE), 200),
+    "offer before chunks": (WHOLE, (CHUNKED, "upgrade: h2c", *UPGRADE), 200),
+    "invalid UTF-8 in a header": (CHAT, (length(CHAT), "x: \xff\xfe"), 200),
+    "NUL in a header": (CHAT, (length(CHAT), "x: a\0b"), 400),
+    "header without a colon": (CHAT, (length(CHAT), "nonsense"), 400),
+    "host of no port": (CHAT, (length(CHAT), "host: x:99999999"), 200),
+}
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_body_is_read_as_it_is_framed_or_refused(strict: Gateway, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    body, more, status = FRAMED[name]
+    sent = said(strict, body, *more)
+    if name.startswith("host"):
+        sent = sent.replace(b"host: x\r\n", b"")
+    with connect(strict) as connection:
+        connection.sendall(sent)
+        found = read_answer(connection)
+    assert found.status == status, found
+    if status >= 400:
+        assert found.content["error"]["message"]
+    else:
+        assert found.content["choices"][0]["message"]["content"] == "x"
+    assert strict.stats().num_running == 0
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("POST http://elsewhere.example/v1/chat/completions HTTP/1.1", 200),
+        ("POST /v1/chat/completions HTTP/1.0", 200),
+        ("POST /v1/chat/completions HTTP/0.9", 505),
+        ("POST /v1/chat/completions HTTP/2.0", 505),
+        ("POST /v1/chat/completions HTTP/9.9", 400),
+        ("PRI * HTTP/2.0", 400),
+        ("CONNECT elsewhere.example:443 HTTP/1.1", 405),
+        ("BREW /v1/chat/completions HTTP/1.1", 400),
+        ("PUT /v1/chat/completions HTTP/1.1", 405),
+        ("POST v1/chat/completions HTTP/1.1", 400),
+        ("POST /v1/chat/completions\xff HTTP/1.1", 400),
+        ("POST /v1/chat/completions%ff HTTP/1.1", 404),
+        ("POST /v1/chat/completions%00 HTTP/1.1", 404),
+        ("POST /v1/chat/completions\0 HTTP/1.1", 400),
+        ("POST /v1/chat completions HTTP/1.1", 400),
+    ],
+)
+def test_request_line_odd_is_answered_or_refused(
+    strict: Gateway, line: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(strict) as connection:
+        connection.sendall(said(strict, CHAT, length(CHAT), line=line))
+        found = read_answer(connection)
+    assert found.status == status, found
+    assert status == 200 or found.content["error"]["message"]
+    assert caplog.records == []
+
+
+def test_host_of_any_kind_breaks_no_route(strict: Gateway) -> None:
+    with strict.admin() as admin:
+        for host in ("x:99999999", "x:-1", "[::1", "\xff[[:", "", "a b"):
+            for path in ("/v1/models", "/nowhere", "/classify", "/v1/embeddings", "/generate", "/admin/v1/tenants"):
+                for method in ("GET", "POST"):
+                    found = admin.request(method, path, headers=[(b"host", host.encode("latin-1"))], content=b"{}")
+                    assert found.status_code < 500, (host, method, path, found.text)
+
+
+def test_offer_of_another_protocol_is_declined_as_often_as_it_is_made(strict: Gateway) -> None:
+    """Java's client makes it with every request; here a hundred in one piece, and one in single bytes."""
+    offer = said(strict, CHAT, length(CHAT), "upgrade: h2c", *UPGRADE)
+    with connect(strict) as connection:
+        connection.sendall(offer * 100)
+        assert [read_answer(connection).status for _ in range(100)] == [200] * 100
+        for number in range(len(offer)):
+            connection.sendall(offer[number : number + 1])
+        assert read_answer(connection).status == 200
+
+
+def test_pipelined_requests_are_answered_in_order_and_each_by_itself(strict: Gateway) -> None:
+    texts = [b"one", b"<slow>two", b"three"]
+    bodies = [CHAT.replace(b'"x"', b'"%s"' % text) for text in texts]
+    bodies.insert(1, b"{")
+    with connect(strict) as connection:
+        connection.sendall(b"".join(said(strict, body, length(body)) for body in bodies))
+        answers = [read_answer(connection) for _ in bodies]
+    assert [answer.status for answer in answers] == [200, 400, 200, 200]
+    told = [answer.content["choices"][0]["message"]["content"] for answer in answers if answer.status == 200]
+    assert told == [text.decode() for text in texts]
+
+
+@pytest.mark.parametrize("stands", ["with a key", "without"])
+@pytest.mark.parametrize(
+    ("begin", "endless"), [(b"5;", b"a"), (WHOLE[:-2] + b"x: ", b"y"), (WHOLE[:-2], b"x: y\r\n")],
+    ids=["chunk extension", "trailer", "trailers"],
+)  # fmt: skip
+def test_what_a_body_has_beside_its_bytes_is_bounded(
+    gateway: Gateway, begin: bytes, endless: bytes, stands: str
+) -> None:
+    """Nobody needs a key to send it, and where the answer has come the connection may say no more than that."""
+    key = gateway.api_key if stands == "with a key" else "nobody's"
+    lines = ["POST /v1/completions HTTP/1.1", "host: x", f"authorization: Bearer {key}", CHUNKED, "", ""]
+    num_sent = 0
+    with connect(gateway) as connection:
+        connection.sendall("\r\n".join(lines).encode() + begin)
+        if key != gateway.api_key:
+            assert read_answer(connection).status == 401
+        while not select.select([connection], [], [], 0.005)[0]:
+            assert num_sent < 2**23, "so much is kept by nobody"
+            with contextlib.suppress(ConnectionError):
+                num_sent += connection.send(endless * 2048)
+        statuses = [line[9:12] for line in answer(connection).split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    assert statuses == ([b"431"] if key == gateway.api_key else [])
+    assert gateway.stats().num_running == 0
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nowhere"])
+def test_head_is_answered_as_get_without_the_body(strict: Gateway, path: str) -> None:
+    with strict.client() as client:
+        whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert head.headers["x-request-id"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gc
 import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from support.gateway import BASE, Gateway, running, settings_in
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 
@@ -131,3 +135,70 @@ def test_reader_that_is_slow_but_reads_is_served_to_the_end(gateway: Gateway) ->
             time.sleep(0.01)
             received += client.recv(1024)
     assert b"data: [DONE]\n\n" in received
+
+
+STAGES = ("connected", "in the line", "in a header", "before the body", "in the body", "asked", "begun", "at the end")
+
+
+def leave(gateway: Gateway, stage: str, how: str, *, stream: bool) -> None:
+    """Be a client up to this stage, and none any more."""
+    url = httpx.URL(gateway.url)
+    text = "<slow>" + "x" * (4 if stage == "at the end" else 300)
+    body = json.dumps({**LONG, "messages": [{"role": "user", "content": text}], "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+    whole = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    sent = {"connected": 0, "in the line": 9, "in a header": 60, "before the body": -len(body), "in the body": -9}
+    with socket.create_connection((url.host, url.port), timeout=20) as client:
+        client.sendall(whole[: sent[stage]] if stage in sent else whole)
+        if stage == "begun" and stream:
+            client.recv(1)
+        if stage == "at the end":
+            received = b""
+            while b"[DONE]" not in received and b"usage" not in received:
+                received += client.recv(65536)
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        elif how == "half":
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(65536):
+                pass
+
+
+async def held(gateway: Gateway) -> tuple[int, int, int, int]:
+    """What a gateway has of its clients: open meters, taken places, tasks, and connections."""
+    gc.collect()
+    connections = sum(isinstance(each, HttpToolsProtocol) for each in gc.get_objects())
+    accounts: Any = gateway.services.accounts
+    return len(accounts._open), sum(accounts._admission._store._slots.values()), len(asyncio.all_tasks()), connections
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half"])
+def test_clients_that_leave_at_any_stage_leave_nothing_and_no_mark_on_a_neighbour(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """A client that half-closes has left, too: what it can still read is what was sent by then."""
+
+    def now() -> tuple[int, int, int, int]:
+        return asyncio.run_coroutine_threadsafe(held(gateway), gateway.loop).result(10)
+
+    tenant, own_key = gateway.new_tenant(f"leaving-{how}")
+    leaving = dataclasses.replace(gateway, tenant_id=tenant, api_key=own_key)
+    with gateway.admin() as admin:
+        limits = {"concurrent_requests": 1000, "tokens_per_day": 10**9}
+        assert admin.put(f"/admin/v1/tenants/{tenant}/limits", json=limits).status_code == 200
+    wait_for(lambda: now()[0] == 0, 5)
+    text = "x" * 60
+    with gateway.client() as neighbour, ThreadPoolExecutor(8) as pool:
+        assert neighbour.get("/health").status_code == 200
+        before = now()
+        assert before[:2] == (0, 0)
+        body = {**LONG, "stream": True, "messages": [{"role": "user", "content": f"<slow>{text}"}]}
+        with neighbour.stream("POST", "/v1/chat/completions", json=body) as stream:
+            visits = [(stage, stream) for stage in STAGES for stream in (True, False) for _ in range(4)]
+            list(pool.map(lambda visit: leave(leaving, visit[0], how, stream=visit[1]), visits))
+            frames = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        told = "".join(choice["delta"].get("content") or "" for frame in frames for choice in frame["choices"])
+        assert told == f"<slow>{text}"
+        wait_for(lambda: gateway.stats().num_running == 0, 5)
+        wait_for(lambda: all(left <= had for left, had in zip(now(), before, strict=True)), 5)
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
