@@ -11,12 +11,16 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.protocol import Grammar
 
+# Larger ones take seconds to compile. OpenAI takes schemas of 120,000 characters.
+MAX_SOURCE_CHARACTERS = 256 * 1024
 # A model left to itself may add white space for ever; this is enough to print with indentation.
 _WHITESPACE = r"( |\n[ \t]{0,32})?"
 
 
 def match(grammar: Grammar, tokenizer: LLTokenizer, limits: LLParserLimits | None = None) -> LLMatcher:
     """A matcher at the grammar's beginning. Raises InvalidRequest where it cannot be compiled."""
+    if len(grammar.source) > MAX_SOURCE_CHARACTERS:
+        raise refusal(grammar, f"it has {len(grammar.source)} characters, and may have {MAX_SOURCE_CHARACTERS}")
     try:
         source = _COMPILERS[grammar.kind](grammar.source)
     except Exception as error:

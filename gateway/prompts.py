@@ -31,7 +31,7 @@ async def chat_requests(
     Raises PromptTooLong or MalformedRequest, naming the field, or InvalidRequest where the template refuses.
     """
     body = dialogue.body
-    prompt = await _tokenised(dialogue.encode, is_long=dialogue.is_long)
+    prompt = await apart(dialogue.encode, is_long=dialogue.is_long)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
@@ -75,14 +75,18 @@ async def prompts_of(
 ) -> list[list[int]]:
     """The token ids of each prompt that the field says. Raises MalformedRequest, naming it, or EngineUnavailable."""
     require_ready(engine)
-    length = len(said) if isinstance(said, str) else sum(len(part) for part in said if isinstance(part, str))
+    if not isinstance(said, str) and len(said) > MAX_ANSWERS and not isinstance(said[0], int):
+        raise MalformedRequest(f"One request has at most {MAX_ANSWERS} prompts.", field)
+    length = len(said)
+    if length <= LONG_TEXT and not isinstance(said, str):
+        length = sum(1 if isinstance(part, int) else len(part) for part in said)
     vocab_size = engine.info().vocab_size
-    return await _tokenised(lambda: _prompt_tokens(said, tokenizer, vocab_size, field), is_long=length > LONG_TEXT)
+    return await apart(lambda: _prompt_tokens(said, tokenizer, vocab_size, field), is_long=length > LONG_TEXT)
 
 
-async def _tokenised(tokenise: Callable[[], T], *, is_long: bool) -> T:
-    """What `tokenise` gives; what takes long holds up no stream meanwhile."""
-    return await asyncio.to_thread(tokenise) if is_long else tokenise()
+async def apart(work: Callable[[], T], *, is_long: bool) -> T:
+    """What the work gives; a long one holds up no stream meanwhile."""
+    return await asyncio.to_thread(work) if is_long else work()
 
 
 def _prompt_tokens(

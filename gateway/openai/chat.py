@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 import secrets
+from functools import partial
 from typing import Any
 
 from litestar import Request, post
@@ -15,10 +16,10 @@ from loraplex.gateway.guards import caller_of, require_inference
 from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat_stream import ChatWire, SpokenWire
 from loraplex.gateway.openai.chat_wire import ChatRequest
-from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.dialogue import LARGE_BODY, Dialogue
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import chat_requests, tokenizer_for
+from loraplex.gateway.prompts import apart, chat_requests, tokenizer_for
 
 _body = Body(ChatRequest)
 
@@ -29,10 +30,12 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: M
     @post("/v1/chat/completions", status_code=200, guards=[require_inference])
     async def create_chat_completion(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
-        body.check()
+        is_large = len(await request.body()) > LARGE_BODY
+        await apart(body.check, is_long=is_large)
         caller = caller_of(request)
         route = await route_of(body, caller, catalogue)
-        dialogue = Dialogue(body, await tokenizer_for(route, engine), model)
+        tokenizer = await tokenizer_for(route, engine)
+        dialogue = await apart(partial(Dialogue, body, tokenizer, model, is_large=is_large), is_long=is_large)
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
         tier = granted_tier(body.service_tier, caller)
         choices = at_tier(tier, await chat_requests(dialogue, completion_id, route, caller, engine))

@@ -15,7 +15,9 @@ from loraplex.gateway.speech.formats import HERMES, call_format
 from loraplex.gateway.speech.reasoning import ReasoningParser, reasoning_tags
 from loraplex.gateway.speech.speech import Speech
 
+LARGE_BODY = 65_536  # bytes; where a smaller one is read and checked in a few milliseconds, a larger one is in a thread
 LONG_TEXT = 16_384  # characters; a shorter text is tokens in a few milliseconds, a longer one is made so in a thread
+_MANY_MESSAGES = 256  # take as long however short they are
 _TAIL = 16  # tokens; the end of a prompt that may hold the tag that begins the reasoning
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
 
@@ -26,9 +28,10 @@ class Dialogue:
     Raises MalformedRequest or UnsupportedParameter naming the field.
     """
 
-    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, model: Model) -> None:
-        """`tokenizer` is that of the request's adapter."""
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, model: Model, *, is_large: bool = False) -> None:
+        """`tokenizer` is that of the request's adapter; `is_large` says that the body was."""
         self.body = body
+        self._is_large = is_large
         self.tokenizer = tokenizer
         self._names = body.callable_names()
         tools = [tool.for_template() for tool in body.tools or []] if self._names else []
@@ -77,7 +80,8 @@ class Dialogue:
     @property
     def is_long(self) -> bool:
         """Whether the prompt is to be encoded in a thread."""
-        return self.num_characters > LONG_TEXT or self.tokenizer.renders_apart
+        is_long = self._is_large or len(self._messages) > _MANY_MESSAGES or self.num_characters > LONG_TEXT
+        return is_long or self.tokenizer.renders_apart
 
     def encode(self) -> list[int]:
         """The prompt's tokens. Raises InvalidRequest where the template refuses."""

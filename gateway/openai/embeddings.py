@@ -19,8 +19,6 @@ from loraplex.gateway.health import require_ready
 from loraplex.gateway.prompts import prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
 
-MAX_INPUTS = 2048  # as many as OpenAI takes in one request
-
 
 class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """`input` is a text, a list of texts, the token ids of one, or a list of those. `user` has no effect.
@@ -72,8 +70,6 @@ def embedding_routes(engine: Engine, catalogue: Catalogue, embedder: Embedder) -
         if body.dimensions is not None and body.dimensions > width:
             raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
         prompts = await prompts_of(body.input, await tokenizer_for(route, engine), engine, "input")
-        if len(prompts) > MAX_INPUTS:
-            raise MalformedRequest(f"One request has at most {MAX_INPUTS} inputs.", "input")
         wanted = Wanted(
             embedding_id=f"embd-{secrets.token_hex(12)}",
             model=body.model,

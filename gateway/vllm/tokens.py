@@ -4,9 +4,7 @@ A conversation's tokens are those that /v1/chat/completions would compute, with 
 one.
 """
 
-import asyncio
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from litestar import Request, Response, post
@@ -27,10 +25,8 @@ from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
 from loraplex.gateway.openai.tool_wire import FunctionTool
 from loraplex.gateway.openai.wire import refuse_what_matters
-from loraplex.gateway.prompts import tokenizer_for
+from loraplex.gateway.prompts import apart, tokenizer_for
 from loraplex.gateway.replies import json_reply
-
-T = TypeVar("T")
 
 
 class _Kind(Struct):
@@ -156,8 +152,3 @@ def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTT
         return json_reply(Text(text))
 
     return [tokenize, detokenize]
-
-
-async def apart(work: Callable[[], T], *, is_long: bool) -> T:
-    """What the work gives; a long one holds up no stream meanwhile."""
-    return await asyncio.to_thread(work) if is_long else work()

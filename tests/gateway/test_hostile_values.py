@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
+from loraplex.engines.matching import MAX_SOURCE_CHARACTERS
 from loraplex.engines.protocol import GenerateRequest
+from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.dialogue import Dialogue
 
 GOOD: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
 BEGINNING = b'{"model":"echo-base","messages":[{"role":"user","content":"hi"}],'
@@ -82,3 +88,73 @@ def test_integers_reach_the_engine_within_64_bits(gateway: Gateway, monkeypatch:
     assert post(gateway, json.dumps(body).encode()).status_code == 200
     assert [request.sampling.seed for request in asked] == [2**63 - 1, -(2**63), -(2**63) + 1]
     assert {request.sampling.top_k for request in asked} == {257}
+
+
+@pytest.mark.parametrize("field", ["model", "m" * 1_000_000])
+def test_what_a_client_sends_is_not_repeated_at_any_length(gateway: Gateway, field: str) -> None:
+    answer = post(gateway, json.dumps({**GOOD, field: "m" * 1_000_000}).encode())
+    assert answer.status_code in (400, 404)
+    assert len(answer.content) < 5000
+    assert "mmm" in answer.json()["error"]["message"]
+
+
+def test_key_given_twice_has_its_last_value(gateway: Gateway) -> None:
+    """As in Python, Go and JavaScript, which clients' bodies are made with."""
+    raw = b'{"model":"nope","model":"echo-base","messages":[{"role":"user","content":"a","content":"b"}]}'
+    assert post(gateway, raw).json()["choices"][0]["message"]["content"] == "b"
+
+
+def test_nul_in_a_text_is_a_character_like_others(gateway: Gateway) -> None:
+    body = {**GOOD, "messages": [{"role": "user", "content": "a\0b"}], "user": "\0", "metadata": {"\0": "\0"}}
+    assert post(gateway, json.dumps(body).encode()).json()["choices"][0]["message"]["content"] == "a\0b"
+
+
+@pytest.mark.parametrize(
+    ("field", "grammar"),
+    [
+        ("guided_regex", "a" * MAX_SOURCE_CHARACTERS + "a"),
+        ("guided_json", {"type": "object", "properties": {f"p{number}": {} for number in range(20_000)}}),
+    ],
+)
+def test_grammar_too_large_is_refused_before_it_takes_seconds(gateway: Gateway, field: str, grammar: Any) -> None:
+    message = assert_problem(
+        post(gateway, json.dumps({**GOOD, field: grammar}).encode()), 400, "invalid_request", field
+    )
+    assert str(MAX_SOURCE_CHARACTERS) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_apart"),
+    [
+        ({}, False),
+        ({"messages": [{"role": "user", "content": ""}] * 100_000}, True),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_000}]}, True),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": ["x"] * 20_000}}}]}, True),
+    ],
+    ids=["small", "messages", "parts", "tools"],
+)
+def test_large_body_is_worked_on_where_it_holds_up_no_stream(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], is_apart: bool
+) -> None:
+    """100,000 messages without a text took a second of the event loop."""
+    loop = asyncio.run_coroutine_threadsafe(here(), gateway.loop).result(10)
+    threads = []
+
+    def noted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any, **options: Any) -> Any:
+            threads.append(threading.get_ident())
+            return work(*arguments, **options)
+
+        return note
+
+    monkeypatch.setattr(ChatRequest, "check", noted(ChatRequest.check))
+    monkeypatch.setattr(Dialogue, "__init__", noted(Dialogue.__init__))
+    monkeypatch.setattr(Dialogue, "encode", noted(Dialogue.encode))
+    assert post(gateway, json.dumps({**GOOD, "max_tokens": 1, **changes}).encode()).status_code in (200, 400)
+    assert len(threads) == 3
+    assert {thread != loop for thread in threads} == {is_apart}
+
+
+async def here() -> int:
+    """The thread of the loop."""
+    return threading.get_ident()
