@@ -6,12 +6,19 @@ What is copied into it, or within it, is copied piece by piece, where nobody rea
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import threading
+
 import torch
 from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.peft import AdapterPlan, LoadedAdapter
 from loraplex.engines.adapters.pieces import Pieces
+
+_libc = ctypes.CDLL(None)
+_POPULATE_WRITE = 23  # Linux 5.14's MADV_POPULATE_WRITE; changes no bytes
 
 
 class Arena:
@@ -25,6 +32,8 @@ class Arena:
         self._plans: dict[str, AdapterPlan] = {}
         self._offsets: dict[str, int] = {}
         self.version = 0
+        self._populating = threading.Lock()
+        self._num_populated = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,6 +50,20 @@ class Arena:
 
     def __contains__(self, adapter_id: str) -> bool:
         return adapter_id in self._offsets
+
+    def populate(self, size: int) -> None:
+        """Have the kernel back `size` elements more with memory, from any thread: a copy into pages that were never
+        used takes four times as long (rank 64 beside the demo's base: 5.3 ms instead of 1.3 ms). Adapters are placed
+        from the front, so who populates for each that comes stays ahead of the copies."""
+        if self.device.type != "cpu":
+            return
+        with self._populating:
+            begin = self._num_populated
+            end = self._num_populated = min(begin + size, self._buffer.numel())
+        first = (self._buffer.data_ptr() + begin * self.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = self._buffer.data_ptr() + end * self.dtype.itemsize
+        if end > begin:
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _POPULATE_WRITE)  # or does nothing
 
     def write(self, offset: int, loaded: LoadedAdapter) -> Pieces[None]:
         """Copy an adapter to `offset`; the extent must belong to nobody who is being computed with."""

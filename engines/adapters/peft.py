@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
 from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
+from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 
@@ -27,7 +27,7 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lo
 _PREFIX = "base_model.model."
 UNUSED = "is not used"
 _ONE_EXPERT = re.compile(r".+\.experts\.\d+\.[^.]+")
-_DTYPES = {"F32", "F16", "BF16"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +71,17 @@ class ModuleEntry:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """A valid adapter's layout: entries by module index, what else it brings, and the extent's `size` in elements."""
+    """A valid adapter's layout: entries by module index, what else it brings, and the extent's `size` in elements.
+
+    `tensors` are those of its file.
+    """
 
     adapter: Adapter
     config: LoraConfig
     entries: dict[int, ModuleEntry]
     extra: ExtraPlan
     size: int
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def rank(self) -> int:
@@ -147,8 +151,8 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     """Check config and tensor headers against the base; no weights are read. Raises AdapterError."""
     directory = Path(adapter.path)
     config = read_config(directory)
-    shapes = _tensor_shapes(_weights(adapter))
-    parts, others = _group_by_module(shapes, config, base)
+    tensors = _tensors(_weights(adapter))
+    parts, others = _group_by_module({key: tensor.shape for key, tensor in tensors.items()}, config, base)
     _check_names(config, parts, base)
     entries, size = {}, 0
     for name, module in base.modules.items():
@@ -163,7 +167,7 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
         raise AdapterUnsupported(f"alora_invocation_tokens is not supported with changes to {extra.extras[0].module}")
     if not entries and not extra.extras:
         raise AdapterInvalid("adapter_model.safetensors holds no LoRA weights")
-    return AdapterPlan(adapter=adapter, config=config, entries=entries, extra=extra, size=extra.size)
+    return AdapterPlan(adapter=adapter, config=config, entries=entries, extra=extra, size=extra.size, tensors=tensors)
 
 
 def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
@@ -174,21 +178,16 @@ def load_adapter(adapter: Adapter, base: Base) -> LoadedAdapter:
 def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
     """Read the weights into the arena's layout, piece by piece. Raises AdapterError; non-finite weights are refused."""
     flat = torch.zeros(plan.size, dtype=base.dtype, pin_memory=base.pins_memory)
-    try:
-        with safe_open(_weights(plan.adapter), framework="pt") as file:
-            keys = {match: key for key in file.keys() if (match := _parse_key(key))}  # noqa: SIM118  not a dict
-            for entry in plan.entries.values():
-                a = file.get_tensor(keys[entry.module.name, "lora_A"])
-                b = file.get_tensor(keys[entry.module.name, "lora_B"])
-                yield from pieces.copy(entry.a_of(flat), a)
-                yield from pieces.copy(entry.b_of(flat), b.t())
-                if (gain := entry.gain_of(flat)) is not None:
-                    magnitude = file.get_tensor(keys[entry.module.name, "lora_magnitude_vector"])
-                    weight = base.weight(entry.module.index)
-                    yield from _read_gain(gain, weight, a, b, entry.scale, magnitude.float().flatten())
-            yield from read_extras(plan.extra, flat, lambda name: file.get_tensor(_PREFIX + name), base.parameter)
-    except (SafetensorError, OSError) as error:
-        raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
+    file = _WeightsFile(plan)
+    halves = [(entry, *file.halves(entry.module.name)) for entry in plan.entries.values()]
+    yield from pieces.copy_each(
+        pair for entry, a, b in halves for pair in ((entry.a_of(flat), a), (entry.b_of(flat), b.t()))
+    )
+    for entry, a, b in halves:
+        if (gain := entry.gain_of(flat)) is not None:
+            magnitude = file.part(entry.module.name, "lora_magnitude_vector").float().flatten()
+            yield from _read_gain(gain, base.weight(entry.module.index), a, b, entry.scale, magnitude)
+    yield from read_extras(plan.extra, flat, lambda name: file.tensor(_PREFIX + name), base.parameter)
     if not (yield from pieces.are_finite(flat)):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
@@ -206,16 +205,41 @@ def _weights(adapter: Adapter) -> Path:
     return Path(adapter.path) / "adapter_model.safetensors"
 
 
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _tensors(path: Path) -> dict[str, TensorInfo]:
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
-            for key, piece in slices.items():
-                if piece.get_dtype() not in _DTYPES:
-                    raise AdapterUnsupported(f"tensor {key} is {piece.get_dtype()}; there are {sorted(_DTYPES)}")
-            return {key: tuple(piece.get_shape()) for key, piece in slices.items()}
-    except (SafetensorError, OSError) as error:
+        tensors = read_header(path)
+    except (AdapterInvalid, OSError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(_DTYPES)}")
+    return tensors
+
+
+class _WeightsFile:
+    """The tensors of a planned adapter's file, as views of it."""
+
+    def __init__(self, plan: AdapterPlan) -> None:
+        path = _weights(plan.adapter)
+        self._tensors = plan.tensors
+        try:
+            self._bytes = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
+
+    def tensor(self, name: str) -> Tensor:
+        info = self._tensors[name]
+        own, dtype = self._bytes[info.begin : info.end], _DTYPES[info.dtype]
+        aligned = own if info.begin % dtype.itemsize == 0 else own.clone()
+        return aligned.view(dtype).view(info.shape)
+
+    def part(self, module: str, part: str) -> Tensor:
+        """Of a module's LoRA: its `lora_A`, `lora_B` or `lora_magnitude_vector`."""
+        name = f"{_PREFIX}{module}.{part}"
+        return self.tensor(name if name in self._tensors else f"{name}.weight")
+
+    def halves(self, module: str) -> tuple[Tensor, Tensor]:
+        return self.part(module, "lora_A"), self.part(module, "lora_B")
 
 
 def _parse_key(key: str) -> tuple[str, str] | None:

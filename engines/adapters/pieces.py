@@ -5,13 +5,14 @@ Who runs such a generator decides how far it goes at a time. A piece is at most 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 PIECE = 2**16  # elements; some 30 µs to copy, and too few for torch to wake its other threads for long
+BATCH = 2**22  # elements that a thread of its own copies at a time; some milliseconds
 
 Result = TypeVar("Result")
 Pieces = Generator[None, None, Result]
@@ -29,6 +30,22 @@ def copy(target: Tensor, source: Tensor) -> Pieces[None]:
     for rows in slices(target):
         target[rows].copy_(source[rows])
         yield
+
+
+def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> Pieces[None]:
+    """target[…] = source[…] for many small pairs: one call for a good many, in which no other thread waits for Python's
+    lock."""
+    targets, sources, numel = [], [], 0
+    for target, source in pairs:
+        targets.append(target)
+        sources.append(source)
+        numel += target.numel()
+        if numel >= BATCH:
+            torch._foreach_copy_(targets, sources)
+            targets, sources, numel = [], [], 0
+            yield
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def are_finite(flat: Tensor) -> Pieces[bool]:

@@ -1,6 +1,6 @@
 """Brings adapters to the device for the engine's core: disk -> host -> arena, and books about each.
 
-Threads read the files and plan; what touches weights is done between steps in small pieces, as many as the step's
+Threads check and read the files; what touches the arena is done between steps in small pieces, as many as the step's
 allowance of time admits, so that no stream waits for an adapter. An adapter that nobody waits for any more on its way
 is given up where it is. All methods are called by the loop that steps.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, plan_adapter, read_adapter
+from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, plan_adapter
 from loraplex.engines.adapters.pieces import Pieces
-from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterInvalid, AdapterTooLarge
+from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterTooLarge
 from loraplex.engines.figures import TierFigures
 from loraplex.engines.native.host import HostTier
-from loraplex.engines.native.preparation import Preparation
+from loraplex.engines.native.preparation import Preparation, adapter_threads
 from loraplex.engines.native.residency import Move, Residency
 from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency, AdapterTierStats, TierStats
 
@@ -40,12 +40,12 @@ class _Tracked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chore:
-    """Work on one adapter in pieces; `finish` takes what the last one gave."""
+class _Copy:
+    """One adapter's way to the device, or within it, in pieces; `finish` is called behind the last one."""
 
     adapter_id: str
-    pieces: Pieces[LoadedAdapter] | Pieces[None]
-    finish: Callable[[LoadedAdapter | None], None]
+    pieces: Pieces[None]
+    finish: Callable[[], None]
     is_move: bool = False
 
 
@@ -74,13 +74,10 @@ class AdapterTiers:
         self._tracked: dict[str, _Tracked] = {}
         self._cold: dict[str, None] = {}  # wanted, and not known to be on the device; in order of asking
         self._preparing: dict[str, Preparation] = {}
-        self._planned: dict[str, tuple[AdapterPlan, float]] = {}  # and when its way began
-        self._chores: dict[
-            str, _Chore
-        ] = {}  # at most one of a kind: "read" to the host, "copy" to or within the device
+        self._copy: _Copy | None = None
         self._host_figures = TierFigures("host", max_names)
         self._device_figures = TierFigures("device", max_names)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter")
+        self._threads = adapter_threads(num_threads)
 
     @property
     def is_loading(self) -> bool:
@@ -88,9 +85,9 @@ class AdapterTiers:
         return bool(self._preparing)
 
     @property
-    def has_chores(self) -> bool:
+    def is_copying(self) -> bool:
         """Whether `poll` has something to do right now."""
-        return bool(self._chores or self._planned)
+        return self._copy is not None
 
     @property
     def num_on_device(self) -> int:
@@ -167,13 +164,14 @@ class AdapterTiers:
         `wanted` names the adapters of waiting sequences, first come first: none of them is evicted for a later one.
         """
         end = self._clock() + seconds
-        for adapter_id in [adapter_id for adapter_id, one in self._preparing.items() if one.is_done]:
-            self._take_plan(adapter_id, self._preparing.pop(adapter_id))
-        if not (self._cold or self._chores or self._planned):
+        if not (self._cold or self._copy):
             return
         order = list(dict.fromkeys([*wanted, *self._cold]))
-        while (kind := self._next_chore(order)) is not None:
-            if not self._go_on(kind, end):
+        while True:  # copies first: they are nearer to their end, and the host tier may have no room for two
+            if (copy := self._copy or self._begin_copy(order)) is not None:
+                if not self._go_on(copy, end):
+                    return
+            elif not self._take_in():
                 return
 
     def residents(self, *, only_on_device: bool = False) -> list[AdapterResidency]:
@@ -210,32 +208,30 @@ class AdapterTiers:
         if adapter_id in self._residency:
             return
         self._cold[adapter_id] = None
-        is_on_its_way = (
-            adapter_id in self._preparing
-            or adapter_id in self._planned
-            or any(chore.adapter_id == adapter_id for chore in self._chores.values())
-        )
-        if adapter_id not in self._host and not is_on_its_way:
-            self._preparing[adapter_id] = Preparation(tracked.adapter, self._base, self._threads, self._clock())
+        is_copied = self._copy is not None and self._copy.adapter_id == adapter_id
+        if not (adapter_id in self._host or adapter_id in self._preparing or is_copied):
+            self._preparing[adapter_id] = Preparation(
+                tracked.adapter, self._base, self._threads, self._clock(), self._arena.populate
+            )
 
-    def _take_plan(self, adapter_id: str, preparation: Preparation) -> None:
+    def _take_in(self) -> bool:
+        """One adapter that a thread has read, to the host tier; whether there was one."""
+        adapter_id = next((adapter_id for adapter_id, one in self._preparing.items() if one.is_done), None)
+        if adapter_id is None:
+            return False
+        preparation = self._preparing.pop(adapter_id)
         try:
-            self._planned[adapter_id] = preparation.plan(), preparation.began
+            loaded = preparation.loaded()
         except AdapterError as error:
             self._fail(adapter_id, error)
+            return True
+        self._host_figures.loaded(loaded.plan.adapter.name, self._clock() - preparation.began)
+        for left in self._host.keep(loaded):
+            self._host_figures.evicted(left.plan.adapter.name)
+            self._left(left.plan.adapter.id)
+        return True
 
-    def _next_chore(self, order: Iterable[str]) -> str | None:
-        """What is to be gone on with: a copy before a read, for it is nearer to its end."""
-        if "copy" not in self._chores:
-            self._begin_copy(order)
-        if "read" not in self._chores and self._planned:
-            adapter_id = next(iter(self._planned))
-            plan, began = self._planned.pop(adapter_id)
-            pieces = read_adapter(plan, self._base)
-            self._chores["read"] = _Chore(adapter_id, pieces, partial(self._finish_read, began))
-        return next((kind for kind in ("copy", "read") if kind in self._chores), None)
-
-    def _begin_copy(self, order: Iterable[str]) -> None:
+    def _begin_copy(self, order: Iterable[str]) -> _Copy | None:
         """Start the copy of the first adapter that room can be made for."""
         protected: set[str] = set()
         for adapter_id in order:
@@ -246,11 +242,12 @@ class AdapterTiers:
                 loaded = self._host[adapter_id]
                 if loaded.plan.size > self._residency.capacity:
                     self._fail(adapter_id, self._too_large(loaded))
-                elif (chore := self._place(loaded, protected)) is not None:
-                    self._chores["copy"] = chore
-                    return
+                elif (copy := self._place(loaded, protected)) is not None:
+                    self._copy = copy
+                    return copy
+        return None
 
-    def _place(self, loaded: LoadedAdapter, protected: Set[str]) -> _Chore | None:
+    def _place(self, loaded: LoadedAdapter, protected: Set[str]) -> _Copy | None:
         """The copy into the arena, or a move that has to be made before; None where no room can be made."""
         plan, began = loaded.plan, self._clock()
         room = self._residency.reserve(plan.adapter.id, plan.size, protected)
@@ -260,40 +257,20 @@ class AdapterTiers:
             self._leave_device(victim)
         if (move := room.move) is not None:
             finish_move = partial(self._finish_move, move)
-            return _Chore(move.adapter_id, self._arena.move(move.adapter_id, move.target), finish_move, is_move=True)
+            return _Copy(move.adapter_id, self._arena.move(move.adapter_id, move.target), finish_move, is_move=True)
         offset = self._residency.extent(plan.adapter.id).offset
-        return _Chore(plan.adapter.id, self._arena.write(offset, loaded), partial(self._finish_copy, plan, began))
+        return _Copy(plan.adapter.id, self._arena.write(offset, loaded), partial(self._finish_copy, plan, began))
 
-    def _go_on(self, kind: str, end: float) -> bool:
-        """With one chore, to its end or to the allowance's; whether time is left."""
-        chore = self._chores[kind]
-        try:
-            while True:
-                next(chore.pieces)
-                if self._clock() >= end:
-                    return False
-        except StopIteration as stop:
-            result = stop.value
-        except Exception as error:
-            if kind != "read":  # a copy fails with the machine, a read with its adapter
-                raise
-            del self._chores[kind]
-            known = error if isinstance(error, AdapterError) else AdapterInvalid(f"cannot be loaded: {error!r}")
-            self._fail(chore.adapter_id, known)
-            return self._clock() < end
-        del self._chores[kind]
-        chore.finish(result)
+    def _go_on(self, copy: _Copy, end: float) -> bool:
+        """To the copy's end or to the allowance's; whether time is left."""
+        for _ in copy.pieces:
+            if self._clock() >= end:
+                return False
+        self._copy = None
+        copy.finish()
         return self._clock() < end
 
-    def _finish_read(self, began: float, loaded: LoadedAdapter | None) -> None:
-        assert loaded is not None
-        adapter = loaded.plan.adapter
-        self._host_figures.loaded(adapter.name, self._clock() - began)
-        for left in self._host.keep(loaded):
-            self._host_figures.evicted(left.plan.adapter.name)
-            self._prune(left.plan.adapter.id)
-
-    def _finish_copy(self, plan: AdapterPlan, began: float, _: LoadedAdapter | None) -> None:
+    def _finish_copy(self, plan: AdapterPlan, began: float) -> None:
         adapter_id = plan.adapter.id
         self._arena.publish(plan, self._residency.extent(adapter_id).offset)
         self._residency.publish(adapter_id)
@@ -303,7 +280,7 @@ class AdapterTiers:
             self._host.touch(adapter_id)
         self._tell(adapter_id, None)
 
-    def _finish_move(self, move: Move, _: LoadedAdapter | None) -> None:
+    def _finish_move(self, move: Move) -> None:
         self._residency.publish(move.adapter_id)
         self._arena.publish(self._arena.plan(move.adapter_id), move.target)
 
@@ -311,6 +288,10 @@ class AdapterTiers:
         """The books have given its extent to another one."""
         self._arena.forget(adapter_id)
         self._device_figures.evicted(self._tracked[adapter_id].adapter.name)
+        self._left(adapter_id)
+
+    def _left(self, adapter_id: str) -> None:
+        """It left a tier: bring it again for those who want it, or forget it."""
         if self._tracked[adapter_id].is_wanted:
             self._want(self._tracked[adapter_id])
         self._prune(adapter_id)
@@ -337,13 +318,12 @@ class AdapterTiers:
     def _abandon(self, adapter_id: str, *, moves_too: bool = False) -> None:
         """Give up what is on its way; a move of it within the device goes on, unless it leaves."""
         self._cold.pop(adapter_id, None)
-        self._planned.pop(adapter_id, None)
         if (preparation := self._preparing.pop(adapter_id, None)) is not None:
             preparation.give_up()
-        for kind, chore in list(self._chores.items()):
-            if chore.adapter_id == adapter_id and (moves_too or not chore.is_move):
-                chore.pieces.close()
-                del self._chores[kind]
+        copy = self._copy
+        if copy is not None and copy.adapter_id == adapter_id and (moves_too or not copy.is_move):
+            copy.pieces.close()
+            self._copy = None
         self._residency.give_up(adapter_id)
 
     def _prune(self, adapter_id: str) -> None:

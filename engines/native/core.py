@@ -160,7 +160,7 @@ class EngineCore:
     @property
     def is_busy(self) -> bool:
         """Whether a step has something to do that waits for nobody."""
-        return bool(self.scheduler.running or self.adapters.has_chores)
+        return bool(self.scheduler.running or self.adapters.is_copying)
 
     @property
     def is_preparing(self) -> bool:

@@ -101,13 +101,14 @@ def renamed(adapter: Adapter, name: str) -> Adapter:
 
 @pytest.mark.parametrize("kind", ["rank-8", "rank-32-dora"])
 def test_poll_works_no_longer_than_it_is_allowed_and_gets_there(
-    small: SmallWorld, make: Callable[..., Tiers], kind: str
+    small: SmallWorld, make: Callable[..., Tiers], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 2**8)
     tiers, adapter = make(), small.adapters[kind]
     tiers.tiers.enter(adapter)
     tiers.poll_until(lambda: adapter.id in tiers.residency, seconds=3.0)
     working = [length for length in tiers.lengths if length > 1.0]  # the others waited for the thread
-    assert max(working) <= 3.0 + 4  # readings that begin and end a poll, or take up a plan
+    assert max(working) <= 3.0 + 4  # readings that begin and end a poll, or take one in
     assert len(working) > 12
     torch.testing.assert_close(tiers.arena.flat(adapter.id), load_adapter(adapter, tiers.base).flat, rtol=0, atol=0)
 
@@ -131,9 +132,10 @@ def test_non_finite_is_found_wherever_it_stands_and_an_overflowing_sum_is_none()
 
 @pytest.mark.parametrize("num_polls", [0, 1, 3, 10, 40])
 def test_request_that_leaves_takes_along_what_was_on_its_way_for_it(
-    small: SmallWorld, make: Callable[..., Tiers], num_polls: int
+    small: SmallWorld, make: Callable[..., Tiers], num_polls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is: being prepared, read, or copied."""
+    """Wherever it is: being prepared, or copied."""
+    monkeypatch.setattr(pieces, "PIECE", 2**8)
     tiers, adapter = make(), small.adapters["rank-8"]
     tiers.tiers.enter(adapter)
     if num_polls:
@@ -142,7 +144,7 @@ def test_request_that_leaves_takes_along_what_was_on_its_way_for_it(
         tiers.poll(seconds=0.0)
     assert adapter.id not in tiers.residency
     tiers.tiers.leave(adapter.id)
-    assert (tiers.tiers.is_loading, tiers.tiers.has_chores, tiers.residency.num_used) == (False, False, 0)
+    assert (tiers.tiers.is_loading, tiers.tiers.is_copying, tiers.residency.num_used) == (False, False, 0)
     assert [found.tier for found in tiers.tiers.residents()] in ([], ["host"])
     tiers.bring(adapter)
     torch.testing.assert_close(tiers.arena.flat(adapter.id), load_adapter(adapter, tiers.base).flat, rtol=0, atol=0)
@@ -160,6 +162,28 @@ def test_adapter_that_another_request_waits_for_stays_on_its_way_and_is_read_onc
     assert (sum(host.load_durations.counts), sum(device.load_durations.counts)) == (1, 1)
     [found] = tiers.tiers.residents()
     assert (found.tier, found.num_requests) == ("device", 2)
+
+
+def test_adapters_that_the_host_has_no_room_for_together_all_come_to_the_device(
+    small: SmallWorld, make: Callable[..., Tiers]
+) -> None:
+    """One by one, as those before them end: the one that left the host for another is read again."""
+    size = load_adapter(small.adapters["rank-4"], make().base).plan.size
+    tiers = make(capacity=size, host_bytes=1)
+    waiting = {name: renamed(small.adapters["rank-4"], name) for name in "abc"}
+    for adapter in waiting.values():
+        tiers.tiers.enter(adapter)
+    while waiting:
+        tiers.poll_until(lambda: any(adapter.id in tiers.residency for adapter in waiting.values()))
+        [name] = [name for name, adapter in waiting.items() if adapter.id in tiers.residency]
+        adapter = waiting.pop(name)
+        tiers.residency.start(adapter.id)
+        for _ in range(50):
+            time.sleep(0.001)
+            tiers.poll()
+        tiers.residency.stop(adapter.id)
+        tiers.tiers.leave(adapter.id)
+    assert not tiers.failures
 
 
 def test_arena_of_mixed_ranks_holds_exactly_the_adapters_own_bytes(
