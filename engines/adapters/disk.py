@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex.engines.adapters.locks import flock, try_flock
-from loraplex.engines.adapters.manifest import check, write_manifest
+from loraplex.engines.adapters.manifest import check, sync, write_manifest
 from loraplex.engines.adapters.sources.base import Workspace
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
 
@@ -81,8 +81,12 @@ class DiskCache:
             os.close(descriptor)
 
     def commit(self, workspace: Workspace) -> StoredObject:
-        """Move staged files into the cache, making room. Raises AdapterTooLarge where what is held leaves none."""
-        manifest = write_manifest(workspace.files)
+        """Move staged files into the cache, making room. Raises AdapterTooLarge where what is held leaves none.
+
+        What can be fetched again is not forced to the disk, for which its request would wait longer than for all else
+        here: after a loss of power, `find` removes what is not whole.
+        """
+        manifest = write_manifest(workspace.files, workspace.digests, durable=self._for_good)
         if (known := self.find(manifest.id)) is not None:
             return known
         place = self._place(manifest.id)
@@ -91,8 +95,9 @@ class DiskCache:
                 self._make_room(_size(workspace.files))
                 place.parent.mkdir(mode=0o700, exist_ok=True)
                 os.rename(workspace.files, place)
-                _sync(place.parent)
-                _sync(self._objects)
+                if self._for_good:
+                    sync(place.parent)
+                    sync(self._objects)
         self._touch(place)
         with self._guard:
             self._verified.add(manifest.id)
@@ -286,11 +291,3 @@ def _ref(source: str, revision: str) -> str:
 def _size(directory: Path) -> int:
     with os.scandir(directory) as entries:
         return sum(entry.stat().st_size for entry in entries)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

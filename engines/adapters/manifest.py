@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,18 +37,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(file.num_bytes for file in self.files)
 
 
-def write_manifest(directory: Path) -> Manifest:
-    """Hash the files, make them read-only and durable, and write the list beside them."""
-    files = tuple(_settle(directory / name) for name in sorted(os.listdir(directory)))
-    manifest = Manifest(files=files)
-    path = directory / MANIFEST
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-    _settle(path)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_manifest(directory: Path, digests: Mapping[str, str], *, durable: bool) -> Manifest:
+    """Hash the files, but for those whose `digests` are known, make them read-only, and write the list beside them.
+
+    Where it is `durable`, all of that outlives a loss of power.
+    """
+    manifest = Manifest(files=tuple(_entry(directory / name, digests) for name in sorted(os.listdir(directory))))
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    for path in directory.iterdir():
+        path.chmod(0o444)
+        if durable:
+            sync(path)
+    if durable:
+        sync(directory)
     return manifest
 
 
@@ -82,14 +84,18 @@ def read_manifest(directory: Path) -> Manifest:
         raise AdapterInvalid(f"{MANIFEST} of {directory.name} cannot be read: {error}") from error
 
 
-def _settle(path: Path) -> ManifestFile:
-    """Hash one file, write it through to the disk, take away the right to write it."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        num_bytes = file.tell()
-        os.fchmod(file.fileno(), 0o444)
-        os.fsync(file.fileno())
-    return ManifestFile(name=path.name, num_bytes=num_bytes, sha256=digest)
+def sync(path: Path) -> None:
+    """Write a file or a directory through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path, digests: Mapping[str, str]) -> ManifestFile:
+    digest = digests.get(path.name) or _sha256(path)
+    return ManifestFile(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
 
 
 def _sha256(path: Path) -> str:

@@ -287,6 +287,7 @@ def _is_token(token: str) -> bool:
 
 
 def _empty(workspace: Workspace) -> None:
+    workspace.digests.clear()
     for directory in (workspace.files, workspace.scratch):
         shutil.rmtree(directory)
         directory.mkdir()

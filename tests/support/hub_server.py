@@ -37,6 +37,7 @@ class FakeHub:
     """`failures` are statuses to answer with before all is well; `cut_after` breaks a transfer off once, in bytes.
 
     `requests` are (method, path, headers by their names in small letters).
+    `files_at` is where files are instead: the address of another one, that requests for them are sent on to.
     `bytes_per_second` slows each file down. `busy_seconds` is how long requests for a repository were being answered.
     """
 
@@ -45,6 +46,8 @@ class FakeHub:
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     failures: list[int] = field(default_factory=list)
     cut_after: int | None = None
+    knows_ranges: bool = True
+    files_at: str | None = None
     raw_listing: bytes | None = None
     hold: threading.Event | None = None
     bytes_per_second: float | None = None
@@ -125,11 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.commits.get(repository.refs.get(commit, commit), {}).get(file_name)
         if content is None:
             return self._send(404, {"X-Error-Code": "EntryNotFound"})
+        if self.hub.files_at is not None:
+            return self._send(302, {"Location": self.hub.files_at + self.path})
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         headers = {"X-Repo-Commit": commit, "ETag": etag, "X-Linked-Etag": etag, "Accept-Ranges": "bytes"}
         headers["X-Linked-Size"] = str(len(content))
         requested = self.headers.get("Range")
-        if requested is None:
+        if requested is None or not self.hub.knows_ranges:
             return self._send(200, headers, content)
         start = int(requested.removeprefix("bytes=").split("-")[0])
         headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

@@ -6,10 +6,11 @@ a fetch nobody waits for any more ends within one socket timeout.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -76,11 +77,13 @@ class Listing:
 class Workspace:
     """Two directories on the cache's file system: `files` takes complete files, `scratch` whatever is unfinished.
 
-    Both outlive a failed attempt, so that the next one resumes.
+    Both outlive a failed attempt, so that the next one resumes. `digests` are the sha256 of those complete files that
+    were hashed as they came.
     """
 
     files: Path
     scratch: Path
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -114,11 +117,15 @@ def receive(
     """
     partial = workspace.scratch / file.name
     num_bytes = resume_at
+    digest = hashlib.sha256()
     with partial.open("r+b" if resume_at else "wb") as sink:
+        for begin in range(0, resume_at, CHUNK_BYTES):
+            digest.update(sink.read(min(CHUNK_BYTES, resume_at - begin)))
         sink.seek(resume_at)
         sink.truncate()
         for chunk in chunks:
             transfer.check()
+            digest.update(chunk)
             num_bytes += len(chunk)
             if num_bytes > file.num_bytes:
                 raise AdapterSourceUnavailable(f"{file.name} is longer than the {file.num_bytes} bytes announced")
@@ -126,6 +133,7 @@ def receive(
     if num_bytes < file.num_bytes:
         raise AdapterSourceUnavailable(f"{file.name} broke off after {num_bytes} of {file.num_bytes} bytes")
     os.replace(partial, workspace.files / file.name)
+    workspace.digests[file.name] = digest.hexdigest()
 
 
 def num_received(file: RemoteFile, workspace: Workspace) -> int:

@@ -5,11 +5,10 @@ Errors are told in our own words: those of the library quote addresses, and a si
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -28,6 +27,8 @@ from loraplex.engines.adapters.sources.base import (
     Transfer,
     Workspace,
     missing,
+    num_received,
+    receive,
 )
 from loraplex.engines.adapters.sources.selection import select
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterNotFound, AdapterSourceUnavailable
@@ -80,24 +81,25 @@ class HubSource:
     def download(
         self, address: Address, listing: Listing, token: str | None, workspace: Workspace, transfer: Transfer
     ) -> None:
+        """Over the library's connections, but without its own download: that asks for each file's size and ETag first,
+        which the listing told already, and keeps a cache beside ours."""
         repo, _ = _split(address)
+        headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"  # a redirect to another host goes without it
         for file in missing(listing, workspace):
+            transfer.check()
+            start = num_received(file, workspace)
+            start = start if start < file.num_bytes else 0
+            asked = headers | ({"Range": f"bytes={start}-"} if start else {})
+            url = hf_hub_url(repo, file.name, revision=listing.revision, endpoint=self._endpoint)
             try:
-                path = hf_hub_download(
-                    repo,
-                    file.name,
-                    revision=listing.revision,
-                    local_dir=workspace.scratch / "hub",
-                    cache_dir=workspace.scratch / "hub-cache",
-                    endpoint=self._endpoint,
-                    token=token or False,
-                    tqdm_class=_progress(file, transfer),
-                )
-            except (_TransportError, OSError, ValueError) as error:
+                with get_session().stream("GET", url, headers=asked, timeout=SOCKET_TIMEOUT_SECONDS) as answer:
+                    hf_raise_for_status(answer)
+                    start = start if answer.status_code == 206 else 0
+                    receive(answer.iter_raw(), file, workspace, transfer, resume_at=start)
+            except (_TransportError, OSError) as error:
                 raise _told(error) from None
-            if os.path.getsize(path) != file.num_bytes:
-                raise AdapterSourceUnavailable(f"{file.name} has not the {file.num_bytes} bytes announced")
-            os.replace(path, workspace.files / file.name)
 
     def _api(self, token: str | None) -> HfApi:
         # False: never the token of whoever started this process, which a caller could not have used himself.
@@ -113,34 +115,6 @@ def _file(name: str, size: int | None) -> RemoteFile:
     if type(size) is not int or size < 0:
         raise AdapterSourceUnavailable(f"the hub does not say how large {name} is")
     return RemoteFile(name=name, num_bytes=size)
-
-
-def _progress(file: RemoteFile, transfer: Transfer) -> Any:
-    """A progress bar that shows nothing: the library calls it for every piece, so it is where a download is stopped."""
-
-    class Watch:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.n = initial
-
-        def __enter__(self) -> Watch:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.close()
-
-        def update(self, num_bytes: float | None = 1) -> None:
-            transfer.check()
-            self.n += int(num_bytes or 0)
-            if self.n > file.num_bytes + 2**20:  # compressed on the way, the count may differ from the size a little
-                raise AdapterSourceUnavailable(f"{file.name} is longer than the {file.num_bytes} bytes announced")
-
-        def set_postfix_str(self, *_: object, **__: object) -> None:
-            """Xet's reporter writes its speed here."""
-
-        def close(self) -> None:
-            """Nothing was opened."""
-
-    return Watch
 
 
 def _told(error: Exception) -> AdapterError:

@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_files, read_files
-from support.hub_server import FakeHub
+from support.hub_server import FakeHub, serve_hub
 
 from loraplex.config.settings import Adapters
+from loraplex.engines.adapters.manifest import check
 from loraplex.engines.adapters.store import AdapterStore, Retries
 from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable, AdapterTooLarge
 
@@ -124,16 +125,44 @@ async def test_hub_that_is_not_there_is_unavailable(settings: Adapters, retries:
 
 
 async def test_hub_transfer_cut_off_is_resumed(settings: Adapters, hub: FakeHub) -> None:
-    """huggingface_hub writes pieces of 10 MiB, so that is where it goes on."""
+    """At the byte where it broke off."""
     roomy = AdapterStore(msgspec.structs.replace(settings, max_bytes=2**25))
     files = adapter_files(size=2**19)
     hub.repository("org/name", files)
     hub.cut_after = 15 * 2**20
     stored = await roomy.fetch("hf://org/name", "n")
     assert read_files(stored.adapter.path) == files
+    check(Path(stored.adapter.path), read_bytes=True)  # the hash went on, too
     ranges = [headers.get("range") for _, _, headers in hub.requests]
-    assert f"bytes={10 * 2**20}-" in ranges
+    assert ranges.count(f"bytes={15 * 2**20}-") == 1
     await roomy.close()
+
+
+async def test_hub_that_sends_everything_again_is_taken_from_the_beginning(store: AdapterStore, hub: FakeHub) -> None:
+    hub.repository("org/name", adapter_files(size=2**14))
+    hub.cut_after, hub.knows_ranges = 2**15, False
+    stored = await store.fetch("hf://org/name", "n")
+    check(Path(stored.adapter.path), read_bytes=True)
+    assert read_files(stored.adapter.path) == adapter_files(size=2**14)
+
+
+async def test_hub_asks_for_each_file_once_and_for_nothing_besides(store: AdapterStore, hub: FakeHub) -> None:
+    hub.repository("org/name", adapter_files())
+    await store.fetch("hf://org/name", "n")
+    asked = [(method, path.rpartition("/")[2]) for method, path, _ in hub.requests]
+    assert asked == [("GET", "main"), *(("GET", name) for name in sorted(adapter_files()))]
+
+
+async def test_hub_token_does_not_go_where_files_are_elsewhere(store: AdapterStore, hub: FakeHub) -> None:
+    repository, _ = hub.repository("org/private", adapter_files())
+    repository.token = TOKEN
+    with serve_hub() as elsewhere:
+        elsewhere.repository("org/private", adapter_files())
+        hub.files_at = elsewhere.url
+        await store.fetch("hf://org/private", "n", token=TOKEN)
+        assert elsewhere.count("GET", "/resolve/") == len(adapter_files())
+        assert not [headers for _, _, headers in elsewhere.requests if "authorization" in headers]
+    assert {headers["authorization"] for _, _, headers in hub.requests} == {f"Bearer {TOKEN}"}
 
 
 async def test_hub_listing_over_the_limit_downloads_nothing(store: AdapterStore, hub: FakeHub) -> None:
