@@ -38,6 +38,7 @@ from loraplex.engines.protocol import OTHERS, Adapter, AdapterTierStats, TierSta
 
 MAX_TOKEN_CHARACTERS = 8192
 _MERGED = "merged"
+_REMOTE = ("hf://", "s3://", "https://")
 _MAX_NAMES = 4096
 _logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class AdapterStore:
             raise AdapterSourceUnavailable("the adapter store is closed")
         if token is not None and not _is_token(token):
             raise AdapterInvalid(f"a token is 1 to {MAX_TOKEN_CHARACTERS} printable ASCII characters without spaces")
-        source, address = await asyncio.to_thread(self._sources.find, uri)
+        source, address = await self._find(uri)
         shown = address.shown
         if content:
             if (known := await asyncio.to_thread(self._disk.find, content)) is not None:
@@ -129,7 +130,7 @@ class AdapterStore:
 
     async def address(self, uri: str) -> str:
         """The normal form of an address, without any query. Raises AdapterInvalid, AdapterSourceForbidden."""
-        return (await asyncio.to_thread(self._sources.find, uri))[1].shown
+        return (await self._find(uri))[1].shown
 
     @contextmanager
     def receive(self) -> Iterator[Upload]:
@@ -176,6 +177,12 @@ class AdapterStore:
         self._is_closed = True
         await self._flights.cancel_all()
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+
+    async def _find(self, uri: str) -> tuple[Source, Address]:
+        """As `Sources.find` does; for an address that is a path, which is looked for, in a thread."""
+        if uri.startswith(_REMOTE):
+            return self._sources.find(uri)
+        return await asyncio.to_thread(self._sources.find, uri)
 
     def _remember_name(self, adapter_id: str, name: str) -> None:
         self._names[adapter_id] = name

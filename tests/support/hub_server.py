@@ -64,7 +64,8 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = 2**16  # headers and body in one segment: no waiting for delayed acknowledgements
+    wbufsize = 2**16  # headers and body in one segment
+    disable_nagle_algorithm = True  # a piece that is due leaves without the last one's acknowledgement
     hub: FakeHub
 
     def log_message(self, format: str, *args: object) -> None: ...
