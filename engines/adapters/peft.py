@@ -253,11 +253,12 @@ def _group_by_module(
 ) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape]]:
     """The parts of LoRAs on linear layers by module, and all other tensors, their names without PEFT's prefix."""
     wrapped = {name.rpartition(".")[0] for name in base.parameters if config.targets_parameter(name)}
+    unused = {module for module, why in base.unfit.items() if why == UNUSED}
     parts: dict[str, dict[str, Shape]] = {}
     others: dict[str, Shape] = {}
     for key, shape in shapes.items():
         match = _parse_key(key)
-        if any(base.unfit.get(module) == UNUSED for module in _modules_of(key)):
+        if unused and not unused.isdisjoint(_modules_of(key)):
             continue  # a layer that no token passes: whatever stands beside it or in it, it changes nothing
         if match is not None and match[0].replace(".base_layer", "") not in wrapped:
             parts.setdefault(match[0], {})[match[1]] = shape

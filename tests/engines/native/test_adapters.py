@@ -220,6 +220,17 @@ def test_moved_adapter_is_whole_though_its_extents_overlap(
     assert torch.equal(arena.flat(loaded.plan.adapter.id), loaded.flat)
 
 
+def test_populated_arena_keeps_what_is_written_and_ends_where_it_ended(small: SmallWorld, machine: Machine) -> None:
+    """Whoever populates next to an adapter, or beyond the last element, changes nothing."""
+    loaded = load_adapter(small.adapters["rank-64-mlp"], machine.base)
+    arena = Arena(loaded.plan.size + 1001, machine.arena.dtype, machine.arena.device)
+    pieces.exhaust(arena.write(1001, loaded))
+    arena.publish(loaded.plan, 1001)
+    for size in (0, 1, 1000, 10_000, 2**30):
+        arena.populate(size)
+    assert torch.equal(arena.flat(loaded.plan.adapter.id), loaded.flat)
+
+
 def test_fragmented_arena_is_compacted_under_a_running_adapter(small: SmallWorld, tmp_path: Path) -> None:
     """Nobody is evicted, and both answer as PEFT does: the one that was moved while it ran, and the one let in."""
     specs = {rank: AdapterSpec(f"attention-{rank}", rank) for rank in (4, 8, 12)}
