@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,14 +141,19 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         selects=logits.shape[1] == 1,
         layers={name: (linear[name], BaseModule(index, name, *_features(linear[name]), inputs[name]))
                 for index, name in enumerate(fit)},
-        unfit={name: "does not turn each token's row into one" if name in passages else UNUSED for name in owners
-               if name not in fit and (name in linear or passages.get(name) is None)},
+        unfit={name: "does not turn each token's row into one" if _is_used(name, passages) else UNUSED
+               for name in owners if name not in fit and (name in linear or passages.get(name) is None)},
         passages={name: passage for name, passage in passages.items()
                   if passage is not None and not _has_linear_inside(owners[name])},
         stateful=tuple(sorted(set(range(num_layers)) - set(attention.layers))),
         decoder=decoder if hidden[-1] else None,
         embedding_width=hidden[-1],
     )  # fmt: skip
+
+
+def _is_used(name: str, called: Iterable[str]) -> bool:
+    """Also a module that is asked for its parts instead of being called."""
+    return any(other == name or other.startswith(f"{name}.") for other in called)
 
 
 def _obstacle(model: PreTrainedModel, error: Exception) -> str:
