@@ -22,7 +22,7 @@ RECORD = read_record()
 SAMPLE = {
     *("llama-rank-256", "qwen2-dora", "gpt2-modules-to-save", "gemma2-rslora", "phi3-all-linear", "mixtral-experts"),
     *("falcon-lora", "deepseek_v3-patterns", "opt-bias-all", "gemma-token-indices", "bloom-refused", "mamba-refused"),
-    "glm_moe_dsa-refused",
+    *("glm_moe_dsa-refused", "jetmoe-lora"),
 }
 
 
