@@ -140,6 +140,8 @@ def _responses(route: HTTPRoute, handler: HTTPRouteHandler, told: Operation, sha
         content[told.answer] = {"schema": {"type": "string"}}
     elif told.answer is not None:
         content[_JSON] = {"schema": shapes.of(told.answer)}
+    if told.text is not None:
+        content[told.text] = {"schema": {"type": "string"}}
     if told.frames is not None:
         data = {"type": "string", "contentMediaType": _JSON, "contentSchema": shapes.of(told.frames)}
         events = "Server-sent events. The data of each is JSON of this form; `[DONE]` ends the streams of /v1."

@@ -62,6 +62,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     form: Any = None
     query: Any = None
     answer: Any = None
+    text: str | None = None  # the media type of an answer that is asked for instead
     frames: Any = None  # what one event of a stream holds, where the answer may stream
     errors: tuple[int, ...] = READS
     example: dict[str, Any] | None = None
@@ -227,7 +228,7 @@ OPERATIONS: dict[str, Operation] = {
     "GET /admin/v1/routes/{name}": _admin(400, 404, answer=routes.RouteView),
     "PUT /admin/v1/routes/{name}": _admin(400, 404, 409, 413, body=routes.OtherTargets, answer=routes.RouteView),
     "DELETE /admin/v1/routes/{name}": _admin(400, 404, 409),
-    "GET /admin/v1/usage": _admin(400, 404, query=usage.SumsQuery, answer=usage.UsageList),
+    "GET /admin/v1/usage": _admin(400, 404, query=usage.SumsQuery, answer=usage.UsageList, text="text/csv"),
     "GET /admin/v1/usage/requests": _admin(400, 404, query=usage.RequestsQuery),
     "GET /admin/v1/engine": _admin(503, answer=EngineInfo),
     "GET /admin/v1/engine/stats": _admin(503, answer=EngineStats),

@@ -112,6 +112,16 @@ def test_streams_say_their_media_type(document: dict[str, Any]) -> None:
         assert "text/event-stream" in content
 
 
+@pytest.mark.parametrize("path", ["/admin/v1/usage", "/admin/v1/usage/requests"])
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_usage_in_either_form_is_described(gateway: Gateway, document: dict[str, Any], path: str, form: str) -> None:
+    with gateway.admin() as admin:
+        kind = admin.get(path, params={"format": form}).headers["content-type"].partition(";")[0]
+    content = operations(document)[f"GET {path}"]["responses"]["200"].get("content", {})
+    assert form in kind
+    assert not content or kind in content
+
+
 def test_page_needs_nothing_from_elsewhere(gateway: Gateway) -> None:
     with gateway.client("no key at all") as client:
         page = client.get("/docs")
