@@ -25,6 +25,7 @@ from loraplex.gateway.problems import problem_of, report
 
 T = TypeVar("T")
 
+_MOMENT_SECONDS = 0.02  # an answer that takes no longer is not worth a task that watches its client
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -56,7 +57,10 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         has_left = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    watchers: list[asyncio.Task[None]] = []
+    timer = asyncio.get_running_loop().call_later(
+        _MOMENT_SECONDS, lambda: watchers.append(asyncio.create_task(watch()))
+    )
     try:
         return await work
     except asyncio.CancelledError:
@@ -65,7 +69,9 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         task.uncancel()
         raise ClientLeft("The client closed the connection before its answer was complete.") from None
     finally:
-        watcher.cancel()
+        timer.cancel()
+        for watcher in watchers:
+            watcher.cancel()
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
