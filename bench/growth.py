@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -153,11 +154,11 @@ def measure(axis: str, options: argparse.Namespace) -> dict[int, float]:
         if axis in ("adapters registered", "tenants"):
             for size in AXES[axis]:
                 gateway = GatewayBench(axis, size, stack)
-                point[size] = lambda gateway=gateway: gateway.request_ms(options.requests)  # type: ignore[misc]
+                point[size] = partial(gateway.request_ms, options.requests)
         else:
             engine = EngineBench(options.models)
             for size in AXES[axis]:
-                point[size] = lambda size=size: engine.step_ms(axis, size, options.steps)  # type: ignore[misc]
+                point[size] = partial(engine.step_ms, axis, size, options.steps)
         for round_number in range(options.rounds + 1):
             for size, one in point.items():
                 figure = one()

@@ -34,7 +34,7 @@ from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import Auth, Database, EngineSettings, Model, Server, Settings
 from loraplex.gateway.accounts import Accounts
-from loraplex.gateway.launch import listen
+from loraplex.gateway.launch import listen, rest_garbage_collection
 from loraplex.gateway.server import serve
 from loraplex.gateway.services import Services, open_services
 
@@ -81,6 +81,7 @@ async def run_server(kind: str, home: Path) -> None:
             served = services if kind == "with" else await without_anything(services, settings)
 
             async def on_ready() -> None:
+                rest_garbage_collection()
                 print(json.dumps({"port": listener.getsockname()[1], "key": key}), flush=True)
 
             await serve(settings, served, listener, served.engine.start(lambda _: None), on_ready)

@@ -32,7 +32,7 @@ from pydantic import BaseModel
 
 from loraplex.auth.limits.policy import Limits
 from loraplex.config.settings import Adapters, Auth, Database, EngineSettings, FileSettings, Model, Server, Settings
-from loraplex.gateway.launch import listen
+from loraplex.gateway.launch import listen, rest_garbage_collection
 from loraplex.gateway.server import serve
 from loraplex.gateway.services import open_services
 
@@ -167,6 +167,7 @@ async def run_gateway(load: Load, told: Connection) -> None:
             key = await services.tenants.create_key(tenant.id, "bench")
 
             async def on_ready() -> None:
+                rest_garbage_collection()
                 told.send((listener.getsockname()[1], key.key))
 
             await serve(settings, services, listener, services.engine.start(lambda _: None), on_ready)

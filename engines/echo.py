@@ -38,7 +38,6 @@ from loraplex.engines.protocol import (
     Embedding,
     EmbedRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     Grammar,
     Health,
@@ -48,6 +47,7 @@ from loraplex.engines.protocol import (
     TokenLogprobs,
     TokenSpan,
 )
+from loraplex.engines.stats import EngineStats
 
 EOS = 256
 FAULT_AFTER = 4

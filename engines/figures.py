@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraplex.engines.protocol import OTHERS, SECONDS_BUCKETS, AdapterTierStats, Durations, TierStats
+from loraplex.engines.stats import OTHERS, SECONDS_BUCKETS, AdapterTierStats, Durations, TierStats
 
 Tier = Literal["disk", "host", "device"]
 

@@ -17,8 +17,7 @@ from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, U
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
-
-Headers = list[tuple[bytes, bytes]]
+from loraplex.gateway.middleware import Headers
 
 
 class Accounts:
@@ -42,10 +41,9 @@ class Accounts:
                 meter.end(InvalidApiKey("The API key was revoked while the request was running."))
 
     async def open(self, caller: Caller, demand: Demand, tell: Callable[[Callable[[], Headers]], None]) -> "Meter":
-        """Whoever opens a meter settles it; `tell` is told how to ask how the caller's limits stand,
-        admitted or refused.
+        """Whoever opens a meter settles it. `tell` is given what makes the headers about limits, admitted or refused.
 
-        Raises LimitReached or LimitsUnavailable.
+        Raises LimitReached, LimitsUnavailable or KeysUnavailable.
         """
         try:
             reservation = await self._admission.reserve(caller, demand)

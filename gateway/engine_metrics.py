@@ -8,15 +8,8 @@ import msgspec
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraplex.engines.protocol import (
-    OTHERS,
-    SECONDS_BUCKETS,
-    AdapterResidency,
-    AdapterTierStats,
-    Durations,
-    EngineStats,
-    TierStats,
-)
+from loraplex.engines.protocol import AdapterResidency
+from loraplex.engines.stats import OTHERS, SECONDS_BUCKETS, AdapterTierStats, Durations, EngineStats, TierStats
 
 _COUNTERS = ("num_steps", "num_restarts")
 

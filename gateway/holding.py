@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable
-from loraplex.engines.protocol import Adapter, AdapterTierStats, TierStats, WeightedAdapter
+from loraplex.engines.protocol import Adapter, WeightedAdapter
+from loraplex.engines.stats import AdapterTierStats, TierStats
 
 
 class DiskTier(Protocol):

@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from loraplex.engines.figures import DurationCounts
-from loraplex.engines.protocol import OTHERS, EmbedRequest, Engine, GenerateRequest, TokenEvent
+from loraplex.engines.protocol import EmbedRequest, Engine, GenerateRequest, TokenEvent
+from loraplex.engines.stats import OTHERS
 from loraplex.gateway.engine_metrics import EngineCollector, Moment, buckets
 from loraplex.gateway.guards import require_admin
 from loraplex.gateway.holding import DiskTier

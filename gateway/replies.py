@@ -11,7 +11,7 @@ def json_reply(value: msgspec.Struct, status: int = 200) -> Response[bytes]:
 
 
 class EncodedJson:
-    """A response of status 200; nothing of it is left to find out, as Litestar's own does for every answer."""
+    """A response of status 200 whose body is encoded already, on a shorter path than Litestar's own."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body

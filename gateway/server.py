@@ -1,7 +1,6 @@
 """Runs the application under uvicorn: listens, starts the engine behind it, drains on SIGTERM or Ctrl-C."""
 
 import asyncio
-import gc
 import logging
 import math
 import signal
@@ -67,16 +66,6 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def _rest_garbage_collection() -> None:
-    """Look through what requests leave behind only, and not after every few hundred objects.
-
-    What is there once the server is ready stays; with it, a collection took a third of the time of busy streams.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 50)
-
-
 async def serve(
     settings: Settings,
     services: Services,
@@ -112,7 +101,6 @@ async def serve(
             await started
             runner.start(Answerer(app, services.tenants))
             await on_ready()
-            _rest_garbage_collection()
         except BaseException:
             server.should_exit = True
             raise

@@ -34,7 +34,8 @@ from loraplex.engines.adapters.sources.selection import check_sizes
 from loraplex.engines.adapters.upload import Upload
 from loraplex.engines.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterSourceUnavailable
 from loraplex.engines.figures import TierFigures
-from loraplex.engines.protocol import OTHERS, Adapter, AdapterTierStats, TierStats
+from loraplex.engines.protocol import Adapter
+from loraplex.engines.stats import OTHERS, AdapterTierStats, TierStats
 
 MAX_TOKEN_CHARACTERS = 8192
 _MERGED = "merged"

@@ -21,7 +21,8 @@ from loraplex.engines.figures import TierFigures
 from loraplex.engines.native.host import HostTier
 from loraplex.engines.native.preparation import Preparation, adapter_threads
 from loraplex.engines.native.residency import Move, Residency
-from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency, AdapterTierStats, TierStats
+from loraplex.engines.protocol import Adapter, AdapterCard, AdapterResidency
+from loraplex.engines.stats import AdapterTierStats, TierStats
 
 Done = Callable[[AdapterError | None], None]
 

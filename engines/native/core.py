@@ -32,7 +32,8 @@ from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.protocol import EmbedRequest, EngineStats, GenerateRequest, SamplingParams
+from loraplex.engines.protocol import EmbedRequest, GenerateRequest, SamplingParams
+from loraplex.engines.stats import EngineStats
 
 # How much longer than without them steps may take while adapters are brought; how long between two looks at commands.
 ADAPTER_SHARE = 0.12

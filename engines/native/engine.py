@@ -39,13 +39,13 @@ from loraplex.engines.protocol import (
     Embedding,
     EmbedRequest,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     Health,
     HealthState,
     Progress,
     TokenEvent,
 )
+from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
 
 _BACKOFF_SECONDS = (0.0, 0.0, 0.25, 0.5, 1.0, 2.0)  # by how many workers in a row died young

@@ -18,12 +18,12 @@ from loraplex.engines.protocol import (
     Embedding,
     EmbedRequest,
     EngineInfo,
-    EngineStats,
     FinishReason,
     GenerateRequest,
     Progress,
     TokenLogprobs,
 )
+from loraplex.engines.stats import EngineStats
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):

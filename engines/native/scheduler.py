@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.figures import DurationCounts
@@ -29,6 +29,7 @@ from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
 from loraplex.engines.native.drafting import Drafter
 from loraplex.engines.native.fairness import INPUT_COST, OUTPUT_COST, FairQueue
+from loraplex.engines.native.plan import Plan
 from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.sequence import Sequence
@@ -101,7 +102,7 @@ class Scheduler:
 
     def next(self) -> Batch | None:
         """The next step's batch; None where nothing can be computed now."""
-        plan = _Plan(self._limits.max_batch_tokens)
+        plan = Plan(self._limits.max_batch_tokens)
         self._admit_newcomers(plan)
         if not plan.segments:
             self._plan_all(plan)
@@ -111,7 +112,7 @@ class Scheduler:
         ordered = sorted(plan.segments.values(), key=lambda segment: segment.sequence.adapter_ids)
         return Batch(step=self.num_steps, segments=tuple(ordered))
 
-    def _plan_all(self, plan: _Plan) -> None:
+    def _plan_all(self, plan: Plan) -> None:
         preemptions = self.num_preemptions
         self._continue_all([sequence for sequence in self.running if sequence.num_uncomputed <= 1], plan)
         self._continue_prompts(plan)
@@ -120,7 +121,7 @@ class Scheduler:
         if plan.only_decodes:
             self._draft(plan)
 
-    def _admit_newcomers(self, plan: _Plan) -> None:
+    def _admit_newcomers(self, plan: Plan) -> None:
         """A step for those whose turn it is and whose tenants run nothing, if it is theirs alone and computes all."""
         wanted = self._limits.newcomers_alone and self.running and not self._newcomers_were_alone
         if wanted and self._has_newcomer():
@@ -170,7 +171,7 @@ class Scheduler:
         error = None if values is not None else GenerationFailed("the model's output is not finite for this request")
         return [Emission(sequence=segment.sequence, embedding=values, error=error)]
 
-    def _continue_prompts(self, plan: _Plan) -> None:
+    def _continue_prompts(self, plan: Plan) -> None:
         """Running sequences' next chunks, the budget shared evenly between tenants: who needs least comes first."""
         prompts: defaultdict[str, list[Sequence]] = defaultdict(list)
         for sequence in self.running:
@@ -197,12 +198,12 @@ class Scheduler:
     def _can_start(self, sequence: Sequence) -> bool:
         return sequence.is_ready and all(adapter_id in self._residency for adapter_id in sequence.adapter_ids)
 
-    def _continue_all(self, sequences: list[Sequence], plan: _Plan) -> None:
+    def _continue_all(self, sequences: list[Sequence], plan: Plan) -> None:
         for sequence in sequences:
             if plan.room and sequence in self.running:
                 self._continue(sequence, plan)
 
-    def _continue(self, sequence: Sequence, plan: _Plan) -> None:
+    def _continue(self, sequence: Sequence, plan: Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
         while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
             victim = max(self.running, key=lambda running: (running.request.is_background, running.arrival))
@@ -212,7 +213,7 @@ class Scheduler:
                 return
         plan.add(sequence)
 
-    def _make_way(self, victim: Sequence, plan: _Plan) -> None:
+    def _make_way(self, victim: Sequence, plan: Plan) -> None:
         self._preempt(victim)
         plan.drop(victim)
 
@@ -262,7 +263,7 @@ class Scheduler:
         for adapter_id in sequence.adapter_ids:
             self._residency.stop(adapter_id)
 
-    def _admit(self, plan: _Plan, *, newcomers_only: bool = False) -> None:
+    def _admit(self, plan: Plan, *, newcomers_only: bool = False) -> None:
         """Start waiting sequences, whoever's turn it is, while budget, places and blocks last.
 
         With `newcomers_only` up to the first that is none, or whose prompt does not fit whole.
@@ -307,7 +308,7 @@ class Scheduler:
     def _has_waited(self, sequence: Sequence) -> bool:
         return self._clock() - sequence.arrival > self._limits.cold_patience
 
-    def _draft(self, plan: _Plan) -> None:
+    def _draft(self, plan: Plan) -> None:
         """Let decodes guess ahead with what is left of the budget, where blocks are free."""
         for sequence, segment in list(plan.segments.items()):
             sampling = sequence.request.sampling
@@ -366,45 +367,3 @@ class Scheduler:
         first, end = segment.start // size, sequence.num_computed // size
         for block, key in zip(sequence.block_table[first:end], sequence.block_keys(end, size)[first:], strict=True):
             self._blocks.publish(block, key)
-
-
-class _Plan:
-    """A step being put together: segments so far, and what is left of the token budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.segments: dict[Sequence, Segment] = {}
-        self._kept = 0
-
-    @property
-    def room(self) -> int:
-        """Tokens that may be planned now."""
-        return self.budget - self._kept
-
-    def keep_for(self, num_others: int) -> None:
-        """Leave even shares of what is left to so many others; the odd tokens are for who comes first."""
-        self._kept = self.budget * num_others // (num_others + 1)
-
-    def chunk(self, sequence: Sequence) -> int:
-        return min(sequence.num_uncomputed, self.room)
-
-    def add(self, sequence: Sequence) -> None:
-        num_tokens = self.chunk(sequence)
-        samples = num_tokens == sequence.num_uncomputed and sequence.pool is None
-        segment = Segment(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens, samples=samples)
-        self.segments[sequence] = segment
-        self.budget -= segment.num_tokens
-
-    def drop(self, sequence: Sequence) -> None:
-        segment = self.segments.pop(sequence, None)
-        self.budget += segment.num_tokens if segment else 0
-
-    def extend(self, segment: Segment, drafts: tuple[int, ...]) -> None:
-        """Let a decode compute these after its token."""
-        longer = replace(segment, num_tokens=segment.num_tokens + len(drafts), drafts=drafts)
-        self.segments[segment.sequence] = longer
-        self.budget -= len(drafts)
-
-    @property
-    def only_decodes(self) -> bool:
-        return all(segment.samples and segment.num_tokens == 1 for segment in self.segments.values())

@@ -72,28 +72,39 @@ _examined = Body(Examined)
 _chosen = Body(ChosenVersion)
 
 
+class _Shown:
+    """Adapters as the API shows them."""
+
+    def __init__(self, catalogue: Catalogue, engine: Engine) -> None:
+        self._catalogue = catalogue
+        self._engine = engine
+
+    async def views(self, entries: list[Registered]) -> list[AdapterView]:
+        residency = {}
+        with contextlib.suppress(EngineUnavailable):  # the catalogue can be read without an engine
+            residency = {found.adapter_id: found for found in await self._engine.residency()}
+        return [view_of(entry, self._catalogue, residency) for entry in entries]
+
+    async def reply(self, entry: Registered, status: int = 200) -> Response[bytes]:
+        return json_reply((await self.views([entry]))[0], status)
+
+
 def adapter_routes(
     catalogue: Catalogue, tenants: Tenants, engine: Engine, upload_seconds: float
 ) -> list[HTTPRouteHandler]:
     """The handlers of this resource. An upload may take `upload_seconds`."""
+    shown = _Shown(catalogue, engine)
+    return [
+        *_arrival_routes(catalogue, tenants, shown, upload_seconds),
+        *_reading_routes(catalogue, shown),
+        *_change_routes(catalogue, shown),
+    ]
 
-    async def views(entries: list[Registered]) -> list[AdapterView]:
-        residency = {}
-        with contextlib.suppress(EngineUnavailable):  # the catalogue can be read without an engine
-            residency = {found.adapter_id: found for found in await engine.residency()}
-        return [view_of(entry, catalogue, residency) for entry in entries]
 
-    async def shown(entry: Registered, status: int = 200) -> Response[bytes]:
-        return json_reply((await views([entry]))[0], status)
-
-    actions: dict[str, Callable[[Request[Any, Any, Any], Key], Awaitable[tuple[Registered, int]]]] = {
-        "rollback": lambda request, key: _roll_back(catalogue, request, key),
-        "retry": lambda request, key: _retry(catalogue, request, key),
-        "pin": lambda request, key: _done(catalogue.pin(key, pinned=True)),
-        "unpin": lambda request, key: _done(catalogue.pin(key, pinned=False)),
-        "warm": lambda request, key: _done(catalogue.warm(key)),
-        "evict": lambda request, key: _done(catalogue.evict(key)),
-    }
+def _arrival_routes(
+    catalogue: Catalogue, tenants: Tenants, shown: _Shown, upload_seconds: float
+) -> list[HTTPRouteHandler]:
+    """How adapters come: from a source, or as files."""
 
     @post(_ADAPTERS, guards=[require_tenant_admin])
     async def register_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -107,7 +118,7 @@ def adapter_routes(
         entry = await catalogue.register(wanted.name, wanted.source, tenant_id, waits=wanted.wait)
         if wanted.pinned:
             entry = await catalogue.pin(entry.key, pinned=True)
-        return await shown(entry, 201 if wanted.wait else 202)
+        return await shown.reply(entry, 201 if wanted.wait else 202)
 
     @post(f"{_ADAPTERS}/validate", status_code=200, guards=[require_tenant_admin])
     async def validate_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -138,13 +149,17 @@ def adapter_routes(
             waits = _flag(request, "wait", default="true")
             act = catalogue.update(key, source, waits=waits) if is_update else None
             entry = await (act or catalogue.register(name, source, key[0], waits=waits))
-        return await shown(entry, 202 if not waits else 200 if is_update else 201)
+        return await shown.reply(entry, 202 if not waits else 200 if is_update else 201)
 
+    return [register_adapter, validate_adapter, upload_adapter]
+
+
+def _reading_routes(catalogue: Catalogue, shown: _Shown) -> list[HTTPRouteHandler]:
     @get(_ADAPTERS, guards=[require_tenant_admin])
     async def list_adapters(request: Request[Any, Any, Any]) -> Response[bytes]:
         tenant_id = scope_of(request, default=None)
         found = [entry for entry in catalogue.everything() if entry.targets is None]
-        return json_reply(AdapterList(await views([e for e in found if tenant_id in (None, e.tenant_id)])))
+        return json_reply(AdapterList(await shown.views([e for e in found if tenant_id in (None, e.tenant_id)])))
 
     @get(_ADAPTER, guards=[require_tenant_admin])
     async def get_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -153,7 +168,21 @@ def adapter_routes(
         if last == "versions" and head and not catalogue.has((tenant_id, name)):
             entry = catalogue.get(tenant_id, head)
             return json_reply(VersionList(listed_versions(entry.versions, entry.current_version)))
-        return await shown(_adapter(catalogue, (tenant_id, name)))
+        return await shown.reply(_adapter(catalogue, (tenant_id, name)))
+
+    return [list_adapters, get_adapter]
+
+
+def _change_routes(catalogue: Catalogue, shown: _Shown) -> list[HTTPRouteHandler]:
+    """What can be done to an adapter that is registered."""
+    actions: dict[str, Callable[[Request[Any, Any, Any], Key], Awaitable[tuple[Registered, int]]]] = {
+        "rollback": lambda request, key: _roll_back(catalogue, request, key),
+        "retry": lambda request, key: _retry(catalogue, request, key),
+        "pin": lambda request, key: _done(catalogue.pin(key, pinned=True)),
+        "unpin": lambda request, key: _done(catalogue.pin(key, pinned=False)),
+        "warm": lambda request, key: _done(catalogue.warm(key)),
+        "evict": lambda request, key: _done(catalogue.evict(key)),
+    }
 
     @patch(_ADAPTER, guards=[require_tenant_admin])
     async def change_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -168,7 +197,7 @@ def adapter_routes(
             entry = await catalogue.update(key, wanted.source, waits=wanted.wait)
         if wanted.pinned is not UNSET:
             entry = await catalogue.pin(key, pinned=wanted.pinned)
-        return await shown(entry, 200 if wanted.wait else 202)
+        return await shown.reply(entry, 200 if wanted.wait else 202)
 
     @post(_ADAPTER, guards=[require_tenant_admin])
     async def act_on_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -178,7 +207,7 @@ def adapter_routes(
         if (action := actions.get(verb)) is None or not name:
             raise AdapterNotRegistered(f"What can be done to an adapter: {', '.join(actions)}.", "name")
         _adapter(catalogue, (tenant_id, name))
-        return await shown(*await action(request, (tenant_id, name)))
+        return await shown.reply(*await action(request, (tenant_id, name)))
 
     @delete(_ADAPTER, guards=[require_tenant_admin])
     async def delete_adapter(request: Request[Any, Any, Any]) -> None:
@@ -187,16 +216,7 @@ def adapter_routes(
         _adapter(catalogue, key)
         await catalogue.remove(*key, drains=_flag(request, "drain"))
 
-    return [
-        register_adapter,
-        validate_adapter,
-        upload_adapter,
-        list_adapters,
-        get_adapter,
-        change_adapter,
-        act_on_adapter,
-        delete_adapter,
-    ]
+    return [change_adapter, act_on_adapter, delete_adapter]
 
 
 async def _done(change: Awaitable[Registered]) -> tuple[Registered, int]:

@@ -112,12 +112,12 @@ class Answers:
         meter = await self._accounts.open(caller, demand, partial(tell_limits, request))
         tell_meter(request, meter)
         try:
-            answer = _Answer(choices, body.num_choices, wire, on_event, before_end)
+            record = None
             if caller.policy.logs_prompts:
                 tokenizer = await self._engine.tokenizer_of(choices[0].adapter)
                 record = self._prompt_log.record(caller, demand, choices, body.num_choices, tokenizer)
                 meter.at_end(record.end)
-                answer.record = record
+            answer = _Answer(choices, body.num_choices, wire, record, on_event, before_end)
             generations = [partial(self._generate, body.model, choice, meter) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, meter, framing)
@@ -216,17 +216,19 @@ class _Answer:
         choices: list[GenerateRequest],
         num_per_prompt: int,
         wire: Wire,
+        record: Record | None,
         on_event: Callable[[TokenEvent], None] | None,
         before_end: Callable[[], Awaitable[None]] | None,
     ) -> None:
+        """`record` is that of the log of prompts, where the tenant asked for it."""
         self._wire = wire
+        self._record = record
         self._on_event = on_event
         self._before_end = before_end
         # the choices of one prompt stand together, and count it once
         self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
         self._num_tokens = 0
         self._num_cached = 0
-        self.record: Record | None = None  # of the log of prompts
 
     async def collect(self, generations: Sequence[Generation]) -> bytes:
         """The whole answer at once."""
@@ -272,8 +274,8 @@ class _Answer:
         return Relay(generations, encode, end, request_id, meter.settle, framing, self._before_end)
 
     def _saw(self, number: int, event: TokenEvent) -> None:
-        if self.record is not None:
-            self.record.saw(number, event)
+        if self._record is not None:
+            self._record.saw(number, event)
         if self._on_event is not None:
             self._on_event(event)
         self._num_tokens += len(event.token_ids)

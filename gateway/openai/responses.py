@@ -92,6 +92,12 @@ def response_routes(
             _, choices = await prepared(body, "count", caller_of(request))
         return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
 
+    return [create_response, count_input_tokens, *_stored_routes(store)]
+
+
+def _stored_routes(store: ResponseStore) -> list[HTTPRouteHandler]:
+    """What can be asked of a response that was made, and what is not offered."""
+
     @get("/v1/responses/{response_id:str}", guards=[require_inference])
     async def retrieve_response(request: Request[Any, Any, Any]) -> ASGIApp:
         for name in ("stream", "starting_after", "include_obfuscation"):
@@ -120,15 +126,7 @@ def response_routes(
         stored = await store.get(caller_of(request), request.path_params["response_id"])
         return json_reply(_page(stored.items, request.query_params))  # type: ignore[return-value]
 
-    return [
-        create_response,
-        count_input_tokens,
-        retrieve_response,
-        delete_response,
-        cancel_response,
-        compact_response,
-        list_input_items,
-    ]
+    return [retrieve_response, delete_response, cancel_response, compact_response, list_input_items]
 
 
 class _Prompting:

@@ -7,7 +7,8 @@ import msgspec
 from loraplex.auth.admin_keys import AdminKey
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.tenants import ApiKey, Tenant
-from loraplex.engines.protocol import EngineInfo, EngineStats, Health
+from loraplex.engines.protocol import EngineInfo, Health
+from loraplex.engines.stats import EngineStats
 from loraplex.gateway.admin import adapters, admin_keys, audit, keys, limits, routes, secrets, tenants, usage
 from loraplex.gateway.admin.adapter_views import AdapterList, AdapterView, VersionView
 from loraplex.gateway.lorax.embed import EmbedResponse, LoraxEmbedRequest

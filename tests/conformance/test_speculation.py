@@ -18,12 +18,14 @@ from support.core import prompt_of, request, run, tokens
 
 from loraplex.engines.native.drafting import Drafter, StepCosts
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.protocol import Adapter, EngineStats
+from loraplex.engines.protocol import Adapter
+from loraplex.engines.stats import EngineStats
 
-# With an adapter: what PEFT saves for one is refused.
-SERVED = [name for name, row in read_record().rows.items() if row.get("lora") == "exact"]
+SERVED = [name for name, row in read_record().rows.items() if "refused" not in row]
 # Computed in every run: plain attention, windows beside whole layers, latent attention, experts with sinks.
 SAMPLE = {"llama", "gemma2", "deepseek_v3", "gpt_oss"}
+# Repeat themselves so little that what preemptions compute again outweighs what drafts save.
+HARDLY_REPEAT = {"modernbert-decoder", "sarvam_moe"}
 RECURRING = dict.fromkeys(range(10, 14), 8.0)  # towards four tokens, so that n-grams occur again
 
 
@@ -80,9 +82,9 @@ def test_greedy_answers_do_not_depend_on_drafts(architecture: str, tmp_path: Pat
     assert without.total_draft_tokens == 0
     assert min(without.total_preemptions, stats.total_preemptions) > 0
     assert 0 < stats.total_accepted_draft_tokens < stats.total_draft_tokens
-    if architecture in SAMPLE:  # others repeat themselves so little that what preemptions compute again outweighs it
+    if architecture not in HARDLY_REPEAT:
         assert stats.num_steps < without.num_steps
 
 
 def test_sample_is_served() -> None:
-    assert set(SERVED) >= SAMPLE
+    assert set(SERVED) >= SAMPLE | HARDLY_REPEAT

@@ -13,18 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
-from loraplex.engines.protocol import (
-    OTHERS,
-    SECONDS_BUCKETS,
-    Adapter,
-    AdapterResidency,
-    Durations,
-    EngineStats,
-    GenerateRequest,
-    SamplingParams,
-    TierStats,
-    TokenEvent,
-)
+from loraplex.engines.protocol import Adapter, AdapterResidency, GenerateRequest, SamplingParams, TokenEvent
+from loraplex.engines.stats import OTHERS, SECONDS_BUCKETS, Durations, EngineStats, TierStats
 from loraplex.gateway.engine_metrics import EngineCollector, Moment
 from loraplex.gateway.metrics import Metrics
 

@@ -23,7 +23,8 @@ from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import Machine, load_machine
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.protocol import Adapter, AdapterTierStats, TierStats
+from loraplex.engines.protocol import Adapter
+from loraplex.engines.stats import AdapterTierStats, TierStats
 
 ITEMSIZE = 4
 RANK_4_SIZE = 4 * 3 * 448  # elements of a rank 4 on the small base's attention: three layers of q, k, v and o
