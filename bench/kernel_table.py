@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
+from loraplex.kernels.dense.linear import Linear
 from loraplex.kernels.fused.gated import gated
 from loraplex.kernels.fused.rms_norm import rms_norm
 from loraplex.kernels.fused.truncation import truncate_logits
@@ -139,6 +141,19 @@ def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
     return cases
 
 
+def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.randn(shape.intermediate, shape.hidden).to(dtype)
+        for count in (1, 8, 32, 256):
+            x = torch.randn(count, shape.hidden).to(dtype)
+            name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
+            num_bytes = (weight.numel() + x.numel()) * dtype.itemsize
+            cases.append(Case(name, partial(Linear(weight), x), num_bytes))
+            cases.append(Case(f"{name}, torch", partial(functional.linear, x, weight), num_bytes))
+    return cases
+
+
 def lora_grouped(shape: Shape, device: torch.device) -> list[Case]:
     count = 8
     rows = torch.tensor([RANKS[number % len(RANKS)] for number in range(count)])
@@ -207,7 +222,12 @@ def fused_truncation(shape: Shape, device: torch.device) -> list[Case]:
     ]
 
 
-ON_CPU = {"lora/decode": lora_decode, "lora/grouped": lora_grouped, "attention/paged": attention_paged}
+ON_CPU = {
+    "dense/linear": dense_linear,
+    "lora/decode": lora_decode,
+    "lora/grouped": lora_grouped,
+    "attention/paged": attention_paged,
+}
 ON_GPU = {
     "lora/shrink": lora_shrink,
     "lora/expand": lora_expand,

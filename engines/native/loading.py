@@ -14,6 +14,7 @@ from loraplex.engines.adapters.peft import Base
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.defaults import sampling_defaults
+from loraplex.engines.native.dense import use_dense_kernel
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.reference import compare_with_reference
@@ -52,6 +53,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     model = load_model(settings.model, device, attention)
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
+    use_dense_kernel(model)
     if settings.engine.num_threads is None:
         choose_num_threads(model)
     max_len = _max_model_len(settings, model)

@@ -1,24 +1,13 @@
 /* Adds many adapters' LoRA to one linear layer's output, for steps of few tokens. The formula stands in grouped.py.
 
    Each adapter's bytes are read once for every TOKENS of its tokens, where they lie; sums are made in float32 and
-   rounded once. The two OpenMP functions are those of the process that loads this file (torch's own), so that there is
-   one pool of threads. */
+   rounded once. */
 
-#include <stdint.h>
-#include <string.h>
-
-extern int omp_get_thread_num(void);
-extern int omp_get_num_threads(void);
+#include "floats.h"
 
 #define TOKENS 4    /* tokens of one adapter that share a pass over its A */
 #define COLUMNS 256 /* of the output, summed up at a time */
 #define ALIGNED 32  /* columns: the border between two threads' shares */
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
 
 /* What the active adapters do to every module: entry [module * num_adapters + adapter]; rank 0: nothing. */
 typedef struct {
@@ -36,25 +25,6 @@ typedef struct {
     const float *weight; /* by place in `token`: multiplies the adapter's scale */
     float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank] */
 } Step;
-
-typedef uint16_t bfloat16;
-
-static inline float widen_float(float value) { return value; }
-static inline float narrow_float(float value) { return value; }
-
-static inline float widen_bfloat16(bfloat16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-static inline bfloat16 narrow_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which rounding could make infinite */
-    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 /* h[k * stride] = sum_i a[i] * x[k][i] for k < TOKENS */
 #define DEFINE_SHRINK(T)                                                                          \

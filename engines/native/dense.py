@@ -1,0 +1,78 @@
+"""Which of the base's linear layers our own kernel computes: measured at start, because it depends on the machine.
+
+Where a CPU has no instructions for bfloat16, torch multiplies it several times slower than memory could be read; and
+few tokens at a time waste most of what a library for large matrices does (`bench/kernel_table.py --ops dense/linear`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from loraplex.kernels.dense.linear import Linear, is_available
+
+_FEW, _MANY = 8, 96  # tokens that are tried: a decode batch and a chunk of a prompt
+_MOST_OF_FEW = 16
+_REPEATS = 3
+
+
+def use_dense_kernel(model: PreTrainedModel) -> int | None:
+    """Let the kernel compute plain linear layers for up to as many tokens as it is faster for: 0 never, None always.
+
+    To be called before anything else wraps the layers. Leaves everything as it is where the kernel is not available.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
+    if not layers:
+        return 0
+    most = _most_tokens(layers[0])
+    if most != 0:
+        for layer in layers:
+            _replace_forward(layer, Linear(layer.weight, layer.bias), most)
+    return most
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Exactly torch's, of a type the kernel knows: quantised ones derive from it."""
+    return (
+        type(layer).forward is nn.Linear.forward
+        and type(layer.weight.data) is Tensor
+        and layer.weight.is_contiguous()
+        and is_available(layer.weight.dtype, layer.weight.device)
+        and (layer.bias is None or layer.bias.dtype == layer.weight.dtype)
+    )
+
+
+def _most_tokens(layer: nn.Linear) -> int | None:
+    weight, linear = layer.weight, Linear(layer.weight)
+    most: int | None = 0
+    for num_tokens, if_faster in ((_FEW, _MOST_OF_FEW), (_MANY, None)):
+        x = torch.randn(num_tokens, weight.shape[1]).to(weight.dtype)
+        if _seconds(partial(linear, x)) >= _seconds(partial(functional.linear, x, weight)):
+            break
+        most = if_faster
+    return most
+
+
+@torch.inference_mode()
+def _seconds(run: Callable[[], Tensor]) -> float:
+    timings = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        run()
+        timings.append(time.perf_counter() - began)
+    return min(timings)
+
+
+def _replace_forward(layer: nn.Module, linear: Linear, most: int | None) -> None:
+    theirs: Callable[[Tensor], Tensor] = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return linear(x) if most is None or x.numel() <= most * linear.in_features else theirs(x)
+
+    layer.forward = forward

@@ -1,0 +1,86 @@
+"""A linear layer on a CPU, in C (`linear.c`), where weights are 16 bits wide or tokens are few.
+
+What is computed: y[t, o] = bias[o] + Σ_i x[t, i] · w[o, i]. Where a CPU has no instructions for bfloat16, torch's
+libraries multiply it number by number, and those for large matrices waste most of their work on a few rows. Ours is
+built when the package is installed, where there is a compiler; `is_available` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.float32: "loraplex_linear_float", torch.bfloat16: "loraplex_linear_bfloat16"}
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in float64. x: Shape [T, in]. weight: Shape [out, in]. bias: Shape [out]. Result: Shape [T, out]."""
+    y = x.double() @ weight.double().t()
+    return y if bias is None else y + bias.double()
+
+
+class Linear:
+    """One layer's weight, where it lies, and its bias. What a row gives depends on no other, not in its last bit."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: Shape [out, in], contiguous, of a type that `is_available` knows. bias: Shape [out], of the same."""
+        self._kept = (weight, bias)
+        self._out, self.in_features = weight.shape
+        self._dtype = weight.dtype
+        self._layer = _Layer(self.in_features, self._out, weight.data_ptr(), None if bias is None else bias.data_ptr())
+        self._address = ctypes.addressof(self._layer)
+        self._run = _function(weight.dtype)
+        self._widens = weight.dtype != torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once."""
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self._out, dtype=self._dtype)
+        num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
+        scratch = torch.empty(x.numel() + num_threads * _tile_size() if self._widens else 0)
+        self._run(self._address, x.data_ptr(), y.data_ptr(), num_tokens, num_threads, scratch.data_ptr())
+        return y
+
+
+def is_available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `Linear` can be used for these."""
+    return device.type == "cpu" and dtype in _NAMES and bool(_libraries())
+
+
+@cache
+def _libraries() -> list[ctypes.CDLL]:
+    """The built library, or none."""
+    for path in sorted(Path(__file__).parent.glob("_linear*.so")):
+        try:
+            return [ctypes.CDLL(str(path))]
+        except OSError:  # built for another machine, or a torch without OpenMP
+            continue
+    return []
+
+
+@cache
+def _tile_size() -> int:
+    """How many numbers each thread may have to widen at a time."""
+    return ctypes.c_int64.in_dll(_libraries()[0], "loraplex_linear_tile").value
+
+
+@cache
+def _function(dtype: torch.dtype) -> Any:
+    function = getattr(_libraries()[0], _NAMES[dtype])
+    function.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+    function.restype = None
+    return function

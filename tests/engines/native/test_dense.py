@@ -1,0 +1,62 @@
+"""Which linear layers the kernel computes, and for how many tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loraplex.engines.native import dense
+from loraplex.engines.native.dense import use_dense_kernel
+from loraplex.kernels.dense.linear import Linear, is_available
+
+pytestmark = pytest.mark.skipif(
+    not is_available(torch.float32, torch.device("cpu")), reason="the kernel was not built: no compiler"
+)
+
+
+class Scaled(nn.Linear):
+    """A layer with a forward pass of its own, as quantised ones have."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+def a_model() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), Scaled(48, 48), nn.Linear(48, 16, bias=False).half().float())
+
+
+@pytest.mark.parametrize(("few", "many", "expected"), [(2, 2, None), (2, 0.5, 16), (0.5, 2, 0)])
+def test_kernel_computes_as_many_tokens_as_it_is_faster_for(
+    monkeypatch: pytest.MonkeyPatch, few: float, many: float, expected: int | None
+) -> None:
+    """`few` and `many`: how much longer torch takes for a few tokens and for many."""
+    timings = iter([1.0, few, 1.0, many])
+    monkeypatch.setattr(dense, "_seconds", lambda run: next(timings))
+    model = a_model()
+    theirs = a_model()
+    assert use_dense_kernel(model) == expected
+    for num_tokens in (16, 17):
+        x = torch.randn(num_tokens, 32)
+        is_ours = expected is None or num_tokens <= expected
+        wanted = Linear(theirs[0].weight, theirs[0].bias)(x) if is_ours else theirs[0](x)
+        assert torch.equal(model[0](x), wanted)
+        torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = iter([1.0, 2.0, 1.0, 2.0])
+    monkeypatch.setattr(dense, "_seconds", lambda run: next(timings))
+    model = a_model()
+    use_dense_kernel(model)
+    assert "forward" not in vars(model[1])
+    assert "forward" in vars(model[2])
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 4).half()), nn.Sequential(nn.Embedding(4, 4))])
+def test_model_without_a_layer_for_the_kernel_is_left_as_it_is(model: Any) -> None:
+    assert use_dense_kernel(model) == 0
+    assert all("forward" not in vars(layer) for layer in model.modules())

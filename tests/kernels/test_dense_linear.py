@@ -1,0 +1,75 @@
+"""The linear layer in C against the formula: any numbers of tokens, inputs and outputs, both types, 1 or 2 threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
+
+CPU = torch.device("cpu")
+FEATURES = [(1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4100, 49)]  # in, out: about the tile's borders
+NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131)
+
+pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def a_layer(
+    num_in: int, num_out: int, dtype: torch.dtype, *, has_bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(num_in)
+    weight = torch.randn(num_out, num_in, generator=generator).div(num_in**0.5).to(dtype)
+    return weight, torch.randn(num_out, generator=generator).to(dtype) if has_bias else None
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_equals_the_formula(num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int) -> None:
+    """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
+    weight, bias = a_layer(num_in, num_out, dtype, has_bias=has_bias)
+    linear = Linear(weight, bias)
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, num_in, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
+        rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-5)
+        torch.testing.assert_close(linear(x).double(), linear_reference(x, weight, bias), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, threads: int) -> None:
+    linear = Linear(*a_layer(2100, 53, dtype))
+    x = torch.randn(70, 2100).to(dtype)
+    together = linear(x)
+    for begin in range(70):
+        for end in {begin + 1, begin + 2, begin + 5, begin + 9, 70} & set(range(begin + 1, 71)):
+            assert torch.equal(linear(x[begin:end]), together[begin:end])
+
+
+def test_rows_may_stand_in_any_number_of_dimensions_and_apart() -> None:
+    linear = Linear(*a_layer(100, 257, torch.bfloat16))
+    x = torch.randn(2, 6, 100).bfloat16()
+    assert torch.equal(linear(x)[1, 4], linear(x[1, 4]))
+    assert torch.equal(linear(x[:, ::2]), linear(x)[:, ::2])
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    linear = Linear(*a_layer(100, 257, torch.bfloat16))
+    x = torch.randn(12, 100).bfloat16()
+    x[3, 99] = float("nan")
+    y = linear(x)
+    assert torch.isnan(y[3]).all()
+    assert torch.isfinite(y[[row for row in range(12) if row != 3]]).all()
+
+
+def test_kernel_is_for_cpus_and_types_it_knows() -> None:
+    assert not is_available(torch.float16, CPU)
+    assert not is_available(torch.float32, torch.device("cuda"))
