@@ -8,17 +8,17 @@ call was not built, two GEMMs over the active adapters' matrices, stacked (one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.adapters.peft import AdapterPlan, BaseModule, ModuleEntry
-from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode, is_available
+from loraplex.engines.adapters.peft import BaseModule
+from loraplex.engines.native.active_adapters import ActiveAdapters, KnownRows, Layout
+from loraplex.kernels.lora.decode import DecodeStep, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 
 # Tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own.
@@ -34,150 +34,21 @@ _MAX_STACKS = 2  # each may be a copy of its adapters' matrices
 _MAX_STACKED = 2**21
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How adapters' rows lie in a stack. Modules that share a layout share a step's mask. Both: Shape [R]."""
-
-    row_owner: Tensor
-    row_scale: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """One module's matrices of all active adapters. a: Shape [R, in]. b: Shape [R, out]."""
-
-    layout: Layout
-    a: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _KnownRows:
-    plan: AdapterPlan
-    rows: AdapterRows
-
-
-class ActiveAdapters:
-    """One set of adapters, and the forms their matrices are needed in, each made when first asked for."""
-
-    def __init__(
-        self, adapter_ids: Sequence[str], arena: Arena, modules: Sequence[BaseModule], known_rows: dict[str, _KnownRows]
-    ) -> None:
-        """`known_rows` remembers, from set to set, where each adapter's matrices lie within its extent."""
-        self._known_rows = known_rows
-        self.positions = {adapter_id: position for position, adapter_id in enumerate(adapter_ids)}
-        self._arena = arena
-        self._modules = modules
-        self._plans = [arena.plan(adapter_id) for adapter_id in adapter_ids]
-        self._entries = [plan.entries for plan in self._plans]
-        self._flats = [arena.flat(adapter_id) for adapter_id in adapter_ids]
-        self._version = arena.version
-        self._layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout] = {}
-        self._stacks: dict[int, Stack] = {}
-        self._gains: dict[int, Tensor | None] = {}
-        self.touched = frozenset(index for entries in self._entries for index in entries)
-
-    def serves(self, adapter_ids: Set[str]) -> bool:
-        """Whether a step of just these may use this set: all are in, where they were, at no more than twice their rows.
-
-        An adapter whose last request ended stays in, multiplied by zero, until half the rows are such.
-        """
-        if not adapter_ids <= self.positions.keys() or not self._is_in_place():
-            return False
-        wanted = [self.positions[adapter_id] for adapter_id in adapter_ids]
-        return sum(plan.rank for plan in self._plans) <= 2 * sum(self._plans[position].rank for position in wanted)
-
-    def _is_in_place(self) -> bool:
-        """Whether all of them still lie where they did: what else lies there now might be no number times zero."""
-        if self._version != self._arena.version:
-            if not all(
-                adapter_id in self._arena and self._arena.flat(adapter_id).data_ptr() == flat.data_ptr()
-                for adapter_id, flat in zip(self.positions, self._flats, strict=True)
-            ):
-                return False
-            self._version = self._arena.version
-        return True
-
-    def gain(self, index: int, position: int) -> Tensor | None:
-        """DoRA's of one adapter for one module. Shape [out]."""
-        entry = self._entries[position].get(index)
-        return None if entry is None else entry.gain_of(self._flats[position])
-
-    def factors(self, index: int, position: int) -> tuple[Tensor, Tensor, float] | None:
-        """A, Bᵀ and scale of one adapter for one module."""
-        entry, flat = self._entries[position].get(index), self._flats[position]
-        return None if entry is None else (entry.a_of(flat), entry.b_of(flat), entry.scale)
-
-    def gains(self, index: int) -> Tensor | None:
-        """DoRA's; ones for adapters without any, and in one more row for the base. Shape [G + 1, out], or None."""
-        if index not in self._gains:
-            found = [entries[index].gain_of(flat) if index in entries else None
-                     for entries, flat in zip(self._entries, self._flats, strict=True)]  # fmt: skip
-            some = next((gain for gain in found if gain is not None), None)
-            ones = None if some is None else torch.ones_like(some)
-            self._gains[index] = None if ones is None else torch.stack(
-                [*(ones if gain is None else gain for gain in found), ones]
-            )  # fmt: skip
-        return self._gains[index]
-
-    @cached_property
-    def table(self) -> DecodeTable:
-        itemsize = self._flats[0].element_size()
-        return DecodeTable(
-            [module.in_features for module in self._modules],
-            [module.out_features for module in self._modules],
-            [self._rows(plan, itemsize) for plan in self._plans],
-            [flat.data_ptr() for flat in self._flats],
-        )
-
-    def _rows(self, plan: AdapterPlan, itemsize: int) -> AdapterRows:
-        known = self._known_rows.get(plan.adapter.id)
-        if known is None or known.plan is not plan:
-            known = _KnownRows(plan, _rows(plan, len(self._modules), itemsize))
-            self._known_rows[plan.adapter.id] = known
-        return known.rows
-
-    def num_to_stack(self, index: int) -> int:
-        """Elements that must be copied before a module has its stack."""
-        if index in self._stacks:
-            return 0
-        present = [entries[index] for entries in self._entries if index in entries]
-        return sum(entry.rank * (entry.module.in_features + entry.module.out_features) for entry in present)
-
-    def stack(self, index: int) -> Stack:
-        if index not in self._stacks:
-            self._stacks[index] = self._stack(index)
-        return self._stacks[index]
-
-    def _stack(self, index: int) -> Stack:
-        present = [(entries[index], flat) for entries, flat in zip(self._entries, self._flats, strict=True)
-                   if index in entries]  # fmt: skip
-        return Stack(
-            layout=self._layout([entries.get(index) for entries in self._entries], like=present[0][1]),
-            a=torch.cat([entry.a_of(flat) for entry, flat in present]),
-            b=torch.cat([entry.b_of(flat) for entry, flat in present]),
-        )
-
-    def _layout(self, entries: Sequence[ModuleEntry | None], like: Tensor) -> Layout:
-        ranks = tuple(entry.rank if entry else 0 for entry in entries)
-        scale = tuple(entry.scale if entry else 0.0 for entry in entries)
-        if (ranks, scale) not in self._layouts:
-            repeats = torch.tensor(ranks)
-            self._layouts[ranks, scale] = Layout(
-                row_owner=torch.arange(len(ranks)).repeat_interleave(repeats).to(like.device),
-                row_scale=torch.tensor(scale).repeat_interleave(repeats).to(like),
-            )
-        return self._layouts[ranks, scale]
-
-
 class TokenGroups:
     """Which adapter each token of one view of the step belongs to: all tokens, or those that are sampled."""
 
     def __init__(
-        self, parts: Sequence[Parts], active: ActiveAdapters, device: torch.device, *, one_by_one: bool = False
+        self,
+        parts: Sequence[Parts],
+        active: ActiveAdapters,
+        device: torch.device,
+        *,
+        long_run: int | None = LONG_RUN,
+        one_by_one: bool = False,
     ) -> None:
-        """`one_by_one`: nothing of one token may depend on which others there are."""
+        """`long_run`: see `LoraLayers`. `one_by_one`: nothing of one token may depend on which others there are."""
         self.one_by_one = one_by_one
+        self._long_run = long_run
         self.is_composed = any(len(some) > 1 or (some and some[0][1] != 1.0) for some in set(parts))
         self.owners = [some[0][0] if some else -1 for some in parts]  # the only ones, unless it is composed
         self.parts = parts
@@ -202,7 +73,9 @@ class TokenGroups:
 
     @cached_property
     def long_runs(self) -> list[tuple[int, int, int]]:
-        return [(begin, end, owner) for begin, end, owner in self.runs if end - begin >= LONG_RUN]
+        if self._long_run is None:
+            return []
+        return [(begin, end, owner) for begin, end, owner in self.runs if end - begin >= self._long_run]
 
     @cached_property
     def rest(self) -> DecodeStep | None:
@@ -211,6 +84,13 @@ class TokenGroups:
         for begin, end, _ in self.long_runs:
             owners[begin:end] = [-1] * (end - begin)
         return DecodeStep(self._active.table, owners) if max(owners, default=-1) >= 0 else None
+
+    @cached_property
+    def layers(self) -> list[DecodeStep]:
+        """Compositions taken apart: steps of one adapter a token at most, which together are all of them."""
+        deepest = max(map(len, self.parts), default=0)
+        apart = [[some[depth] if depth < len(some) else (-1, 0.0) for some in self.parts] for depth in range(deepest)]
+        return [DecodeStep(self._active.table, *zip(*parts, strict=True)) for parts in apart]
 
     @cached_property
     def singles(self) -> list[DecodeStep | None]:
@@ -253,12 +133,14 @@ class LoraStep:
 class LoraLayers:
     """The wrapped layers of one model and the step they work on."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, long_run: int | None = LONG_RUN) -> None:
+        """`long_run`: tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own; None: never."""
         self.step: LoraStep | None = None
         self._arena = arena
+        self._long_run = long_run
         self._has_kernel = is_available(arena.dtype, arena.device)
         self._modules: list[BaseModule] = []
-        self._known_rows: dict[str, _KnownRows] = {}
+        self._known_rows: dict[str, KnownRows] = {}
         self._recent: list[ActiveAdapters] = []
         self._left_to_stack = 0
 
@@ -296,11 +178,8 @@ class LoraLayers:
         active = self._active(names)
         known = {some: tuple((active.positions[name], weight) for name, weight in some) for some in kinds}
         parts = [known[some] for some in owners]
-        self.step = LoraStep(
-            active=active,
-            tokens=TokenGroups(parts, active, device, one_by_one=one_by_one),
-            sampled=TokenGroups([parts[token] for token in sampled], active, device, one_by_one=one_by_one),
-        )
+        groups = partial(TokenGroups, active=active, device=device, long_run=self._long_run, one_by_one=one_by_one)
+        self.step = LoraStep(active, tokens=groups(parts), sampled=groups([parts[token] for token in sampled]))
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
         """Recent sets are kept: while their adapters come and go, little is made anew."""
@@ -333,7 +212,11 @@ class LoraLayers:
         gains = active.gains(index)
         if gains is not None and bias is not None:
             y.sub_(bias)
-        if groups.is_composed:
+        if groups.is_composed and self._has_kernel:
+            x = x.contiguous()
+            for layer in groups.layers:
+                add_decode(y, x, active.table, index, layer)
+        elif groups.is_composed:
             _add_composed(y, x, index, active, groups)
         elif self._has_kernel or groups.prefers_runs or not self._may_stack(index, active):
             for begin, end, owner in groups.long_runs if self._has_kernel else groups.runs:
@@ -369,20 +252,6 @@ class LoraLayers:
                 row.mul_(gain)
                 if bias is not None:
                     row.add_(bias)
-
-
-def _rows(plan: AdapterPlan, num_modules: int, itemsize: int) -> AdapterRows:
-    """Where an adapter's matrices lie, as the decode kernel wants it."""
-    rows = AdapterRows(
-        a=np.zeros(num_modules, dtype=np.uint64),
-        b=np.zeros(num_modules, dtype=np.uint64),
-        rank=np.zeros(num_modules, dtype=np.int32),
-        scale=np.zeros(num_modules, dtype=np.float32),
-    )
-    for index, entry in plan.entries.items():
-        rows.a[index], rows.b[index] = entry.a * itemsize, entry.b * itemsize
-        rows.rank[index], rows.scale[index] = entry.rank, entry.scale
-    return rows
 
 
 def _add_composed(y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups) -> None:

@@ -23,7 +23,7 @@ from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
-from loraplex.engines.native.lora import LoraLayers, Owners
+from loraplex.engines.native.lora import LONG_RUN, LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
 from loraplex.engines.native.stopwatch import Stopwatch
@@ -46,15 +46,16 @@ class Runner:
         block_size: int,
         *,
         uses_kernels: bool = False,
+        long_run: int | None = LONG_RUN,
     ) -> None:
-        """`uses_kernels`: LoRA and attention are those of Triton."""
+        """`uses_kernels`: LoRA and attention are those of Triton. `long_run`: see `LoraLayers`."""
         self._model = model
         self.stopwatch = Stopwatch()
         self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
         self._uses_kernels = uses_kernels
-        self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena)
+        self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, long_run)
         self._selects = trial.selects
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
