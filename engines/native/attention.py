@@ -71,6 +71,10 @@ class KvShape:
     value_width: int
 
 
+class ForeignAttention(Exception):
+    """A layer attends to something else than the tokens of its sequence."""
+
+
 class PagedAttention:
     """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes what each call asks for.
 
@@ -132,6 +136,8 @@ class PagedAttention:
         if self._step is None:
             self.own_masks |= attention_mask is not None
             self.layers.append(getattr(module, "layer_idx", None))
+            if query.shape[2] != key.shape[2]:
+                raise ForeignAttention(f"{type(module).__name__} attends to something else than the sequence's tokens")
             return self._dry_run(query, key, value, form), None
         step, call = self._step, self._call
         self._call += 1

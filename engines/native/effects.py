@@ -164,18 +164,19 @@ def _with_lora(
 
 @contextmanager
 def _in_place(parameters: Mapping[str, Tensor], module: nn.Module) -> Iterator[None]:
-    """The module with other parameters, until the block ends."""
-    homes: dict[str, dict[str, Any]] = {
-        key: module._parameters if key in module._parameters else module._buffers for key in parameters
-    }
-    before = {key: homes[key][key] for key in parameters}
+    """The module with other parameters, until the block ends.
+
+    Not assigned one by one: a library's own table (compressed-tensors' of weights that can be offloaded) copies what it
+    is assigned into the tensor that was there, the base's.
+    """
+    own_parameters: Any = module._parameters
+    own_buffers = module._buffers
+    module._parameters = {key: parameters.get(key, tensor) for key, tensor in own_parameters.items()}
+    module._buffers = {key: parameters.get(key, tensor) for key, tensor in own_buffers.items()}
     try:
-        for key, tensor in parameters.items():
-            homes[key][key] = tensor
         yield
     finally:
-        for key, tensor in before.items():
-            homes[key][key] = tensor
+        module._parameters, module._buffers = own_parameters, own_buffers
 
 
 def _rows(value: Any, dim: int | None, rows: Tensor) -> Any:

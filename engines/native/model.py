@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.config.settings import Model
 from loraplex.engines.adapters.peft import UNUSED, Base, BaseModule
 from loraplex.engines.errors import ModelNotServable
-from loraplex.engines.native.attention import PagedAttention
+from loraplex.engines.native.attention import ForeignAttention, PagedAttention
 
 _UNITS = 512  # unit vectors at a time
 TRIAL_TOKENS = 11  # a size that no other dimension has
@@ -35,6 +35,11 @@ def load_model(settings: Model, device: torch.device, attention: PagedAttention)
         raise ModelNotServable(f"model.path = {settings.path!r} holds no config.json")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if getattr(config.get_text_config(), "prefix_lm", False):
+            raise ModelNotServable(
+                f"{config.model_type} is not served: its prompts are read in both directions (prefix_lm), and this "
+                'engine reads every token in one; "prefix_lm": false in config.json has it served so'
+            )
         try:
             model = _read_weights(settings, config, attention.name)
         except KeyError as error:
@@ -58,15 +63,33 @@ def _read_weights(settings: Model, config: PretrainedConfig, attention: str) -> 
         dtype = DTYPES.get(settings.dtype) or config.dtype or torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-untyped-call]
         return model
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         settings.directory,
         config=config,
         dtype=DTYPES.get(settings.dtype, "auto"),
         attn_implementation=attention,
         local_files_only=True,
         use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    model, report = loaded
+    _require_all_weights(report["missing_keys"], report["mismatched_keys"])
     return model
+
+
+def _require_all_weights(missing: Set[str], mismatched: Set[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raises ModelNotServable where transformers made weights up: it only warns of that."""
+    if mismatched:
+        name, found, wanted = min(mismatched)
+        raise ModelNotServable(
+            f"{len(mismatched)} of the checkpoint's tensors have another shape than the model's; the first is {name}, "
+            f"{list(found)} instead of {list(wanted)}"
+        )
+    if missing:
+        raise ModelNotServable(
+            f"the checkpoint lacks {len(missing)} of the model's tensors; the first is {min(missing)}"
+        )
 
 
 def _read_weights_with_torchs_attention(settings: Model, config: PretrainedConfig) -> PreTrainedModel:
@@ -159,7 +182,25 @@ def _is_used(name: str, called: Iterable[str]) -> bool:
 def _obstacle(model: PreTrainedModel, error: Exception) -> str:
     if getattr(model.config.get_text_config(), "index_topk", None):
         return "is not served: its layers choose anew for each token which others it attends to (index_topk)"
+    if isinstance(error, ForeignAttention):
+        return f"is not served: {error}"
+    if others := _weights_of_other_types(model):
+        return f"cannot be stepped in {_name(model.dtype)}: quantised weights are computed in {others}; set model.dtype"
     return f"cannot be stepped: {error!r}"
+
+
+def _weights_of_other_types(model: PreTrainedModel) -> str:
+    """The types that a quantised model's layers have become, where they are not the model's."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return ""
+    weights = [getattr(layer, "weight", None) for layer in linear_layers(model).values()]
+    kinds = {weight.dtype for weight in weights if isinstance(weight, Tensor)}
+    wide = {kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1}
+    return ", ".join(sorted(_name(kind) for kind in wide - {model.dtype}))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module | None:
