@@ -28,6 +28,7 @@ from conformance.shrinking import tiny_config
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.protocol import Adapter
 
 COMPRESSED = ("compressed_tensors",)
@@ -148,6 +149,22 @@ def test_quantised_base_with_adapters_gives_what_its_dequantised_weights_give(fo
                 if one.adapter == adapter:
                     expected = expected_logprobs(model, one, answers[one.name].tokens)
                     assert relative_error(answers[one.name], expected) <= form.exactly, one.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_that_come_in_another_type_are_refused_with_the_type_to_set(tmp_path: Path) -> None:
+    for module in COMPRESSED:
+        pytest.importorskip(module, exc_type=ImportError)
+    make_base(tiny_config("llama"), tmp_path / "plain")
+    compressed_tensors("MXFP4A16")(tmp_path / "plain", tmp_path / "quantised")
+    with pytest.raises(ModelNotServable, match="in float32: quantised weights are computed in bfloat16"):
+        make_core(tmp_path / "quantised")
+    core = make_core(tmp_path / "quantised", "bfloat16", num_blocks=None)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", dtype=torch.bfloat16)
+    one = Asked("one", prompts(3)[0], None)
+    answer = serve(core, [one])["one"]
+    core.adapters.close()
+    assert relative_error(answer, expected_logprobs(model, one, answer.tokens)) <= 0.05  # of bfloat16
 
 
 def _over_quantised(directory: Path, adapter: Path | None) -> Any:
