@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraplex.kernels.attention.cpu_decode import DecodeRows
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
@@ -201,6 +202,19 @@ def attention_paged(shape: Shape, device: torch.device) -> list[Case]:
     return [Case(f"{batch} × {length}", lambda: attend_decode(q, k, v, mask, Form(0.1)), 2 * keys.numel() * 2)]
 
 
+def attention_cpu_decode(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for batch, length in ((8, 512), (8, 4096)):
+        keys, values, _ = _cache(shape, batch, length, device)
+        q = torch.randn(batch, shape.heads, shape.width, dtype=torch.bfloat16, device=device)
+        slots = torch.randperm(batch * length).view(batch, length)
+        rows = DecodeRows(slots, torch.full((batch,), length))
+        cases.append(
+            Case(f"{batch} × {length}", partial(rows.attend, q, keys, values, Form(0.1)), 2 * keys.numel() * 2)
+        )
+    return cases
+
+
 def fused_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
     x, residual = (torch.randn(512, shape.hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
     weight = torch.ones(shape.hidden, dtype=torch.bfloat16, device=device)
@@ -226,6 +240,7 @@ ON_CPU = {
     "dense/linear": dense_linear,
     "lora/decode": lora_decode,
     "lora/grouped": lora_grouped,
+    "attention/cpu_decode": attention_cpu_decode,
     "attention/paged": attention_paged,
 }
 ON_GPU = {

@@ -1,4 +1,4 @@
-/* Numbers of the types that weights come in, and float32, one at a time. */
+/* Numbers of the types that weights come in, and float32: one at a time, and LANES at a time. */
 
 #ifndef LORAPLEX_FLOATS_H
 #define LORAPLEX_FLOATS_H
@@ -34,5 +34,21 @@ static inline bfloat16 narrow_bfloat16(float value) {
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which rounding could make infinite */
     return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+#define LANES 8
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float AnyLanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+#define INLINED static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 8")
+
+/* Macros, because a function that returns vectors has no ABI of its own without AVX. */
+#define LOAD_float(from) (*(const AnyLanes *)(from))
+#define LOAD_bfloat16(from) ((Lanes)(__builtin_convertvector(*(const AnyHalves *)(from), Words) << 16))
+#define CHOOSE(mask, one, other) ((Lanes)(((mask) & (Integers)(one)) | (~(mask) & (Integers)(other))))
+#define SUM(v) (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))
 
 #endif

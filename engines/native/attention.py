@@ -3,8 +3,8 @@
 Registered with `transformers.AttentionInterface`, it needs nothing of the model but that it calls in the same order
 in every step: the n-th call has the n-th cache, whatever the layer calls itself and however often it calls. The step is
 set on the object beforehand, so models that drop keyword arguments on the way are carried as well.
-Tokens of all sequences come packed in one row. New keys and values are written to the cache, then the sequences that
-decode (one token) are attended together and each longer segment on its own.
+Tokens of all sequences come packed in one row. New keys and values are written to the cache, then the tokens of short
+segments are attended together and each longer segment on its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from loraplex.engines.native.device_attention import KernelStep
+from loraplex.kernels.attention.cpu_decode import DecodeRows, is_available
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
 
 
@@ -39,26 +40,30 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """The B one-token segments. rows, lengths: Shape [B]. slots: Shape [B · L], padded with the row of zeros."""
+    """B tokens that are attended together. rows, lengths: Shape [B]. slots: Shape [B, L], padded with the row of zeros.
+
+    `in_place`: the same, for the kernel that gathers nothing.
+    """
 
     rows: Tensor
     slots: Tensor
     lengths: Tensor
-    max_len: int
+    in_place: DecodeRows
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
     """Where a step's tokens go in the cache (`slots`: Shape [T]) and what each may look at.
 
-    `one_by_one`: the tokens of `prefills`, decodes among them, are attended each in a call of its own, whose shape
-    depends on the token's position alone; rows that are in none of them are padding.
+    `one_by_one`: what each of the tokens of `prefills`, decodes among them, gets depends on its position alone; rows
+    that are in none of them are padding. `each` are all rows, for the kernel that has this property.
     """
 
     slots: Tensor
     decodes: Decodes | None
     prefills: tuple[Prefill, ...]
     one_by_one: bool = False
+    each: DecodeRows | None = None
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
@@ -96,6 +101,7 @@ class PagedAttention:
         self._call = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self.reads_in_place = False  # whether tokens here and there of a sequence cost no copy of what they look at
 
     def intercepting(self) -> AbstractContextManager[object]:
         """Within it the model's calls of torch's own attention come here, where it knows no other way."""
@@ -116,6 +122,9 @@ class PagedAttention:
         for shape in self.shapes:
             self._keys.append(_zeros((num_slots + 2, shape.num_heads, shape.key_width), dtype, device))
             self._values.append(_zeros((num_slots + 2, shape.num_heads, shape.value_width), dtype, device))
+        self.reads_in_place = all(
+            is_available(dtype, device, shape.key_width, shape.value_width) for shape in self.shapes
+        )
 
     def __call__(
         self,
@@ -146,6 +155,8 @@ class PagedAttention:
         values.index_copy_(0, step.slots, value[0].transpose(0, 1))
         if isinstance(step, KernelStep):
             return step.attend(query, keys, values, form)[None], None
+        if step.each is not None:
+            return step.each.attend(query[0].transpose(0, 1), keys, values, form)[None], None
         if step.one_by_one:
             return _attend_each(query, keys, values, form, step)[None], None
         if step.decodes is not None and not step.prefills:
@@ -177,13 +188,16 @@ class PagedAttention:
         """query: Shape [B, H, D]. Result: Shape [B, H, Dv]."""
         decodes = step.decodes
         assert decodes is not None
-        batch = decodes.rows.shape[0]
+        if self.reads_in_place:
+            return decodes.in_place.attend(query, keys, values, form)
+        batch, longest = decodes.slots.shape
+        slots = decodes.slots.view(-1)
         mask = step.masks.get((-1, form.window))
         if mask is None:
             mask = _decode_mask(decodes, form.window)
             step.masks[-1, form.window] = mask
-        k = keys.index_select(0, decodes.slots).view(batch, decodes.max_len, *keys.shape[1:])
-        v = values.index_select(0, decodes.slots).view(batch, decodes.max_len, *values.shape[1:])
+        k = keys.index_select(0, slots).view(batch, longest, *keys.shape[1:])
+        v = values.index_select(0, slots).view(batch, longest, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
 
 
@@ -245,7 +259,7 @@ def _prefill(query: Tensor, keys: Tensor, values: Tensor, form: Form, prefill: P
 
 def _decode_mask(decodes: Decodes, window: int | None) -> Tensor:
     """Shape [B, L]: True where position j < length, and within the window of the last one."""
-    positions = torch.arange(decodes.max_len, device=decodes.lengths.device)[None, :]
+    positions = torch.arange(decodes.slots.shape[1], device=decodes.lengths.device)[None, :]
     lengths = decodes.lengths[:, None]
     mask = positions < lengths
     if window is not None:

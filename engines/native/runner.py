@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,19 @@ from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
 from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
+from loraplex.kernels.attention.cpu_decode import DecodeRows
+
+# Tokens of a segment that are attended one by one, where that costs no copies: a decode and its drafts.
+_SHORT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """A token in row `row` of the step that looks at `length` positions, its own included."""
+
+    row: int
+    length: int
+    block_table: list[int]
 
 
 class Runner:
@@ -135,7 +148,8 @@ class Runner:
                 new_slots.append(own[start:])
             first += segment.num_tokens
         new_slots.append(torch.full((padding,), self._num_slots + 1, device=self._model.device))
-        return AttentionStep(slots=torch.cat(new_slots), decodes=None, prefills=tuple(runs), one_by_one=True)
+        each = _each_row(runs, end - begin + padding) if self._attention.reads_in_place else None
+        return AttentionStep(torch.cat(new_slots), decodes=None, prefills=tuple(runs), one_by_one=True, each=each)
 
     def _forward(
         self,
@@ -185,17 +199,19 @@ class Runner:
             return KernelStep.of(segments, self._block_size, device)
         new_slots: list[int] = []
         prefills: list[Prefill] = []
-        decodes: list[tuple[int, Segment]] = []
+        decodes: list[_Decode] = []
         row = 0
         for segment in segments:
-            if segment.num_tokens == 1:
-                block, offset = divmod(segment.start, self._block_size)
-                new_slots.append(segment.sequence.block_table[block] * self._block_size + offset)
-                decodes.append((row, segment))
+            table, start, end = segment.sequence.block_table, segment.start, segment.start + segment.num_tokens
+            if segment.num_tokens <= (_SHORT if self._attention.reads_in_place else 1):
+                for position in range(start, end):
+                    block, offset = divmod(position, self._block_size)
+                    new_slots.append(table[block] * self._block_size + offset)
+                    decodes.append(_Decode(row + position - start, position + 1, table))
             else:
-                slots = self._slots([segment.sequence.block_table])[0, : segment.start + segment.num_tokens]
-                new_slots.extend(slots[segment.start :].tolist())
-                prefills.append(Prefill(row, row + segment.num_tokens, segment.start, slots.to(device)))
+                slots = self._slots([table])[0, :end]
+                new_slots.extend(slots[start:].tolist())
+                prefills.append(Prefill(row, row + segment.num_tokens, start, slots.to(device)))
             row += segment.num_tokens
         return AttentionStep(
             slots=torch.tensor(new_slots, device=device),
@@ -203,16 +219,17 @@ class Runner:
             prefills=tuple(prefills),
         )
 
-    def _decodes(self, decodes: list[tuple[int, Segment]], device: torch.device) -> Decodes:
-        lengths = torch.tensor([segment.start + 1 for _, segment in decodes])
+    def _decodes(self, decodes: list[_Decode], device: torch.device) -> Decodes:
+        lengths = torch.tensor([decode.length for decode in decodes])
         max_len = int(lengths.max())
-        slots = self._slots([segment.sequence.block_table for _, segment in decodes])[:, :max_len]
-        padded = slots.masked_fill(torch.arange(max_len) >= lengths[:, None], self._num_slots)
+        slots = self._slots([decode.block_table for decode in decodes])[:, :max_len]
+        padded = slots.masked_fill(torch.arange(max_len) >= lengths[:, None], self._num_slots).to(device)
+        lengths = lengths.to(device)
         return Decodes(
-            rows=torch.tensor([row for row, _ in decodes], device=device),
-            slots=padded.reshape(-1).to(device),
-            lengths=lengths.to(device),
-            max_len=max_len,
+            rows=torch.tensor([decode.row for decode in decodes], device=device),
+            slots=padded,
+            lengths=lengths,
+            in_place=DecodeRows(padded, lengths),
         )
 
     def _slots(self, block_tables: Sequence[list[int]]) -> Tensor:
@@ -221,6 +238,16 @@ class Runner:
         blocks = torch.tensor([table + [0] * (longest - len(table)) for table in block_tables])
         slots = blocks[:, :, None] * self._block_size + torch.arange(self._block_size)
         return slots.view(len(block_tables), -1)
+
+
+def _each_row(runs: Sequence[Prefill], num_rows: int) -> DecodeRows:
+    """Every token of the runs by itself; rows that are in none of them look at nothing."""
+    lengths = torch.zeros(num_rows, dtype=torch.int64)
+    slots = torch.zeros(num_rows, max(len(run.slots) for run in runs), dtype=torch.int64)
+    for run in runs:
+        lengths[run.begin : run.end] = torch.arange(run.start, run.start + run.end - run.begin) + 1
+        slots[run.begin : run.end, : len(run.slots)] = run.slots
+    return DecodeRows(slots, lengths)
 
 
 def _owners(segment: Segment) -> list[Owners]:

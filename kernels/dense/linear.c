@@ -14,20 +14,6 @@
 #define OUTPUTS_ALONE 8  /* the same for a single token: several rows of weights are on their way at a time */
 #define WORTH_WIDENING 8 /* tokens, beyond which a tile is widened once for all of them */
 
-#define LANES 8
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef float AnyLanes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
-
-#define INLINED static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 8")
-
-/* Macros, because a function that returns vectors has no ABI of its own without AVX. */
-#define LOAD_float(from) (*(const AnyLanes *)(from))
-#define LOAD_bfloat16(from) ((Lanes)(__builtin_convertvector(*(const AnyHalves *)(from), Words) << 16))
-#define SUM(v) (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))
-
 /* sums[t * TILE + o] += sum of w[o * w_stride + i] * x[t * x_stride + i] over i < depth, for o < outputs, t < tokens,
    which are constants where it is called. */
 #define DEFINE_DOT(T)                                                                             \

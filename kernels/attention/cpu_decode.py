@@ -1,0 +1,91 @@
+"""Attention of single tokens on a CPU, in C (`cpu_decode.c`): keys and values are read where they lie, none is padded.
+
+The formula is that of `paged.py`; sums and softmax are float32. Built when the package is installed, where there is a
+compiler; `is_available` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.attention.paged import Form
+
+_NAMES = {torch.float32: "loraplex_cpu_decode_float", torch.bfloat16: "loraplex_cpu_decode_bfloat16"}
+WIDEST = 512  # numbers of a key or value
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "key_heads", "width", "value_width", "longest")),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths")),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
+        ("sinks", ctypes.c_void_p),
+        ("num_threads", ctypes.c_int64),
+    )
+
+
+class DecodeRows:
+    """The rows of one step and what each may look at. What a row gets depends on no other, not in its last bit."""
+
+    def __init__(self, slots: Tensor, lengths: Tensor) -> None:
+        """slots: Shape [B, L]: the cache row of each position. lengths: Shape [B], ≤ L; where 0, the result is zeros.
+
+        Both int64 and contiguous.
+        """
+        self._slots, self._lengths = slots, lengths
+        self._calls: dict[tuple[object, ...], tuple[_Call, object]] = {}
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, form: Form) -> Tensor:
+        """q: Shape [B, H, D]. keys: Shape [S, Hk, D]. values: Shape [S, Hk, Dv]. Result: Shape [B, H, Dv].
+
+        All of one type that `is_available` knows; the cache is contiguous.
+        """
+        q = q.contiguous()
+        out = torch.empty(q.shape[0], q.shape[1], values.shape[2], dtype=q.dtype)
+        key = (q.shape[1], *keys.shape[1:], values.shape[2], form.scale, form.window, form.softcap, id(form.sinks))
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._call(q, keys, values, form)
+        _function(q.dtype)(ctypes.addressof(call[0]), q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        return out
+
+    def _call(self, q: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[_Call, object]:
+        """With what it points to."""
+        sinks = None if form.sinks is None else form.sinks.float().contiguous()
+        call = _Call(
+            *q.shape[:2], *keys.shape[1:], values.shape[2], self._slots.shape[1],
+            self._slots.data_ptr(), self._lengths.data_ptr(), form.window or 0, form.scale, form.softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return call, (sinks, form.sinks)
+
+
+def is_available(dtype: torch.dtype, device: torch.device, width: int, value_width: int) -> bool:
+    """Whether `DecodeRows` can be used for such keys and values."""
+    return device.type == "cpu" and dtype in _NAMES and max(width, value_width) <= WIDEST and bool(_libraries())
+
+
+@cache
+def _libraries() -> list[ctypes.CDLL]:
+    """The built library, or none."""
+    for path in sorted(Path(__file__).parent.glob("_cpu_decode*.so")):
+        try:
+            return [ctypes.CDLL(str(path))]
+        except OSError:  # built for another machine, or a torch without OpenMP
+            continue
+    return []
+
+
+@cache
+def _function(dtype: torch.dtype) -> Any:
+    function = getattr(_libraries()[0], _NAMES[dtype])
+    function.argtypes = [ctypes.c_void_p] * 5
+    function.restype = None
+    return function
