@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from conformance.features import FEATURE, make_feature_adapter
 from conformance.shrinking import tiny_config
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
+
+NUM_SEEDS = 4  # of prompts
 
 
 class _AllDouble(TorchFunctionMode):
@@ -47,25 +50,26 @@ def _double_of(model: Any) -> Any:
     return double
 
 
-def _errors(config: PretrainedConfig, feature: str, directory: Path) -> tuple[float, float]:
-    """Of the engine and of transformers + PEFT, both in float32, against float64: the largest of all answers'."""
+def _errors(config: PretrainedConfig, feature: str, directory: Path) -> tuple[list[float], list[float]]:
+    """Of the engine and of transformers + PEFT, both in float32, against float64: the largest of each answer."""
     make_base(config, directory / "base")
     core = make_core(directory / "base")
     trained = make_feature_adapter(directory / "base", FEATURE[feature], directory / feature)
-    asked = [Asked(str(number), prompt, trained.adapter) for number, prompt in enumerate(prompts(1) + prompts(2))]
+    some = [prompt for seed in range(1, NUM_SEEDS + 1) for prompt in prompts(seed)]
+    asked = [Asked(str(number), prompt, trained.adapter) for number, prompt in enumerate(some)]
     try:
         answers = serve(core, asked)
     finally:
         core.adapters.close()
-    ours, theirs, double = 0.0, 0.0, _double_of(trained.model)
+    ours, theirs, double = [], [], _double_of(trained.model)
     for one in asked:
         answer = answers[one.name]
         with _AllDouble():
             exact = expected_logprobs(double, one, answer.tokens)
         assert exact.dtype == torch.float64
-        ours = max(ours, relative_error(answer, exact))
+        ours.append(relative_error(answer, exact))
         plain = expected_logprobs(trained.model, one, answer.tokens)
-        theirs = max(theirs, float((plain - exact).abs().max() / exact.abs().max()))
+        theirs.append(float((plain - exact).abs().max() / exact.abs().max()))
     return ours, theirs
 
 
@@ -81,6 +85,8 @@ def test_float64_is_as_near_to_the_engine_as_to_transformers(
         config.attention_multiplier = 1.0
     monkeypatch.setattr(cells, "GAINS", {})
     ours, theirs = _errors(config, feature, tmp_path / "wild")
-    assert theirs > 5 * tame_theirs  # or there is nothing to tame
-    assert ours < 2 * theirs  # both are a largest one of thousands of roundings
-    assert max(tame_ours, tame_theirs) < TOLERANCE / 2
+    assert max(theirs) > 5 * max(tame_theirs)  # or there is nothing to tame
+    # each is a largest one of thousands of roundings, a matter of luck: at the median of 48 answers the engine's was 0.83
+    # to 1.02 of theirs, with its kernels and without
+    assert median(ours) < 1.5 * median(theirs)
+    assert max(*tame_ours, *tame_theirs) < TOLERANCE / 2
