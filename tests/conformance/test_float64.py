@@ -86,7 +86,7 @@ def test_float64_is_as_near_to_the_engine_as_to_transformers(
     monkeypatch.setattr(cells, "GAINS", {})
     ours, theirs = _errors(config, feature, tmp_path / "wild")
     assert max(theirs) > 5 * max(tame_theirs)  # or there is nothing to tame
-    # each is a largest one of thousands of roundings, a matter of luck: at the median of 48 answers the engine's was 0.83
-    # to 1.02 of theirs, with its kernels and without
+    # each is a largest one of thousands of roundings, a matter of luck: at the median of 48 answers the engine's was
+    # 0.83 to 1.02 of theirs, with its kernels and without
     assert median(ours) < 1.5 * median(theirs)
     assert max(*tame_ours, *tame_theirs) < TOLERANCE / 2
