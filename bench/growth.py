@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import served  # noqa: F401  it lets `support` be found
@@ -51,6 +52,8 @@ AXES = {
     "adapters registered": (1, 10, 100, 1000, 10000),
     "tenants": (1, 10, 100, 1000),
 }
+BEHIND_A_GATEWAY = ("adapters registered", "tenants")
+INK, FAINT, LINE = "#111827", "#6b7280", "#d1d5db"
 
 
 class EngineBench:
@@ -151,7 +154,7 @@ def measure(axis: str, options: argparse.Namespace) -> dict[int, float]:
     found: dict[int, list[float]] = {size: [] for size in AXES[axis]}
     with ExitStack() as stack:
         point: dict[int, Callable[[], float]] = {}
-        if axis in ("adapters registered", "tenants"):
+        if axis in BEHIND_A_GATEWAY:
             for size in AXES[axis]:
                 gateway = GatewayBench(axis, size, stack)
                 point[size] = partial(gateway.request_ms, options.requests)
@@ -174,23 +177,50 @@ def exponent(figures: dict[int, float]) -> float:
 
 
 def plot(results: dict[str, dict[int, float]], path: Path) -> None:
-    """Each axis as a small plot of its own, with growth in proportion as a dashed line."""
+    """Each axis as a small plot of its own, with growth in proportion to the first point as a dashed line."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "loraplex"  # the same figures give the same file
-    figure, plots = pyplot.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    # the same figures give the same file
+    pyplot.rcParams.update({"svg.hashsalt": "loraplex", "font.size": 9, "text.color": INK, "axes.edgecolor": LINE})
+    figure, plots = pyplot.subplots(2, 3, figsize=(11, 6.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    for place in plots.flat[len(results) :]:
+        place.remove()
     for place, (axis, found) in zip(plots.flat, results.items(), strict=False):
-        sizes, times = list(found), list(found.values())
-        place.loglog(sizes, times, "o-", color="#2563eb")
-        place.loglog(sizes, [times[0] * size / sizes[0] for size in sizes], "--", color="#9ca3af", linewidth=0.8)
-        place.set_title(f"{axis} (exponent {exponent(found):.2f})", fontsize=10)
-        place.set_ylim(min(times) / 2, max(times) * 4)
-        place.set_ylabel("ms", fontsize=9)
-        place.grid(visible=True, alpha=0.2)
-    figure.savefig(path, metadata={"Date": None})
+        _plot_axis(place, axis, found)
+    figure.supxlabel("grey: where a cost would grow faster than in proportion", fontsize=9, color=FAINT)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _plot_axis(place: Any, axis: str, found: dict[int, float]) -> None:
+    """In logarithms, `place` being matplotlib's axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    sizes, times = list(found), list(found.values())
+    low, high = min(times) / 2.5, max(times) * 2.5
+    in_proportion = [times[0] * size / sizes[0] for size in sizes]
+    place.loglog(sizes, in_proportion, "--", color="#9ca3af", linewidth=1)
+    place.fill_between(sizes, in_proportion, max(high, *in_proportion), color="#f3f4f6", linewidth=0)
+    place.loglog(sizes, times, "o-", color="#2563eb", linewidth=2, markersize=5, markeredgecolor="white")
+    for end, shift, side in ((0, (3, -14), "left"), (-1, (4, 8), "right")):
+        place.annotate(f"{times[end]:.3g} ms", (sizes[end], times[end]), shift, textcoords="offset points",
+                       ha=side, color="#1d4ed8")  # fmt: skip
+    what = "a request" if axis in BEHIND_A_GATEWAY else "a step"
+    place.set_title(axis, loc="left", fontsize=11, fontweight="bold")
+    place.set_title(f"exponent {exponent(found):.2f}", loc="right", fontsize=9, color=FAINT)
+    place.set_ylabel(f"milliseconds {what}", color=FAINT)
+    place.set_ylim(low, high)
+    place.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+    place.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    place.xaxis.set_minor_locator(NullLocator())
+    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    place.yaxis.set_minor_locator(NullLocator())
+    place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    place.tick_params(colors=FAINT, which="both", length=3)
+    place.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:

@@ -45,11 +45,14 @@ class Bench:
         self._rng = random.Random(0)
         self._count = 0
 
-    def submit(self, num_prompt: int, max_tokens: int) -> str:
+    def submit(self, num_prompt: int, max_tokens: int, tenant: str = "") -> str:
         self._count += 1
         prompt = tuple(self._rng.randrange(10, self._vocabulary) for _ in range(num_prompt))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        self.core.submit(GenerateRequest(request_id=str(self._count), prompt_token_ids=prompt, sampling=sampling))
+        request = GenerateRequest(
+            request_id=str(self._count), prompt_token_ids=prompt, sampling=sampling, tenant=tenant
+        )
+        self.core.submit(request)
         return str(self._count)
 
     def steps(self, until: str | None = None, most: int = 10**6) -> list[float]:

@@ -73,6 +73,7 @@ async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    body.update(options.extra.get(model, {}))
     if options.ignore_eos:
         body["ignore_eos"] = True
     if options.prompt_tokens:
@@ -175,7 +176,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
+    options = argparse.Namespace(**vars(parse()), extra={})
     asyncio.run(run(argparse.Namespace(**{**vars(options), "requests": options.concurrency * 2}), seed=0))  # warm-up
     figures = medians([asyncio.run(run(options, seed)) for seed in range(1, options.repeat + 1)])
     if options.json:
