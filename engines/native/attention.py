@@ -81,7 +81,7 @@ class ForeignAttention(Exception):
 
 
 class PagedAttention:
-    """Callable of `transformers.AttentionInterface`. Before `allocate` it only notes what each call asks for.
+    """Callable of `transformers.AttentionInterface`. Before `end_notes` it notes what each call asks for.
 
     `name` is its own, under which transformers knows it. `shapes[n]` and `windows[n]` are those of the n-th call of a
     step, `layers[n]` the number of the layer that made it.
@@ -97,6 +97,7 @@ class PagedAttention:
         self.layers: list[int | None] = []
         self.own_masks = False  # whether some layer brought a mask of its own making
         self.intercepts = False
+        self._takes_notes = True
         self._step: AttentionStep | KernelStep | None = None
         self._call = 0
         self._keys: list[Tensor] = []
@@ -107,13 +108,17 @@ class PagedAttention:
         """Within it the model's calls of torch's own attention come here, where it knows no other way."""
         return _Interception(self) if self.intercepts else nullcontext()
 
+    def end_notes(self) -> None:
+        """The model was run once, so its calls are known: a later run outside of steps adds none."""
+        self._takes_notes = False
+
     def begin(self, step: AttentionStep | KernelStep) -> None:
         """Set the step that the calls from now on belong to."""
         self._step = step
         self._call = 0
 
     def allocate(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the cache: for each call seen in the dry run `num_slots` rows of keys and of values.
+        """Make the cache: for each call noted `num_slots` rows of keys and of values.
 
         One more row, number `num_slots`, is never written: what is padded reads its zeros, not another sequence's
         leavings, for a weight of zero does not take the harm out of a NaN. And another one behind it is never read:
@@ -143,11 +148,15 @@ class PagedAttention:
         """query: Shape [1, H, T, D]. key: Shape [1, Hk, T, D]. value: Shape [1, Hk, T, Dv]. Result: [1, T, H, Dv]."""
         form = Form(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
         if self._step is None:
-            self.own_masks |= attention_mask is not None
-            self.layers.append(getattr(module, "layer_idx", None))
             if query.shape[2] != key.shape[2]:
                 raise ForeignAttention(f"{type(module).__name__} attends to something else than the sequence's tokens")
-            return self._dry_run(query, key, value, form), None
+            if self._takes_notes:
+                self.own_masks |= attention_mask is not None
+                self.layers.append(getattr(module, "layer_idx", None))
+                self.shapes.append(KvShape(key.shape[1], key.shape[3], value.shape[3]))
+                self.windows.append(form.window)
+            mask = causal_mask(0, query.shape[2], form.window, query.device)
+            return attend(query, key, value, mask, form).transpose(1, 2), None
         step, call = self._step, self._call
         self._call += 1
         keys, values = self._keys[call], self._values[call]
@@ -177,12 +186,6 @@ class PagedAttention:
                 part = _prefill(query[:, :, own], keys, values, form, prefill, step)
             out[own] = part[0].transpose(0, 1)
         return out[None], None
-
-    def _dry_run(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        self.shapes.append(KvShape(key.shape[1], key.shape[3], value.shape[3]))
-        self.windows.append(form.window)
-        mask = causal_mask(0, query.shape[2], form.window, query.device)
-        return attend(query, key, value, mask, form).transpose(1, 2)
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, form: Form, step: AttentionStep) -> Tensor:
         """query: Shape [B, H, D]. Result: Shape [B, H, Dv]."""

@@ -151,6 +151,7 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     except Exception as error:  # any failure of foreign model code means the same: it cannot be carried
         raise ModelNotServable(f"{type(model).__name__} {_obstacle(model, error)}") from error
     finally:
+        attention.end_notes()
         for hook in hooks:
             hook.remove()
     if not attention.layers or attention.own_masks:

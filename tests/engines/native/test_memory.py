@@ -59,3 +59,16 @@ def test_weights_that_do_not_fit_are_refused_with_both_figures(tmp_path: Path, m
 def test_kv_cache_that_does_not_fit_beside_the_weights_is_refused(small: SmallWorld) -> None:
     with pytest.raises(ModelNotServable, match="a KV cache of 1125899906842624 bytes do not fit beside the weights"):
         load_machine(small.settings(kv_cache_bytes=2**50), lambda progress: None)
+
+
+@pytest.mark.parametrize("num_threads", [1, None], ids=["given", "measured"])
+def test_kv_cache_bytes_hold_as_many_tokens_however_threads_are_chosen(
+    small: SmallWorld, num_threads: int | None
+) -> None:
+    token_bytes = 3 * 2 * 32 * 4  # layers, keys and values, two heads of 16, float32
+    usual = torch.get_num_threads()
+    try:
+        settings = small.settings(kv_cache_bytes=40 * 4 * token_bytes, num_threads=num_threads)
+        assert load_machine(settings, lambda progress: None).num_kv_blocks == 40
+    finally:
+        torch.set_num_threads(usual)
