@@ -38,9 +38,10 @@ def use_dense_kernel(model: PreTrainedModel) -> int | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Exactly torch's, of a type the kernel knows: quantised ones derive from it."""
+    """Exactly torch's, of a type the kernel knows: quantised ones derive from it, or have a forward of their own."""
     return (
         type(layer).forward is nn.Linear.forward
+        and "forward" not in vars(layer)
         and type(layer.weight.data) is Tensor
         and layer.weight.is_contiguous()
         and is_available(layer.weight.dtype, layer.weight.device)
