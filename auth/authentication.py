@@ -5,9 +5,11 @@ Look-ups are remembered, the good ones apart from the bad, so that nobody can pu
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable, Set
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -38,12 +40,14 @@ class Authenticator:
         self._clock = clock
         self._remembered: dict[str, tuple[float, Caller]] = {}  # by digest: until when, and who
         self._refused: dict[str, float] = {}  # by digest: until when
+        self._under_way: dict[str, asyncio.Task[Caller | None]] = {}  # look-ups by digest
         self.num_changes = 0
 
     def forget(self) -> None:
         """Something about a key or a tenant has changed."""
         self._remembered.clear()
         self._refused.clear()
+        self._under_way.clear()  # whoever comes from now on does not share them
         self.num_changes += 1
 
     async def look_up(self, key: str) -> Caller | None:
@@ -57,6 +61,13 @@ class Authenticator:
             return known[1]
         if now < self._refused.get(hashed, 0.0):
             return None
+        if (looking := self._under_way.get(hashed)) is None:
+            looking = self._under_way[hashed] = asyncio.create_task(self._look(key, hashed, now))
+            looking.add_done_callback(partial(self._looked, hashed))
+        return await asyncio.shield(looking)  # others may wait for it too
+
+    async def _look(self, key: str, hashed: str, now: float) -> Caller | None:
+        """Ask the database, once for all who come with this key meanwhile."""
         changes = self.num_changes
         until, caller = await self._find(key, hashed, now)
         if caller is not None:
@@ -64,6 +75,10 @@ class Authenticator:
         if changes == self.num_changes:  # else the row may have been read before a key was revoked
             self._remember(hashed, until, caller)
         return caller
+
+    def _looked(self, hashed: str, looking: asyncio.Task[Caller | None]) -> None:
+        if self._under_way.get(hashed) is looking:
+            del self._under_way[hashed]
 
     async def living(self, key_ids: Set[str]) -> set[str]:
         """Those of these keys, admins' among them, that are not revoked and whose tenant is there."""
