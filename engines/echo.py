@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from loraplex.config.settings import Settings
+from loraplex.engines.echo_speech import EOS, EchoTokenizer, Speech, composed
 from loraplex.engines.errors import (
     AdapterInUse,
     AdapterInvalid,
@@ -29,12 +31,12 @@ from loraplex.engines.errors import (
     InvalidRequest,
     PromptTooLong,
 )
+from loraplex.engines.events import Events, Mailbox
 from loraplex.engines.matching import match
 from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
     AdapterResidency,
-    ChatMessage,
     Embedding,
     EmbedRequest,
     EngineInfo,
@@ -44,53 +46,11 @@ from loraplex.engines.protocol import (
     HealthState,
     Progress,
     TokenEvent,
-    TokenLogprobs,
-    TokenSpan,
 )
 from loraplex.engines.stats import EngineStats
 
-EOS = 256
 FAULT_AFTER = 4
 EMBEDDING_WIDTH = 9
-
-
-class EchoTokenizer:
-    """UTF-8 bytes as token ids; a chat is its contents, one a line, and neither tools nor variables show in it."""
-
-    eos_token_ids = special_token_ids = frozenset({EOS})
-    chat_template: str | None = ""
-    template_variables = frozenset({"tools", "enable_thinking", "reasoning_effort"})
-    renders_apart = False
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
-
-    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """Every byte of a character stands where the character does."""
-        return [TokenSpan(byte, at, at + 1) for at, character in enumerate(text) for byte in character.encode()]
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        if EOS not in token_ids:
-            return bytes(token_ids).decode(errors="replace")
-        kept = (token for token in token_ids if token < EOS or not skip_special_tokens)
-        return b"".join(self.token_bytes(token) for token in kept).decode(errors="replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < EOS else b"<eos>"
-
-    def token_name(self, token_id: int) -> str:
-        return self.token_bytes(token_id).decode("latin-1")
-
-    def encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        return self.encode("\n".join(message.content for message in messages if message.content))
 
 
 class EchoEngine:
@@ -104,7 +64,7 @@ class EchoEngine:
         self._adapters: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._deaths = 0
-        self._in_step: list[asyncio.Future[None]] = []
+        self._in_step: list[Callable[[], None]] = []
         self._steps = self._prompt_tokens = self._generated = self._finished = self._aborted = self._failed = 0
         self.tokenizer = EchoTokenizer()
         self._matching: LLTokenizer | None = None
@@ -133,7 +93,11 @@ class EchoEngine:
             embedding_width=EMBEDDING_WIDTH,
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        return Events(partial(self._answering, request))
+
+    @asynccontextmanager
+    async def _answering(self, request: GenerateRequest, mailbox: Mailbox) -> AsyncIterator[None]:
         if self._state != "ready":
             raise EngineUnavailable(f"the engine is {self._state}")
         room = self.info().max_model_len - len(request.prompt_token_ids)
@@ -145,87 +109,78 @@ class EchoEngine:
             self._require_form(request, request.sampling.grammar)
         self._in_flight[request.request_id] = request
         self._prompt_tokens += len(request.prompt_token_ids)
-        finished = False
+        speech = Speech(request, room, mailbox, self._deaths)
         try:
-            async for event in self._answer(request, room):
-                finished = event.finish_reason is not None
-                yield event
-        except GenerationFailed:
-            self._failed += 1
-            finished = True
-            raise
+            self._say_next(speech)
+            yield
         finally:
+            speech.is_left = True
             del self._in_flight[request.request_id]
-            self._finished += finished
-            self._aborted += not finished
+            self._finished += speech.is_over
+            self._aborted += not speech.is_over
 
     def _require_form(self, request: GenerateRequest, grammar: Grammar) -> None:
         """The echo says what it says: where that is not of the grammar it refuses. Raises InvalidRequest."""
         if self._matching is None:
             self._matching = LLTokenizer(TokenizerWrapper(_ByteTokens()))
         matcher = match(grammar, self._matching)
-        said = [*(f"{_composed(request)}: ".encode() if request.parts else b""), *request.prompt_token_ids]
+        said = [*(f"{composed(request)}: ".encode() if request.parts else b""), *request.prompt_token_ids]
         if matcher.validate_tokens(said) < len(said) or not matcher.consume_tokens(said) or not matcher.is_accepting():
             raise InvalidRequest("the echo engine follows no grammar, and would say what is not of this one", "grammar")
 
-    async def _answer(self, request: GenerateRequest, room: int) -> AsyncIterator[TokenEvent]:
-        prompt = self.tokenizer.decode(request.prompt_token_ids)
-        tokens = list(request.prompt_token_ids)
-        if request.parts:
-            tokens = [*f"{_composed(request)}: ".encode(), *tokens]
-        limit = min(request.sampling.max_tokens, room)
-        whole = self.tokenizer.decode(tokens)
-        cuts = [(at, len(stop)) for stop in request.sampling.stop if (at := whole.find(stop)) >= 0]
-        cut, length = min(cuts, default=(len(whole), 0))
-        tokens = [*whole[: cut + length * request.sampling.includes_stop].encode(), EOS]
-        pending = b""
-        deaths = self._deaths
-        faulty = "<die>" in prompt or "<fail>" in prompt
-        step = self._slow_step if "<slow>" in prompt else self._step
-        for count, token in enumerate(tokens[:limit], start=1):
-            await step()
-            self._steps += 1
-            if faulty and count > FAULT_AFTER:
-                if "<fail>" in prompt:
-                    raise GenerationFailed("this request was asked to fail")
-                self._deaths += 1
-            if self._deaths != deaths:
-                raise EngineDied("the engine process ended; it is being restarted")
-            self._generated += 1
-            if token < 128 and not pending:
-                text = chr(token)
-            else:
-                pending, text = _whole_characters(pending + bytes([token] if token != EOS else []))
-            yield TokenEvent(
-                request_id=request.request_id,
-                token_ids=(token,),
-                text=text,
-                step=self._steps,
-                finish_reason="stop" if token == EOS else "length" if count == limit else None,
-                logprobs=_certainty(request.sampling.num_logprobs, token),
-                prompt_logprobs=_prompt_certainty(request) if count == 1 else (),
-            )
+    def _say_next(self, speech: Speech) -> None:
+        """One more token at the end of the next step."""
+        if speech.is_slow:
+            asyncio.get_running_loop().call_later(self._slow_seconds, self._say, speech)
+        else:
+            self._at_step_end(partial(self._say, speech))
 
-    async def _step(self) -> None:
-        """Wait for the end of the step that every running request shares."""
-        if self._step_seconds <= 0:
-            await asyncio.sleep(0)
+    def _say(self, speech: Speech) -> None:
+        if speech.is_left:
             return
-        loop = asyncio.get_running_loop()
+        self._steps += 1
+        if speech.num_said == FAULT_AFTER and speech.is_faulty:
+            if speech.fails:
+                self._failed += 1
+                speech.is_over = True
+                speech.mailbox.fail(GenerationFailed("this request was asked to fail"))
+                return
+            self._deaths += 1
+        if self._deaths != speech.deaths:
+            speech.mailbox.fail(EngineDied("the engine process ended; it is being restarted"))
+            return
+        self._generated += 1
+        event = speech.say(self._steps)
+        if not speech.is_over:
+            self._say_next(speech)
+        speech.mailbox.put(event)
+
+    def _at_step_end(self, do: Callable[[], None]) -> None:
+        """Do this at the end of the step that every running request shares."""
         if not self._in_step:
-            loop.call_later(self._step_seconds, self._end_step)
-        over = loop.create_future()  # each has its own: to cancel a request cancels what it waits for
-        self._in_step.append(over)
-        await over
+            loop = asyncio.get_running_loop()
+            if self._step_seconds > 0:
+                loop.call_later(self._step_seconds, self._end_step)
+            else:
+                loop.call_soon(self._end_step)
+        self._in_step.append(do)
 
     def _end_step(self) -> None:
         ended, self._in_step = self._in_step, []
-        for over in ended:
-            if not over.done():
-                over.set_result(None)
+        for do in ended:
+            do()
 
-    async def _slow_step(self) -> None:
-        await asyncio.sleep(max(self._step_seconds, 0.05))
+    async def _step(self, *, is_slow: bool) -> None:
+        if is_slow:
+            await asyncio.sleep(self._slow_seconds)
+            return
+        over = asyncio.Event()
+        self._at_step_end(over.set)
+        await over.wait()
+
+    @property
+    def _slow_seconds(self) -> float:
+        return max(self._step_seconds, 0.05)
 
     async def embed(self, request: EmbedRequest) -> Embedding:
         if self._state != "ready":
@@ -243,7 +198,7 @@ class EchoEngine:
         prompt = self.tokenizer.decode(request.prompt_token_ids)
         finished = False
         try:
-            await (self._slow_step if "<slow>" in prompt else self._step)()
+            await self._step(is_slow="<slow>" in prompt)
             self._steps += 1
             self._deaths += "<die>" in prompt
             if self._deaths != deaths:
@@ -339,13 +294,6 @@ class EchoEngine:
         self._deaths += 1
 
 
-def _composed(request: GenerateRequest) -> str:
-    """The adapter's name, or those of a composition with their weights: `one*0.5+two*2`."""
-    if request.adapter is not None:
-        return request.adapter.name
-    return "+".join(f"{part.adapter.name}*{part.weight:g}" for part in request.composition)
-
-
 class _ByteTokens:
     """The echo's vocabulary, as llguidance asks for it."""
 
@@ -358,21 +306,6 @@ class _ByteTokens:
         return list(text)
 
 
-def _certainty(num_logprobs: int | None, token: int) -> tuple[TokenLogprobs, ...]:
-    """An echo is certain of its only token."""
-    if num_logprobs is None:
-        return ()
-    return (TokenLogprobs(0.0, ((token, 0.0),) if num_logprobs else ()),)
-
-
-def _prompt_certainty(request: GenerateRequest) -> tuple[TokenLogprobs | None, ...]:
-    wanted = request.sampling.num_prompt_logprobs
-    if wanted is None:
-        return ()
-    told = [one for token in request.prompt_token_ids[1:] for one in _certainty(wanted, token)]
-    return (None, *told) if told else ()
-
-
 def _pooled(request: EmbedRequest) -> tuple[float, ...]:
     """The hidden states, pooled and normalised as asked for."""
     name = sum(sum(part.adapter.name.encode()) * part.weight for part in request.parts)
@@ -382,13 +315,3 @@ def _pooled(request: EmbedRequest) -> tuple[float, ...]:
     mean = [sum(column) / len(chosen) for column in zip(*chosen, strict=True)]
     length = math.hypot(*mean) if request.normalize else 1.0
     return tuple(value / (length or 1.0) for value in mean)
-
-
-def _whole_characters(data: bytes) -> tuple[bytes, str]:
-    """(bytes of an incomplete last character, text of the complete ones)."""
-    for cut in range(len(data), max(len(data) - 4, -1), -1):
-        try:
-            return data[cut:], data[:cut].decode()
-        except UnicodeDecodeError:
-            continue
-    return b"", data.decode(errors="replace")

@@ -251,13 +251,12 @@ def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended:
 def _told(standings: Mapping[str, Standing]) -> Headers:
     """`x-ratelimit-*` for "requests" and "tokens"."""
     found = []
-    for unit, standing in standings.items():
-        for name, value in (
-            ("limit", str(standing.limit)),
-            ("remaining", str(standing.remaining)),
-            ("reset", _duration(standing.reset_seconds)),
-        ):
-            found.append((f"x-ratelimit-{name}-{unit}".encode(), value.encode()))
+    for unit, (limit, remaining, reset_seconds) in standings.items():
+        found += [
+            (f"x-ratelimit-limit-{unit}".encode(), b"%d" % limit),
+            (f"x-ratelimit-remaining-{unit}".encode(), b"%d" % remaining),
+            (f"x-ratelimit-reset-{unit}".encode(), _duration(reset_seconds).encode()),
+        ]
     return found
 
 

@@ -16,7 +16,6 @@ from loraplex.gateway.admin.routes import route_routes
 from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
-from loraplex.gateway.audit import end_actions
 from loraplex.gateway.batches.runner import BatchRunner
 from loraplex.gateway.embedder import Embedder
 from loraplex.gateway.health import health_routes
@@ -38,16 +37,13 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
-from loraplex.gateway.sse import let_streams_drain
 from loraplex.gateway.vllm.adapters import vllm_adapter_routes
 from loraplex.gateway.vllm.tokens import token_routes
 
 
 def create_app(settings: Settings, services: Services, batch_runner: BatchRunner) -> ASGIApp:
     """The server. Starting and stopping what it stands on is the caller's part."""
-    let_streams_drain()
-    routes = end_actions(create_routes(settings, services, batch_runner), services.audit)
-    once = answer_once(routes, services.tenants, settings)
+    once = answer_once(create_routes(settings, services, batch_runner), services.tenants, settings)
     return identify_requests(once)  # outside Litestar, so that a request that finds no route has an id as well
 
 

@@ -12,11 +12,11 @@ import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from msgspec import Struct
 
 from loraplex.auth.audit import OK, AuditEntry, AuditLog
 from loraplex.auth.caller import Caller
+from loraplex.gateway.middleware import before_answer
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -27,12 +27,18 @@ _PREFIX = "/admin/v1/"
 class _Action:
     """What is known of the action that a request is."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, audit: AuditLog, number: int) -> None:
+        self._audit = audit
+        self._number = number
         self.object: str | None = None
         self.tenant_id: str | None = None
         self.details: dict[str, Any] | None = None
         self.code: str | None = None
+
+    async def end(self, status: int) -> None:
+        """It is answered with this status."""
+        outcome = self.code or (OK if status < 400 else str(status))
+        await self._audit.end(self._number, status, outcome, self.object, self.tenant_id, self.details)
 
 
 async def begin_action(
@@ -52,7 +58,9 @@ async def begin_action(
         address=connection.client.host[:64] if connection.client else "",
         request_id=str(connection.scope.get("request_id", "-")),
     )
-    connection.scope["admin_action"] = _Action(await audit.begin(entry))  # type: ignore[typeddict-unknown-key]
+    action = _Action(audit, await audit.begin(entry))
+    connection.scope["admin_action"] = action  # type: ignore[typeddict-unknown-key]
+    before_answer(connection.scope, action.end)
 
 
 def tell_audit(
@@ -93,23 +101,6 @@ def tell_audit_of_refusal(request: Request[Any, Any, Any], code: str) -> None:
     action: _Action | None = request.scope.get("admin_action")  # type: ignore[assignment]
     if action is not None:
         action.code = code
-
-
-def end_actions(app: ASGIApp, audit: AuditLog) -> ASGIApp:
-    """Ends what `begin_action` began, before the first byte of the answer."""
-
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_after_audit(message: Message) -> None:
-            action: _Action | None = scope.get("admin_action")  # type: ignore[assignment]
-            if message["type"] == "http.response.start" and action is not None:
-                status = message["status"]
-                outcome = action.code or (OK if status < 400 else str(status))
-                await audit.end(action.number, status, outcome, action.object, action.tenant_id, action.details)
-            await send(message)
-
-        await app(scope, receive, send_after_audit)
-
-    return middleware
 
 
 def _printable(text: str) -> str:

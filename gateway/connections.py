@@ -12,7 +12,7 @@ It would also lose the body of a request that offers another protocol, as Java's
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httptools
 import msgspec
@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from loraplex.config.settings import Server
 from loraplex.gateway.middleware import new_request_id
 
-WRITE_AT_ONCE = "loraplex.write_at_once"  # an extension of the ASGI scope: see `_write_at_once`
+_CONNECTION = "loraplex.connection"
 _LEAST_RATE = 16 * 1024  # bytes a second; a phone on a train sends more
 
 
@@ -40,15 +40,41 @@ class _Refusal(NamedTuple):
         return head.encode() + own + b"connection: close\r\n\r\n" + body
 
 
-def _write_at_once(cycle: RequestResponseCycle, body: bytes) -> bool:
-    """Write the next part of a body of unknown length; False where that must wait, or cannot be, and nothing is done.
+class Connection:
+    """What lies beneath the ASGI scope of one request, an extension of it: see `connection_of`.
 
-    ASGI's own way to write passes every middleware and costs several times as much as the write itself.
+    ASGI's own way to write passes every middleware and costs several times as much as the write itself; its own way to
+    learn that a client has left is a task that waits.
     """
-    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
-        return False
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-    return True
+
+    def __init__(self, cycle: RequestResponseCycle, watchers: set[Callable[[], None]]) -> None:
+        """`watchers` are called when the client has left."""
+        self._cycle = cycle
+        self._watchers = watchers
+
+    def write_at_once(self, body: bytes) -> bool:
+        """Write the next part of a body of unknown length.
+
+        False where that must wait, or cannot be, and nothing is done.
+        """
+        cycle = self._cycle
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
+
+    def watch(self, leave: Callable[[], None]) -> Callable[[], None]:
+        """Call `leave` when the client leaves, soon if it has. Returns what ends the watch."""
+        if self._cycle.transport.is_closing():
+            return asyncio.get_running_loop().call_soon(leave).cancel
+        self._watchers.add(leave)
+        return partial(self._watchers.discard, leave)
+
+
+def connection_of(scope: Any) -> Connection | None:
+    """None where another server, or this process itself, has sent the request."""
+    found: Connection | None = scope.get("extensions", {}).get(_CONNECTION, {}).get("it")
+    return found
 
 
 def protocol_for(server: Server) -> type[HttpToolsProtocol]:
@@ -68,6 +94,10 @@ class _BoundedProtocol(HttpToolsProtocol):
     _num_body_bytes = 0
     _body_began_at = 0.0
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._watchers: set[Callable[[], None]] = set()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._within(self.bounds.header_timeout_seconds, self._head_is_late)
@@ -76,18 +106,21 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._disarm()
         self._unset_keepalive_if_required()  # uvicorn's own leaves it, and so the connection, where the client reset it
         super().connection_lost(exc)
+        for leave in tuple(self._watchers):
+            leave()
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if self._is_in_head and self._deadline is None:
-            self._within(self.bounds.header_timeout_seconds, self._head_is_late)
         self._has_passed_head = False
         self._unset_keepalive_if_required()
         num_body_bytes = self._num_body_bytes
         self._feed(data)
+        if self._is_refused:
+            return
+        self._expect_rest()
         # the parser keeps an endless header without a word; what holds the end of a head or a body is not all header
-        if self._has_passed_head or self._is_refused:
+        if self._has_passed_head:
             return
         if self._is_in_head:
             self._num_head_bytes += len(data)
@@ -95,6 +128,15 @@ class _BoundedProtocol(HttpToolsProtocol):
         else:
             self._num_idle_bytes = self._num_idle_bytes + len(data) if num_body_bytes == self._num_body_bytes else 0
             self._check_head(self._num_idle_bytes, "What stands behind a body or between its chunks")
+
+    def _expect_rest(self) -> None:
+        """Nearly every request comes in one piece, and needs no deadline."""
+        if self._deadline is not None:
+            return
+        if not self._is_in_head:
+            self._within(self.bounds.body_timeout_seconds, self._body_is_late)
+        elif not self._has_passed_head:
+            self._within(self.bounds.header_timeout_seconds, self._head_is_late)
 
     def _feed(self, data: bytes) -> None:
         while not self._is_refused:
@@ -130,10 +172,9 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         self._is_in_head = False
         self._body_began_at = self.loop.time()
-        self._within(self.bounds.body_timeout_seconds, self._body_is_late)
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {WRITE_AT_ONCE: {"call": partial(_write_at_once, self.cycle)}}
+            self.scope["extensions"] = {_CONNECTION: {"it": Connection(self.cycle, self._watchers)}}
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:

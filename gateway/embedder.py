@@ -15,13 +15,14 @@ from loraplex.config.settings import Model
 from loraplex.engines.protocol import Embedding, EmbedRequest, Engine, Pooling
 from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.catalogue import Route
+from loraplex.gateway.clients import unless_client_leaves
 from loraplex.gateway.guards import caller_of
 from loraplex.gateway.holding import DiskTier, holding
 from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.answers import computed_with
-from loraplex.gateway.sse import together, unless_client_leaves
+from loraplex.gateway.sse import together
 
 MAX_AT_ONCE = 64  # of one request, so that a long list fills no queue
 
@@ -69,7 +70,9 @@ class Embedder:
         try:
             with self._metrics.counted(wanted.model, asked[0]), holding(self._store, asked[0].parts):
                 with meter.working():
-                    found = await unless_client_leaves(request.receive, together([one(wish) for wish in asked]))
+                    found = await unless_client_leaves(
+                        request.scope, request.receive, together([one(wish) for wish in asked])
+                    )
         except BaseException as error:
             meter.settle(error)
             raise

@@ -51,7 +51,8 @@ async def identify(connection: ASGIConnection[Any, Any, Any, Any], tenants: Tena
     known: Caller | None = connection.scope["state"].get("caller")  # of a call inside the process; no client sets this
     if known is not None:
         return known
-    caller = await tenants.authenticate(_bearer(connection.headers.get("authorization")))
+    header = next((value for name, value in connection.scope["headers"] if name == b"authorization"), None)
+    caller = await tenants.authenticate(_bearer(header))
     if not caller.policy.admits(connection.client.host if connection.client else None):
         raise AddressNotAllowed("This key may not be used from this address.")
     return caller
@@ -71,11 +72,11 @@ async def _identify(connection: ASGIConnection[Any, Any, Any, Any]) -> Caller:
     return caller
 
 
-def _bearer(header: str | None) -> str | None:
+def _bearer(header: bytes | None) -> str | None:
     """Raises InvalidApiKey for a header that is something else."""
     if header is None:
         return None
-    scheme, _, key = header.partition(" ")
+    scheme, _, key = header.decode("latin-1").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise InvalidApiKey("The Authorization header must read `Bearer KEY`.")
     return key.strip()

@@ -3,7 +3,7 @@
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 from litestar import Request
@@ -35,6 +35,11 @@ def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
     told.extend(headers)
 
 
+def before_answer(scope: Scope, do: Callable[[int], Awaitable[None]]) -> None:
+    """Done with the status before the first byte of the answer."""
+    scope["before_answer"] = do  # type: ignore[typeddict-unknown-key]
+
+
 def identify_requests(app: ASGIApp) -> ASGIApp:
     """Adds `x-request-id` (the client's own, if it sent a sane one), `openai-processing-ms`, and `x-ratelimit-*`.
 
@@ -54,6 +59,9 @@ def identify_requests(app: ASGIApp) -> ASGIApp:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                do: Callable[[int], Awaitable[None]] | None = scope.get("before_answer")  # type: ignore[assignment]
+                if do is not None:
+                    await do(message["status"])
                 took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
                 own = [(b"x-request-id", request_id), (b"openai-processing-ms", took)]
                 limits: Callable[[], Headers] = scope.get("limit_headers", list)  # type: ignore[assignment]

@@ -1,31 +1,28 @@
-"""Token events -> server-sent events, and a client that leaves -> an aborted request.
+"""Token events -> server-sent events.
 
-`Relay` takes an engine's events in a task of its own. Once the response has begun each frame is written at once, unless
-the client reads too slowly: then frames are kept, and written together as soon as it has read. `StreamResponse` is
-sse-starlette's response on a shorter path: its generator yields ready bytes.
+`Relay` makes frames of an engine's events. Once the response has begun each is written in the very moment in which its
+event comes, unless the client reads too slowly: then frames are kept, and written together as soon as it has read.
+`StreamResponse` is sse-starlette's response on a shorter path: its iterator yields only what could not be written so.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import anyio
-from litestar.types import Receive
 from sse_starlette import EventSourceResponse
-from sse_starlette.sse import AppStatus
+from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive as StarletteReceive
 from starlette.types import Scope, Send
 
 from loraplex.engines.protocol import TokenEvent
-from loraplex.gateway.connections import WRITE_AT_ONCE
+from loraplex.gateway.clients import unless_client_leaves
+from loraplex.gateway.connections import connection_of
 from loraplex.gateway.errors import ClientLeft
 from loraplex.gateway.problems import problem_of, report
 
 T = TypeVar("T")
 
-_MOMENT_SECONDS = 0.02  # an answer that takes no longer is not worth a task that watches its client
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -43,35 +40,6 @@ class Framing(NamedTuple):
 
 
 OPENAI = Framing(DONE, error_frame)
-
-
-async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; cancels it when the client disconnects, which no framework does. Raises ClientLeft."""
-    task, has_left = asyncio.current_task(), False
-    assert task is not None, "requests are answered in tasks"
-
-    async def watch() -> None:
-        nonlocal has_left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        has_left = True
-        task.cancel()
-
-    watchers: list[asyncio.Task[None]] = []
-    timer = asyncio.get_running_loop().call_later(
-        _MOMENT_SECONDS, lambda: watchers.append(asyncio.create_task(watch()))
-    )
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not has_left:
-            raise
-        task.uncancel()
-        raise ClientLeft("The client closed the connection before its answer was complete.") from None
-    finally:
-        timer.cancel()
-        for watcher in watchers:
-            watcher.cancel()
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -95,7 +63,6 @@ class Relay:
     """One answer's frames, of one choice or several.
 
     `encode(choice, event)` gives the frames of an event, `end()` those after the last; `request_id` is for the log.
-    `write_at_once` may be set once the response has begun; where it returns False nothing was written.
     `before_end` is done between the last frame's making and its sending.
     `on_end` is called when nothing more is generated, with the error that ended it, if any; perhaps twice.
     """
@@ -120,9 +87,9 @@ class Relay:
         self._frames: list[bytes] = []
         self._is_writing = False
         self._news = asyncio.Event()
-        self.write_at_once: Callable[[bytes], bool] | None = None
+        self._write_at_once: Callable[[bytes], bool] = _never
         self._loop = asyncio.get_running_loop()
-        self.wrote_at = self._loop.time()  # the last time that something was
+        self._wrote_at = self._loop.time()  # the last time that something was
         self._is_over = False
         self._error: Exception | None = None
         self._task = asyncio.create_task(self._pump())
@@ -130,14 +97,23 @@ class Relay:
 
     async def begin(self, seconds: float) -> None:
         """Wait for the first frame, at most `seconds`. An error that comes before it is raised: no 200 was sent yet."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
+        patience = self._loop.call_later(seconds, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            patience.cancel()
         if self._error is not None and not self._frames:
             raise self._error
 
+    def write_with(self, write_at_once: Callable[[bytes], bool]) -> None:
+        """The response has begun; where this returns False nothing was written."""
+        self._write_at_once = write_at_once
+        if self._frames and write_at_once(b"".join(self._frames)):
+            self._frames.clear()
+            self._wrote_at = self._loop.time()
+
     async def frames(self) -> AsyncIterator[bytes]:
-        """Everything there is to write, as it comes; an error becomes the last frame."""
+        """What was not written at once, as it comes; an error becomes the last frame."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -148,16 +124,30 @@ class Relay:
                 self._is_writing = True  # what comes meanwhile must not overtake it
                 yield ready
                 self._is_writing = False
+                self._wrote_at = self._loop.time()
             if is_over:
                 break
         if self._error is not None:
             report(self._request_id, self._error)
             yield self._framing.error(self._error)
 
+    def fill_silence(self, seconds: float) -> float:
+        """Write a comment if nothing was written for so long; returns how long from now nothing need be.
+
+        A client that does not read what it has gets no more of them.
+        """
+        left = self._wrote_at + seconds - self._loop.time()
+        if left > 0:
+            return left
+        if not self._frames and not self._is_writing:
+            self._write(KEEP_ALIVE)
+        return seconds
+
     async def close(self) -> None:
         """Abort the answer, if it is not complete."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _pump(self) -> None:
         try:
@@ -166,7 +156,7 @@ class Relay:
             last = self._end()
             if self._before_end is not None:
                 await self._before_end()
-            self._frames.append(last)
+            self._write(last)
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
             self._on_end(error)
@@ -179,70 +169,52 @@ class Relay:
 
     def _take(self, number: int, event: TokenEvent) -> None:
         frames = self._encode(number, event)
-        if not frames:
-            return
-        if self.write_at_once is not None and not self._frames and not self._is_writing and self.write_at_once(frames):
-            self.wrote_at = self._loop.time()
+        if frames:
+            self._write(frames)
+
+    def _write(self, frames: bytes) -> None:
+        if not self._frames and not self._is_writing and self._write_at_once(frames):
+            self._wrote_at = self._loop.time()
             return
         self._frames.append(frames)
         self._news.set()
 
 
+def _never(frames: bytes) -> bool:
+    return False
+
+
 class StreamResponse(EventSourceResponse):
-    """A relay as a response: comments in silence, a bound on a client that stops reading, abort on disconnect."""
+    """A relay as a response: comments in silence, a bound on a client that stops reading, abort on disconnect.
+
+    sse-starlette's own runs a task for each of these, and wraps every frame in an event object and a cancel scope.
+    Here one task, the request's, waits for what cannot be written at once, and comments are a timer's.
+    """
 
     def __init__(self, relay: Relay, *, keep_alive_seconds: float, send_timeout_seconds: float) -> None:
-        super().__init__(relay.frames(), ping=keep_alive_seconds, sep="\n")
+        super().__init__(relay.frames(), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
         self._relay = relay
-        self._send_timeout = send_timeout_seconds
-        self._stalled = anyio.CancelScope()
         self._loop = asyncio.get_running_loop()
+        self._next_comment = self._loop.call_later(keep_alive_seconds, self._comment)
 
     async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
-        self._write_at_once = scope.get("extensions", {}).get(WRITE_AT_ONCE, {}).get("call")
+        self._connection = connection_of(scope)
         try:
-            await super().__call__(scope, receive, send)
+            await unless_client_leaves(scope, receive, self._stream_response(send))  # type: ignore[arg-type]
+        except (ClientLeft, SendTimeoutError):
+            return
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._relay.close()
+            self._next_comment.cancel()
+            await self._relay.close()
 
     async def _stream_response(self, send: Send) -> None:
-        """sse-starlette's own wraps every frame in an event object and a cancel scope, at several times the cost."""
-        with self._stalled:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            self._relay.write_at_once = self._write_at_once
-            async for frames in self.body_iterator:
-                with self._bounded():
-                    await send({"type": "http.response.body", "body": frames, "more_body": True})
-                self._relay.wrote_at = self._loop.time()
-            with self._bounded():
-                async with self._send_lock:
-                    self.active = False
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._connection is not None:
+            self._relay.write_with(self._connection.write_at_once)
+        async for frames in self.body_iterator:
+            await self._send_with_timeout(send, {"type": "http.response.body", "body": frames, "more_body": True})
+        await self._send_with_timeout(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _ping(self, send: Send) -> None:
-        """sse-starlette's own comments at every interval, between tokens that come in time as well."""
-        while self.active:
-            silence = self._loop.time() - self._relay.wrote_at
-            if silence < self.ping_interval:
-                await asyncio.sleep(self.ping_interval - silence)
-                continue
-            async with self._send_lock:
-                if self.active:
-                    with self._bounded():
-                        await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            self._relay.wrote_at = self._loop.time()
-
-    @contextlib.contextmanager
-    def _bounded(self) -> Iterator[None]:
-        """One write; the stream is cut if it takes longer than the send timeout."""
-        watchdog = self._loop.call_later(self._send_timeout, self._stalled.cancel)
-        try:
-            yield
-        finally:
-            watchdog.cancel()
-
-
-def let_streams_drain() -> None:
-    """sse-starlette would cut every open stream half a second after SIGTERM; uvicorn's own grace period is enough."""
-    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+    def _comment(self) -> None:
+        silence = self._relay.fill_silence(self.ping_interval)
+        self._next_comment = self._loop.call_later(silence, self._comment)

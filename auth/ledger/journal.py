@@ -15,6 +15,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from operator import attrgetter, le
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,7 @@ _OUTCOME_BYTES = 32
 
 _LONGEST = {"request_id": 64, "trace_id": 128, "route": 128, "tenant_id": 32, "key_id": 32, "model": 256,
             "adapter_id": 64}  # fmt: skip
+_texts = attrgetter(*_LONGEST)
 
 # A slot's words of eight bytes: each is stored at one stroke, so that a kill leaves the old number or the new one.
 _WORD = 8
@@ -57,13 +59,20 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
 
 def fitting(record: UsageRecord) -> UsageRecord:
     """The record as the database can hold it: nothing a client sends may keep its row from being written."""
+    texts = _texts(record)
+    if _is_plain("".join(texts)) and all(map(le, map(len, texts), _LONGEST.values())):
+        return record  # as nearly all are
     changed = {name: text for name, most in _LONGEST.items()
                if (text := _clean(getattr(record, name), most)) != getattr(record, name)}  # fmt: skip
-    return msgspec.structs.replace(record, **changed) if changed else record
+    return msgspec.structs.replace(record, **changed)
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and "\0" not in text
 
 
 def _clean(text: str, most: int) -> str:
-    if text.isascii() and len(text) <= most and "\0" not in text:
+    if _is_plain(text) and len(text) <= most:
         return text
     return text.encode(errors="replace").decode().replace("\0", "")[:most]
 
@@ -91,7 +100,7 @@ class Journal:
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        body = self._encoder.encode(_Body(*(getattr(record, name) for name in _Body.__struct_fields__)))
+        body = self._encoder.encode(_Body(*_texts(record), record.began_at))  # type: ignore[call-arg]
         start = slot * _SLOT_BYTES + _BODY_AT
         self._mapped[start : start + len(body)] = body
         words, at = self._words, slot * _SLOT_WORDS

@@ -43,6 +43,7 @@ class Ledger:
         self._database = database
         self._rows = rows
         self._journal = journal
+        self.progress = journal.progress  # for every token
         self._queue: list[UsageRecord] = []
         self._num_settled = self._num_written = 0
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []  # done when so many are written
@@ -54,9 +55,6 @@ class Ledger:
         if len(self._queue) >= _MAX_UNWRITTEN:
             raise UsageUnrecorded("The database does not take what requests use; no more are taken on until it does.")
         self._journal.begin(fitting(record))
-
-    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
-        self._journal.progress(request_id, num_completion_tokens, num_cached_tokens)
 
     def settle(self, record: UsageRecord) -> None:
         record = fitting(record)

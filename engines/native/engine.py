@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
 import zmq.asyncio
@@ -17,6 +19,8 @@ import zmq.asyncio
 from loraplex.config.settings import Settings
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
 from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, ModelNotServable
+from loraplex.engines.events import Events, Mailbox
+from loraplex.engines.native.answer import Answer
 from loraplex.engines.native.detokenizer import Detokenizer
 from loraplex.engines.native.messages import (
     Command,
@@ -31,7 +35,7 @@ from loraplex.engines.native.messages import (
     Submit,
     Unload,
 )
-from loraplex.engines.native.process import Arrived, WorkerProcess
+from loraplex.engines.native.process import WorkerProcess
 from loraplex.engines.protocol import (
     Adapter,
     AdapterCard,
@@ -43,7 +47,6 @@ from loraplex.engines.protocol import (
     Health,
     HealthState,
     Progress,
-    TokenEvent,
 )
 from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
@@ -103,36 +106,28 @@ class NativeEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: GenerateRequest) -> Events:
+        return Events(partial(self._answering, request))
+
+    @asynccontextmanager
+    async def _answering(self, request: GenerateRequest, mailbox: Mailbox) -> AsyncIterator[None]:
         self._require_ready()
         for part in request.parts:
             self._known[part.adapter.id] = part.adapter
         tokenizer = await self.tokenizer_of(request.adapter)
         request = _ended(request, tokenizer)
-        worker = self._worker
-        answers: asyncio.Queue[Arrived | EngineError] = asyncio.Queue()
-        worker.answers[request.request_id] = answers
-        sampling = request.sampling
+        worker, sampling = self._worker, request.sampling
         text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
         detokenizer = Detokenizer(text, sampling.stop, includes_stop=sampling.includes_stop)
         ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
-        is_over = False
+        stop = partial(worker.send, End(request.request_id, aborted=False))
+        answer = worker.answers[request.request_id] = Answer(mailbox, detokenizer, ends, stop)
         try:
             worker.send(Submit(request))
-            while not is_over:
-                arrived = await answers.get()
-                if isinstance(arrived, EngineError):
-                    is_over = True
-                    raise arrived
-                is_over = arrived.token.finish_reason is not None
-                event = _event(arrived, detokenizer, ends)
-                if event.finish_reason and not is_over:
-                    is_over = True
-                    worker.send(End(request.request_id, aborted=False))
-                yield event
+            yield
         finally:
             del worker.answers[request.request_id]
-            if not is_over:
+            if not answer.is_over:
                 worker.send(End(request.request_id, aborted=True))
 
     async def embed(self, request: EmbedRequest) -> Embedding:
@@ -305,22 +300,3 @@ def _ended(request: GenerateRequest, tokenizer: TemplatedTokenizer) -> GenerateR
         return request
     stops = (*sampling.stop_token_ids, *tokenizer.own_ends)
     return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, stop_token_ids=stops))
-
-
-def _event(arrived: Arrived, detokenizer: Detokenizer, ends: Set[int]) -> TokenEvent:
-    """A worker's token as the client sees it; a token that is an end has no text."""
-    token = arrived.token
-    finish = token.finish_reason
-    text = "" if finish == "stop" and token.token_id in ends else detokenizer.feed(token.token_id)
-    if finish is not None and not detokenizer.is_stopped:
-        text += detokenizer.finish()
-    return TokenEvent(
-        request_id=token.request_id,
-        token_ids=(token.token_id,),
-        text=text,
-        step=arrived.step,
-        finish_reason="stop" if detokenizer.is_stopped else finish,
-        num_cached_tokens=token.num_cached_tokens,
-        logprobs=(token.logprobs,) if token.logprobs is not None else (),
-        prompt_logprobs=(None, *token.prompt_logprobs) if token.prompt_logprobs else (),
-    )

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from loraplex.config.settings import Settings
 from loraplex.engines.errors import EngineDied, EngineError, EngineUnavailable, from_wire
+from loraplex.engines.native.answer import Answer
 from loraplex.engines.native.messages import (
     Command,
     Configure,
@@ -26,20 +26,12 @@ from loraplex.engines.native.messages import (
     Reply,
     StartFailed,
     Stepped,
-    Token,
     decode_report,
     encode,
 )
 from loraplex.engines.protocol import AdapterResidency, Embedding, Progress
 
 _HEARTBEAT_SECONDS = 2.0
-
-
-class Arrived(msgspec.Struct, frozen=True):
-    """A token of a request and the step that made it."""
-
-    step: int
-    token: Token
 
 
 class WorkerProcess:
@@ -65,7 +57,7 @@ class WorkerProcess:
         self._socket.bind(address)
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_numbers = itertools.count()
-        self.answers: dict[str, asyncio.Queue[Arrived | EngineError]] = {}
+        self.answers: dict[str, Answer] = {}
         self.embeddings: dict[str, asyncio.Future[Embedding]] = {}
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.was_ready = False
@@ -143,14 +135,15 @@ class WorkerProcess:
             match report:
                 case Stepped(step, tokens, failed, embeddings):
                     for token in tokens:
-                        self._deliver(token.request_id, Arrived(step, token))
+                        if (answer := self.answers.get(token.request_id)) is not None:  # else aborted meanwhile
+                            answer.add(token, step)
                     for embedding in embeddings:
-                        self._deliver(embedding.request_id, embedding)
+                        self._embedded(embedding)
                     for failure in failed:
-                        self._deliver(failure.request_id, _error(failure.failure))
+                        self._failed(failure.request_id, _error(failure.failure))
                 case Reply(call):
-                    if (answer := self._calls.get(call)) is not None and not answer.done():
-                        answer.set_result(report)
+                    if (reply := self._calls.get(call)) is not None and not reply.done():
+                        reply.set_result(report)
                 case Hello():
                     self.send(Configure(self._settings))
                 case Loading(progress):
@@ -161,22 +154,19 @@ class WorkerProcess:
                 case StartFailed(failure):
                     return _error(failure)
 
-    def _deliver(self, request_id: str, arrived: Arrived | Embedding | EngineError) -> None:
-        """To whom it concerns; a request that was aborted meanwhile concerns nobody."""
-        if (answers := self.answers.get(request_id)) is not None and not isinstance(arrived, Embedding):
-            answers.put_nowait(arrived)
+    def _embedded(self, found: Embedding) -> None:
+        if (embedding := self.embeddings.get(found.request_id)) is not None and not embedding.done():
+            embedding.set_result(found)
+
+    def _failed(self, request_id: str, error: EngineError) -> None:
+        if (answer := self.answers.get(request_id)) is not None:
+            answer.fail(error)
         if (embedding := self.embeddings.get(request_id)) is not None and not embedding.done():
-            if isinstance(arrived, Embedding):
-                embedding.set_result(arrived)
-            elif isinstance(arrived, EngineError):
-                embedding.set_exception(arrived)
+            embedding.set_exception(error)
 
     def _fail_all(self, error: EngineError) -> None:
-        for answers in self.answers.values():
-            answers.put_nowait(error)
-        for embedding in self.embeddings.values():
-            if not embedding.done():
-                embedding.set_exception(error)
+        for request_id in (*self.answers, *self.embeddings):
+            self._failed(request_id, error)
         for answer in self._calls.values():
             if not answer.done():
                 answer.set_exception(error)

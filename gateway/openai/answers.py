@@ -12,8 +12,10 @@ from litestar.types import ASGIApp
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
 from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.events import each
 from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
 from loraplex.gateway.accounts import Accounts, Meter, fitted
+from loraplex.gateway.clients import unless_client_leaves
 from loraplex.gateway.guards import caller_of
 from loraplex.gateway.holding import DiskTier, holding
 from loraplex.gateway.idempotency import tell_meter
@@ -22,7 +24,7 @@ from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
 from loraplex.gateway.prompt_log import PromptLog, Record
 from loraplex.gateway.replies import EncodedJson
-from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, together, unless_client_leaves
+from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, together
 
 
 class Asked(Protocol):
@@ -121,7 +123,7 @@ class Answers:
             generations = [partial(self._generate, body.model, choice, meter) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, meter, framing)
-            collected = await unless_client_leaves(request.receive, answer.collect(generations))
+            collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
         except BaseException as error:
             meter.settle(error)
             _name_as_asked(error, body)
@@ -137,10 +139,17 @@ class Answers:
         Where the budget is spent the last event is an empty one of the reason `length`, and the meter says why.
         """
         with meter.working(), self._metrics.watching(model, choice) as saw, holding(self._store, choice.parts):
+
+            def counted(event: TokenEvent) -> bool:
+                saw(event)
+                if not meter.takes(event):
+                    return False
+                take(event)
+                return True
+
             async with aclosing(self._engine.generate(choice)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    saw(event)
-                    if not (meter.takes(event) or await meter.reserves(event)):
+                while (event := await each(events, counted)) is not None:
+                    if not await meter.reserves(event):
                         take(_cut(event))
                         return
                     take(event)
@@ -158,7 +167,7 @@ class Answers:
             generations, request_id_of(request), framing, include_usage=body.includes_usage, meter=meter
         )
         try:
-            await unless_client_leaves(request.receive, relay.begin(self._server.keep_alive_seconds))
+            await unless_client_leaves(request.scope, request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
             await relay.close()
             raise

@@ -201,7 +201,7 @@ def test_clients_that_leave_at_any_stage_leave_nothing_and_no_mark_on_a_neighbou
     text = "x" * 60
     with gateway.client() as neighbour, ThreadPoolExecutor(8) as pool:
         assert neighbour.get("/health").status_code == 200
-        before = now()
+        before = max(now() for _ in range(10))  # what keeps house has a task more from moment to moment
         assert before[:2] == (0, 0)
         body = {**LONG, "stream": True, "messages": [{"role": "user", "content": f"<slow>{text}"}]}
         with neighbour.stream("POST", "/v1/chat/completions", json=body) as stream:

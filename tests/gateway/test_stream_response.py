@@ -10,7 +10,7 @@ import pytest
 
 from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import TokenEvent
-from loraplex.gateway.connections import WRITE_AT_ONCE
+from loraplex.gateway.connections import Connection
 from loraplex.gateway.sse import DONE, Relay, StreamResponse
 
 SCOPE: Any = {"type": "http", "method": "POST", "path": "/", "headers": []}
@@ -185,20 +185,25 @@ async def test_client_that_stalls_in_silence_is_cut_after_the_timeout() -> None:
     assert tap.was_closed
 
 
-class FastWire(Wire):
+class FastWire(Connection, Wire):
     """Lets frames be written at once, unless `is_full`; what is sent waits while it is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        Wire.__init__(self)
+        self.watchers: set[Callable[[], None]] = set()
         self.is_full = False
         self.was_read = asyncio.Event()
         self.written: list[bytes] = []  # in the order in which the client sees it
-        self.scope = {**SCOPE, "extensions": {WRITE_AT_ONCE: {"call": self.write_at_once}}}
+        self.scope = {**SCOPE, "extensions": {"loraplex.connection": {"it": self}}}
 
     def write_at_once(self, body: bytes) -> bool:
         if not self.is_full:
             self.written.append(body)
         return not self.is_full
+
+    def watch(self, leave: Callable[[], None]) -> Callable[[], None]:
+        self.watchers.add(leave)
+        return lambda: self.watchers.discard(leave)
 
     async def send(self, message: Any) -> None:
         if self.is_full:
@@ -220,7 +225,21 @@ async def test_frames_are_written_at_once_when_the_server_can() -> None:
     assert wire.writes == []
     tap.texts.put_nowait(None)
     await answering
-    assert wire.writes == [DONE, b""]
+    assert wire.written == [b"data: a\n\n", b"data: b\n\n", DONE, b""]
+    assert wire.writes == [b""]
+    assert not wire.watchers
+
+
+async def test_client_that_leaves_a_server_that_says_so_closes_the_choice() -> None:
+    tap, wire = Tap(), FastWire()
+    answering = asyncio.create_task(response_of(tap)(wire.scope, wire.receive, wire.send))
+    await settle()
+    assert not tap.was_closed
+    for leave in tuple(wire.watchers):
+        leave()
+    await asyncio.wait_for(answering, 1)
+    assert tap.was_closed
+    assert b"" not in wire.writes
 
 
 async def test_frames_for_a_slow_reader_wait_and_none_overtakes_another() -> None:
@@ -248,6 +267,6 @@ async def test_frames_written_at_once_need_no_comment() -> None:
     for _ in range(25):
         tap.texts.put_nowait("a")
         await asyncio.sleep(0.02)
-    assert wire.writes == []
+    assert set(wire.written) == {b"data: a\n\n"}
     tap.texts.put_nowait(None)
     await answering

@@ -146,7 +146,7 @@ async def test_closed_stream_frees_blocks_while_a_neighbour_runs_on(engine: Nati
 
     await until(both_run)
     before = await engine.stats()
-    await leaver.aclose()  # type: ignore[attr-defined]
+    await leaver.aclose()
     after = await engine.stats()  # commands are obeyed in order, between steps
     assert after.total_aborted == before.total_aborted + 1
     assert after.num_running == 1
