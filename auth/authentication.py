@@ -52,13 +52,13 @@ class Authenticator:
 
     async def look_up(self, key: str) -> Caller | None:
         """None for a key that is mistyped, unknown, revoked or expired."""
-        if not has_key_form(key):
-            return None
         hashed = self._peppers.digest(key)
         now = self._clock()
         known = self._remembered.get(hashed)
         if known is not None and now < known[0]:
             return known[1]
+        if not has_key_form(key):
+            return None
         if now < self._refused.get(hashed, 0.0):
             return None
         if (looking := self._under_way.get(hashed)) is None:

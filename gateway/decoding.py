@@ -1,12 +1,13 @@
 """Raw request bodies -> structs, strictly; what is wrong is told with the field's name."""
 
+import math
 import re
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import msgspec.inspect
 from litestar import Request
-from litestar.exceptions import InternalServerException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from loraplex.gateway.errors import ClientLeft, MalformedRequest, NotJson, UnknownParameter, UnsupportedEncoding
 
@@ -24,11 +25,11 @@ class Body(Generic[T]):
         self._decoder = msgspec.json.Decoder(type, strict=True)
 
     async def of(self, request: Request[Any, Any, Any]) -> T:
-        """Raises MalformedRequest, UnknownParameter or UnsupportedEncoding, or ClientLeft."""
-        try:
-            raw = await request.body()
-        except InternalServerException as error:  # Litestar's word for a body that broke off
-            raise ClientLeft("The client closed the connection before its request was complete.") from error
+        """Raises MalformedRequest, UnknownParameter or UnsupportedEncoding, ClientLeft or RequestEntityTooLarge."""
+        return self.told(request, await read(request))
+
+    def told(self, request: Request[Any, Any, Any], raw: bytes) -> T:
+        """What a request's body says. Raises MalformedRequest, UnknownParameter or UnsupportedEncoding."""
         try:
             return self.decode(raw)
         except NotJson:
@@ -48,6 +49,29 @@ class Body(Generic[T]):
             raise _explain(str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NotJson(f"The body is not valid JSON: {error}") from error
+
+
+async def read(request: Request[Any, Any, Any]) -> bytes:
+    """The whole body, within the route's bound. Raises ClientLeft or RequestEntityTooLarge.
+
+    Litestar's own reads every header for the length, and passes each piece through an async generator.
+    """
+    most = request.route_handler.resolve_request_max_body_size() or math.inf
+    announced = next((value for name, value in request.scope["headers"] if name == b"content-length"), b"0")
+    if int(announced) > most:
+        raise RequestEntityTooLarge
+    pieces: list[bytes] = []
+    num_bytes, is_whole = 0, False
+    while not is_whole:
+        message = await request.receive()
+        if message["type"] != "http.request":
+            raise ClientLeft("The client closed the connection before its request was complete.")
+        pieces.append(message["body"])
+        num_bytes += len(message["body"])
+        if num_bytes > most:
+            raise RequestEntityTooLarge
+        is_whole = not message["more_body"]
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Query(Generic[T]):

@@ -1,7 +1,7 @@
 """Keeps the files of a request's adapters on this machine's disk until the request is over."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +22,13 @@ class DiskTier(Protocol):
         ...
 
 
-@contextmanager
-def holding(store: DiskTier, parts: Iterable[WeightedAdapter]) -> Iterator[None]:
+def holding(store: DiskTier, parts: Sequence[WeightedAdapter]) -> AbstractContextManager[None]:
     """Until the block ends. Raises AdapterSourceUnavailable where the disk cache gave an adapter up a moment ago."""
+    return _holding(store, parts) if parts else nullcontext()
+
+
+@contextmanager
+def _holding(store: DiskTier, parts: Sequence[WeightedAdapter]) -> Iterator[None]:
     with ExitStack() as holds:
         for part in parts:
             try:

@@ -7,6 +7,7 @@ both hold: what is counted is counted for the key and for all keys of the tenant
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import cached_property
 from ipaddress import ip_address, ip_network
 from typing import Annotated
 
@@ -59,8 +60,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 NO_LIMITS = Limits()
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits that hold for one caller: its tenant's, defaults included, and its key's own."""
+class Policy(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """The limits that hold for one caller: its tenant's, defaults included, and its key's own.
+
+    What both mean together is found out once, and asked by each of the caller's requests.
+    """
 
     tenant: Limits = NO_LIMITS
     key: Limits = NO_LIMITS
@@ -72,7 +76,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             for limits in (self.tenant, self.key)
         )
 
-    @property
+    @cached_property
     def request_adapters(self) -> tuple[str, ...]:
         """The tenant's patterns of addresses that requests may fetch adapters from."""
         return self.tenant.request_adapters or ()
@@ -86,42 +90,45 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             if patterns is not None
         )
 
+    @cached_property
+    def _allowed_ips(self) -> list[tuple[str, ...]]:
+        return [limits.allowed_ips for limits in (self.tenant, self.key) if limits.allowed_ips is not None]
+
     def admits(self, address: str | None) -> bool:
         """Whether both allow this client address. An address that cannot be read passes no list."""
-        lists = [limits.allowed_ips for limits in (self.tenant, self.key) if limits.allowed_ips is not None]
-        if not lists:
+        if not self._allowed_ips:
             return True
         try:
             client = ip_address(address or "")
         except ValueError:
             return False
         client = getattr(client, "ipv4_mapped", None) or client
-        return all(any(client in ip_network(text) for text in allowed) for allowed in lists)
+        return all(any(client in ip_network(text) for text in allowed) for allowed in self._allowed_ips)
 
-    @property
+    @cached_property
     def expires_at(self) -> float | None:
         return _least(self.tenant.expires_at, self.key.expires_at)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int | None:
         cap = _least(self.tenant.max_tokens, self.key.max_tokens)
         return None if cap is None else int(cap)
 
-    @property
+    @cached_property
     def weight(self) -> float:
         """The tenant's share is the tenant's: a key can have less of it, not more."""
         return _least(self.tenant.weight or 1.0, self.key.weight) or 1.0
 
-    @property
+    @cached_property
     def priority(self) -> int:
         return (self.key.priority if self.key.priority is not None else self.tenant.priority) or 0
 
-    @property
+    @cached_property
     def shares_prefixes(self) -> bool:
         """A key can keep out of what its tenant shares."""
         return bool(self.tenant.shares_prefixes) and self.key.shares_prefixes is not False
 
-    @property
+    @cached_property
     def logs_prompts(self) -> bool:
         """What the key says, else what the tenant says: who manages a tenant's keys can opt in and out."""
         return bool(self.tenant.log_prompts if self.key.log_prompts is None else self.key.log_prompts)

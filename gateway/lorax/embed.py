@@ -3,7 +3,7 @@
 import secrets
 from typing import Any
 
-from litestar import Request, Response, post
+from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
@@ -12,7 +12,7 @@ from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.embedder import Embedder, Wanted
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.lorax.generate import label
 from loraplex.gateway.lorax.problems import respond_flat
@@ -49,7 +49,7 @@ def embed_routes(
 ) -> list[HTTPRouteHandler]:
     """The handler of this resource."""
 
-    @post("/embed", status_code=200, guards=[require_inference], exception_handlers={Exception: respond_flat})
+    @inference_post("/embed", exception_handlers={Exception: respond_flat})
     async def embed(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _body.of(request)
         if body.stream:

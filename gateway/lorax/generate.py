@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from litestar import Request, post
+from litestar import Request
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import Struct
@@ -12,7 +12,7 @@ from loraplex.engines.protocol import Engine, Grammar
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.lorax.headers import Stopwatch, stream_headers, whole_headers
 from loraplex.gateway.lorax.problems import FRAMING, respond_flat
 from loraplex.gateway.lorax.replies import LoraxWire
@@ -24,11 +24,6 @@ from loraplex.gateway.prompts import tokenizer_for
 from loraplex.gateway.request_adapters import MergedAdapters, RequestAdapters
 
 _body = Body(LoraxRequest)
-_options: dict[str, Any] = {
-    "status_code": 200,
-    "guards": [require_inference],
-    "exception_handlers": {Exception: respond_flat},
-}
 
 
 class _Asked(Struct, frozen=True, kw_only=True):
@@ -81,19 +76,19 @@ def generate_routes(
             tell(request, whole_headers(watch, wire.best, len(choices[0].prompt_token_ids)))
         return response
 
-    @post(["/", "/invocations"], **_options)
+    @inference_post(["/", "/invocations"], exception_handlers={Exception: respond_flat})
     async def generate_either(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         return await answer(request, body, streams=bool(body.stream), as_list=True)
 
-    @post("/generate", **_options)
+    @inference_post("/generate", exception_handlers={Exception: respond_flat})
     async def generate(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         if body.stream:
             raise MalformedRequest("`stream` is for /generate_stream and /", "stream")
         return await answer(request, body, streams=False, as_list=False)
 
-    @post("/generate_stream", **_options)
+    @inference_post("/generate_stream", exception_handlers={Exception: respond_flat})
     async def generate_stream(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         if body.stream is False:

@@ -4,15 +4,15 @@ import secrets
 from functools import partial
 from typing import Any
 
-from litestar import Request, post
+from litestar import Request
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.decoding import Body
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.decoding import Body, read
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat_stream import ChatWire, SpokenWire
 from loraplex.gateway.openai.chat_wire import ChatRequest
@@ -27,10 +27,10 @@ _body = Body(ChatRequest)
 def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: Model) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    @post("/v1/chat/completions", status_code=200, guards=[require_inference])
+    @inference_post("/v1/chat/completions")
     async def create_chat_completion(request: Request[Any, Any, Any]) -> ASGIApp:
-        body = await _body.of(request)
-        is_large = len(await request.body()) > LARGE_BODY
+        raw = await read(request)
+        body, is_large = _body.told(request, raw), len(raw) > LARGE_BODY
         await apart(body.check, is_long=is_large)
         caller = caller_of(request)
         route = await route_of(body, caller, catalogue)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from litestar import Request, post
+from litestar import Request
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -16,7 +16,7 @@ from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, Tok
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import LEAST_LOGPROB, GenerationFields, Usage
@@ -91,7 +91,7 @@ _body = Body(CompletionRequest)
 def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    @post("/v1/completions", status_code=200, guards=[require_inference])
+    @inference_post("/v1/completions")
     async def create_completion(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         body.check()

@@ -5,7 +5,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Request, Response, post
+from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
@@ -14,7 +14,7 @@ from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.embedder import Embedder, Vector, Wanted
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.prompts import prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
@@ -61,7 +61,7 @@ _body = Body(EmbeddingRequest)
 def embedding_routes(engine: Engine, catalogue: Catalogue, embedder: Embedder) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    @post("/v1/embeddings", status_code=200, guards=[require_inference])
+    @inference_post("/v1/embeddings")
     async def create_embedding(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _body.of(request)
         route = await catalogue.route(body.model, caller_of(request))

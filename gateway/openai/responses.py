@@ -16,7 +16,7 @@ from loraplex.engines.protocol import Engine, GenerateRequest
 from loraplex.gateway.catalogue import Catalogue, Route
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post, require_inference
 from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
@@ -65,7 +65,7 @@ def response_routes(
         make = _Prompting(body, response_id, route, caller, engine, model)
         return await (make.cut(earlier) if body.truncation == "auto" else make.whole(earlier))
 
-    @post("/v1/responses", status_code=200, guards=[require_inference])
+    @inference_post("/v1/responses")
     async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         body.check()
@@ -84,7 +84,7 @@ def response_routes(
             framing = Framing(b"", wire.error)
             return await answers.respond(request, dialogue, at_tier(tier, choices), wire, framing, before_end=keep)
 
-    @post("/v1/responses/input_tokens", status_code=200, guards=[require_inference])
+    @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         body.check()

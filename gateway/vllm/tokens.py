@@ -7,16 +7,16 @@ one.
 from typing import Annotated, Any, ClassVar
 
 import msgspec
-from litestar import Request, Response, post
+from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import Engine, Tokenizer
 from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.decoding import Body
+from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.guards import caller_of, require_inference
+from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.lorax.problems import respond_flat
 from loraplex.gateway.lorax.tokens import lorax_tokens
@@ -125,10 +125,10 @@ def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTT
         tokens = await apart(lambda: tokenizer.encode(body.prompt, add_special_tokens=special), is_long=is_long)
         return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 
-    @post("/tokenize", status_code=200, guards=[require_inference])
+    @inference_post("/tokenize")
     async def tokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
-        kind = await _kind.of(request)
-        raw = await request.body()
+        raw = await read(request)
+        kind = _kind.told(request, raw)
         if kind.inputs is not UNSET:
             try:
                 return await lorax_tokens(raw, engine)
@@ -139,7 +139,7 @@ def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTT
             raise MalformedRequest("Send either prompt or messages.", "prompt")
         return await (tokenize_chat if kind.prompt is UNSET else tokenize_text)(request, raw)
 
-    @post("/detokenize", status_code=200, guards=[require_inference])
+    @inference_post("/detokenize")
     async def detokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _detokenize.of(request)
         require_ready(engine)
