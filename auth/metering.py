@@ -53,15 +53,19 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str = RUNNING
 
 
+class Entry(Protocol):
+    """One request in the books, while it runs."""
+
+    def progress(self, num_completion_tokens: int, num_cached_tokens: int) -> None:
+        """So many tokens in all are about to be given to the client, and so many of the prompt's were cached."""
+        ...
+
+
 class Books(Protocol):
     """Where usage is written down. Each request is begun once and settled once; nothing here waits for a disk."""
 
-    def begin(self, record: UsageRecord) -> None:
+    def begin(self, record: UsageRecord) -> Entry:
         """The request was admitted; nothing has been generated. Raises UsageUnrecorded."""
-        ...
-
-    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
-        """So many tokens in all are about to be given to the client, and so many of the prompt's were cached."""
         ...
 
     def settle(self, record: UsageRecord) -> None:
@@ -77,11 +81,12 @@ class Books(Protocol):
 
 
 class NoBooks:
-    """Implements `Books` and keeps nothing."""
+    """Implements `Books`, and the `Entry` of every request, and keeps nothing."""
 
-    def begin(self, record: UsageRecord) -> None: ...
+    def begin(self, record: UsageRecord) -> Entry:
+        return self
 
-    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None: ...
+    def progress(self, num_completion_tokens: int, num_cached_tokens: int) -> None: ...
 
     def settle(self, record: UsageRecord) -> None: ...
 

@@ -64,7 +64,9 @@ class EchoEngine:
         self._adapters: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._deaths = 0
-        self._in_step: list[Callable[[], None]] = []
+        self._in_step: list[Speech] = []
+        self._is_in_step = False
+        self._step_over = asyncio.Event()
         self._steps = self._prompt_tokens = self._generated = self._finished = self._aborted = self._failed = 0
         self.tokenizer = EchoTokenizer()
         self._matching: LLTokenizer | None = None
@@ -111,7 +113,7 @@ class EchoEngine:
         self._prompt_tokens += len(request.prompt_token_ids)
         speech = Speech(request, room, mailbox, self._deaths)
         try:
-            self._say_next(speech)
+            self._go_on(speech)
             yield
         finally:
             speech.is_left = True
@@ -127,13 +129,6 @@ class EchoEngine:
         said = [*(f"{composed(request)}: ".encode() if request.parts else b""), *request.prompt_token_ids]
         if matcher.validate_tokens(said) < len(said) or not matcher.consume_tokens(said) or not matcher.is_accepting():
             raise InvalidRequest("the echo engine follows no grammar, and would say what is not of this one", "grammar")
-
-    def _say_next(self, speech: Speech) -> None:
-        """One more token at the end of the next step."""
-        if speech.is_slow:
-            asyncio.get_running_loop().call_later(self._slow_seconds, self._say, speech)
-        else:
-            self._at_step_end(partial(self._say, speech))
 
     def _say(self, speech: Speech) -> None:
         if speech.is_left:
@@ -152,31 +147,42 @@ class EchoEngine:
         self._generated += 1
         event = speech.say(self._steps)
         if not speech.is_over:
-            self._say_next(speech)
+            self._go_on(speech)
         speech.mailbox.put(event)
 
-    def _at_step_end(self, do: Callable[[], None]) -> None:
-        """Do this at the end of the step that every running request shares."""
-        if not self._in_step:
-            loop = asyncio.get_running_loop()
-            if self._step_seconds > 0:
-                loop.call_later(self._step_seconds, self._end_step)
-            else:
-                loop.call_soon(self._end_step)
-        self._in_step.append(do)
+    def _go_on(self, speech: Speech) -> None:
+        """With the next token, at the end of the next step."""
+        if speech.is_slow:
+            asyncio.get_running_loop().call_later(self._slow_seconds, self._say, speech)
+        else:
+            self._in_step.append(speech)
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        """The step that every running request shares, unless it has begun."""
+        if self._is_in_step:
+            return
+        self._is_in_step = True
+        loop = asyncio.get_running_loop()
+        if self._step_seconds > 0:
+            loop.call_later(self._step_seconds, self._end_step)
+        else:
+            loop.call_soon(self._end_step)
 
     def _end_step(self) -> None:
-        ended, self._in_step = self._in_step, []
-        for do in ended:
-            do()
+        self._is_in_step = False
+        speeches, self._in_step = self._in_step, []
+        self._step_over.set()
+        self._step_over = asyncio.Event()
+        for speech in speeches:
+            self._say(speech)
 
     async def _step(self, *, is_slow: bool) -> None:
         if is_slow:
             await asyncio.sleep(self._slow_seconds)
             return
-        over = asyncio.Event()
-        self._at_step_end(over.set)
-        await over.wait()
+        self._begin_step()
+        await self._step_over.wait()
 
     @property
     def _slow_seconds(self) -> float:

@@ -60,6 +60,11 @@ class EchoTokenizer:
 class Speech:
     """What one request is answered with, and how far it is said."""
 
+    __slots__ = (
+        "_limit", "_num_logprobs", "_pending", "_request", "_request_id", "_tokens", "deaths", "fails", "is_faulty",
+        "is_left", "is_over", "is_slow", "mailbox", "num_said",
+    )  # fmt: skip
+
     def __init__(self, request: GenerateRequest, room: int, mailbox: Mailbox, deaths: int) -> None:
         """`deaths` are those of the engine before the request."""
         prompt = EchoTokenizer().decode(request.prompt_token_ids)
@@ -71,13 +76,15 @@ class Speech:
         self.mailbox = mailbox
         self.deaths = deaths
         self._request = request
-        self._tokens = _answer(request)
+        self._request_id = request.request_id
+        self._num_logprobs = request.sampling.num_logprobs
+        self._tokens = _answer(request, prompt)
         self._limit = min(request.sampling.max_tokens, room)
         self._pending = b""  # of a character that is not complete
 
     def say(self, step: int) -> TokenEvent:
         """The next token."""
-        request, token = self._request, self._tokens[self.num_said]
+        token = self._tokens[self.num_said]
         self.num_said += 1
         if token < 128 and not self._pending:
             text = chr(token)
@@ -85,27 +92,23 @@ class Speech:
             self._pending, text = _whole_characters(self._pending + bytes([token] if token != EOS else []))
         finish: FinishReason | None = "stop" if token == EOS else "length" if self.num_said == self._limit else None
         self.is_over = finish is not None
-        sampling = request.sampling
         return TokenEvent(
-            request_id=request.request_id,
+            request_id=self._request_id,
             token_ids=(token,),
             text=text,
             step=step,
             finish_reason=finish,
-            logprobs=() if sampling.num_logprobs is None else _certainty(sampling.num_logprobs, token),
-            prompt_logprobs=_prompt_certainty(request) if self.num_said == 1 else (),
+            logprobs=() if self._num_logprobs is None else _certainty(self._num_logprobs, token),
+            prompt_logprobs=_prompt_certainty(self._request) if self.num_said == 1 else (),
         )
 
 
-def _answer(request: GenerateRequest) -> list[int]:
+def _answer(request: GenerateRequest, prompt: str) -> tuple[int, ...]:
     """The tokens of the whole answer, however few are asked for."""
-    tokens = list(request.prompt_token_ids)
-    if request.parts:
-        tokens = [*f"{composed(request)}: ".encode(), *tokens]
-    whole = EchoTokenizer().decode(tokens)
+    whole = f"{composed(request)}: {prompt}" if request.parts else prompt
     cuts = [(at, len(stop)) for stop in request.sampling.stop if (at := whole.find(stop)) >= 0]
     cut, length = min(cuts, default=(len(whole), 0))
-    return [*whole[: cut + length * request.sampling.includes_stop].encode(), EOS]
+    return (*whole[: cut + length * request.sampling.includes_stop].encode(), EOS)
 
 
 def composed(request: GenerateRequest) -> str:

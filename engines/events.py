@@ -34,6 +34,8 @@ async def each(events: AsyncIterator[TokenEvent], take: Take) -> TokenEvent | No
 class Mailbox:
     """Where an engine puts a request's events. After the one with a `finish_reason`, or an error, comes nothing."""
 
+    __slots__ = ("_news", "error", "is_over", "kept", "take")
+
     def __init__(self) -> None:
         self.kept: deque[TokenEvent] = deque()  # what nobody has taken
         self.take: Take | None = None

@@ -355,6 +355,7 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """The tokens of one request. Closing or cancelling the iterator aborts the request.
 
+        One of `engines.events` also hands each event over in the moment it is made.
         Raises InvalidRequest, EngineUnavailable or EngineOverloaded before the first event; EngineDied,
         AdapterError, DeadlineExceeded or GenerationFailed at any time.
         """

@@ -13,7 +13,7 @@ from loraplex.auth.caller import Caller
 from loraplex.auth.errors import InvalidApiKey, LimitReached, QuotaSpent
 from loraplex.auth.limits.admission import Admission, Reservation
 from loraplex.auth.limits.charges import Standing
-from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, UsageRecord
+from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, Entry, UsageRecord
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
@@ -62,11 +62,11 @@ class Accounts:
             began_at=time.time(),
         )
         try:
-            self._books.begin(record)
+            entry = self._books.begin(record)
         except BaseException:
             reservation.settle(0, 0)
             raise
-        meter = Meter(record, self._books, self._admission, reservation, self._open.discard)
+        meter = Meter(record, entry, self._books, self._admission, reservation, self._open.discard)
         self._open.add(meter)
         if caller.as_of != self._tenants.num_changes:  # it was let in before a change, which missed this meter
             try:
@@ -81,9 +81,16 @@ class Accounts:
 class Meter:
     """What one request uses. `on_settled` is called with it once it is over."""
 
+    __slots__ = (
+        "_admission", "_at_end", "_books", "_end", "_entry", "_first_token_at", "_is_settled", "_num_covered",
+        "_on_settled", "_outcome", "_record", "_reservation", "_workers", "num_cached_tokens", "num_completion_tokens",
+        "refusal",
+    )  # fmt: skip
+
     def __init__(
         self,
         record: UsageRecord,
+        entry: Entry,
         books: Books,
         admission: Admission,
         reservation: Reservation,
@@ -93,11 +100,13 @@ class Meter:
         self._workers: set[asyncio.Task[Any]] = set()
         self._end: InvalidApiKey | None = None
         self._record = record
+        self._entry = entry
         self._books = books
         self._admission = admission
         self._reservation = reservation
-        self._num_tokens = 0
-        self._num_cached = 0
+        self._num_covered = _num_covered(reservation)
+        self.num_completion_tokens = 0
+        self.num_cached_tokens = 0
         self._first_token_at: float | None = None
         self._is_settled = False
         self._outcome = RUNNING
@@ -107,6 +116,10 @@ class Meter:
     @property
     def key_id(self) -> str:
         return self._record.key_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._record.num_prompt_tokens
 
     def end(self, error: InvalidApiKey) -> None:
         """Whoever works for this request gets the error instead of the next event, at once."""
@@ -142,46 +155,36 @@ class Meter:
 
     def takes(self, event: TokenEvent) -> bool:
         """Count the event's tokens, before anyone sees them; False where more must be reserved first."""
-        reservation = self._reservation
-        covered = reservation.num_output_tokens >= self._num_tokens + len(event.token_ids) or reservation.is_whole
-        if covered and self._end is None:
-            self._count(event)
-            return True
-        return False
+        num_tokens = self.num_completion_tokens + len(event.token_ids)
+        if num_tokens > self._num_covered or self._end is not None:
+            return False
+        self.num_completion_tokens = num_tokens
+        if self._first_token_at is None:
+            self._first_token_at = time.time()
+        if event.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = event.num_cached_tokens
+        self._entry.progress(num_tokens, self.num_cached_tokens)
+        return True
 
     async def reserves(self, event: TokenEvent) -> bool:
         """The same, with more reserved; False where the budget is spent, and `refusal` says why.
 
         Raises the error of `end`.
         """
-        if self._end is not None:
-            raise self._end
-        if not await self._covers(len(event.token_ids)):
-            return False
-        self._count(event)
+        while not self.takes(event):
+            if self._end is not None:
+                raise self._end
+            try:
+                await self._reservation.extend()
+            except QuotaSpent as error:
+                self.refusal = error
+                return False
+            self._num_covered = _num_covered(self._reservation)
         return True
 
     def saw_prompts(self, num_cached_tokens: int) -> None:
         """All of a request's prompts were computed, or found in the cache, and nothing is generated for them."""
-        self._num_cached = num_cached_tokens
-
-    def _count(self, event: TokenEvent) -> None:
-        if self._first_token_at is None:
-            self._first_token_at = time.time()
-        self._num_tokens += len(event.token_ids)
-        self._num_cached = max(self._num_cached, event.num_cached_tokens)
-        self._books.progress(self._record.request_id, self._num_tokens, self._num_cached)
-
-    async def _covers(self, num_more: int) -> bool:
-        """Whether so many more tokens are reserved, or can be."""
-        reservation = self._reservation
-        while self._num_tokens + num_more > reservation.num_output_tokens and not reservation.is_whole:
-            try:
-                await reservation.extend()
-            except QuotaSpent as error:
-                self.refusal = error
-                return False
-        return True
+        self.num_cached_tokens = num_cached_tokens
 
     def settle(self, error: BaseException | None = None) -> None:
         """The request is over, with this error or well. Settling again changes nothing.
@@ -200,17 +203,17 @@ class Meter:
                 msgspec.structs.replace(
                     self._record,
                     num_prompt_tokens=num_prompt,
-                    num_cached_tokens=self._num_cached,
-                    num_completion_tokens=self._num_tokens,
+                    num_cached_tokens=self.num_cached_tokens,
+                    num_completion_tokens=self.num_completion_tokens,
                     first_token_at=self._first_token_at,
                     ended_at=time.time(),
                     outcome=outcome,
                 )
             )
         finally:  # after it is written down, and whatever becomes of that: a reservation never stays
-            self._reservation.settle(num_prompt, self._num_tokens)
-        if outcome == COMPLETED and self._num_tokens:
-            self._admission.learn(self._record.key_id, self._record.model, self._num_tokens)
+            self._reservation.settle(num_prompt, self.num_completion_tokens)
+        if outcome == COMPLETED and self.num_completion_tokens:
+            self._admission.learn(self._record.key_id, self._record.model, self.num_completion_tokens)
         for callback in self._at_end:
             callback(outcome)
 
@@ -220,6 +223,11 @@ class Meter:
         if self.refusal is not None:
             found.append((b"x-loraplex-cut-short", b"insufficient_quota"))
         return found
+
+
+def _num_covered(reservation: Reservation) -> float:
+    """How many tokens may be given out without reserving more."""
+    return math.inf if reservation.is_whole else reservation.num_output_tokens
 
 
 def fitted(caller: Caller, choices: Sequence[GenerateRequest], *, is_open_ended: bool) -> list[GenerateRequest]:

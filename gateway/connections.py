@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraplex.config.settings import Server
 from loraplex.gateway.middleware import new_request_id
@@ -41,34 +41,35 @@ class _Refusal(NamedTuple):
 
 
 class Connection:
-    """What lies beneath the ASGI scope of one request, an extension of it: see `connection_of`.
+    """What lies beneath the ASGI scope of a request, an extension of it: see `connection_of`.
 
     ASGI's own way to write passes every middleware and costs several times as much as the write itself; its own way to
     learn that a client has left is a task that waits.
     """
 
-    def __init__(self, cycle: RequestResponseCycle, watchers: set[Callable[[], None]]) -> None:
-        """`watchers` are called when the client has left."""
-        self._cycle = cycle
-        self._watchers = watchers
+    __slots__ = ("_transport", "is_full", "watchers")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.is_full = False  # whether more was written than the client has read in time
+        self.watchers: set[Callable[[], None]] = set()  # called when the client has left
 
     def write_at_once(self, body: bytes) -> bool:
-        """Write the next part of a body of unknown length.
+        """Write a part of a body of unknown length, between the response's head and its end.
 
-        False where that must wait, or cannot be, and nothing is done.
+        False where that must wait, or the client has left, and nothing is done.
         """
-        cycle = self._cycle
-        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+        if self.is_full or self._transport.is_closing():
             return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
     def watch(self, leave: Callable[[], None]) -> Callable[[], None]:
         """Call `leave` when the client leaves, soon if it has. Returns what ends the watch."""
-        if self._cycle.transport.is_closing():
+        if self._transport.is_closing():
             return asyncio.get_running_loop().call_soon(leave).cancel
-        self._watchers.add(leave)
-        return partial(self._watchers.discard, leave)
+        self.watchers.add(leave)
+        return partial(self.watchers.discard, leave)
 
 
 def connection_of(scope: Any) -> Connection | None:
@@ -92,22 +93,28 @@ class _BoundedProtocol(HttpToolsProtocol):
     _num_head_bytes = 0  # of a head that is not complete
     _num_idle_bytes = 0  # within a body, since the last of its own bytes
     _num_body_bytes = 0
+    _connection: Connection
     _body_began_at = 0.0
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._watchers: set[Callable[[], None]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._connection = Connection(transport)
         self._within(self.bounds.header_timeout_seconds, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._unset_keepalive_if_required()  # uvicorn's own leaves it, and so the connection, where the client reset it
         super().connection_lost(exc)
-        for leave in tuple(self._watchers):
+        for leave in tuple(self._connection.watchers):
             leave()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._connection.is_full = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._connection.is_full = False
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -174,7 +181,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._body_began_at = self.loop.time()
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {_CONNECTION: {"it": Connection(self.cycle, self._watchers)}}
+            self.scope["extensions"] = {_CONNECTION: {"it": self._connection}}
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:

@@ -202,10 +202,11 @@ class _Recorder:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = message
-        elif message["type"] == "http.response.body" and message["body"] != KEEP_ALIVE:
-            self._num_bytes += len(message["body"])
+        elif message["type"] == "http.response.body":
+            part = message["body"].removeprefix(KEEP_ALIVE)
+            self._num_bytes += len(part)
             self._is_over = not message["more_body"]
-            self._parts.append(message["body"])
+            self._parts.append(part)
             if self._num_bytes > self._most:
                 self._parts.clear()
         await self._send(message)

@@ -6,7 +6,7 @@ The names beginning with `vllm:` are those that llm-d and the Gateway API infere
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,32 @@ class _Generations:
         self.gaps = DurationCounts(_GAP_BUCKETS)
 
 
+class Watch:
+    """Counts the events of one generation."""
+
+    __slots__ = ("_counts", "_last", "_num_prompt_tokens", "outcome")
+
+    def __init__(self, counts: _Generations, num_prompt_tokens: int) -> None:
+        self._counts = counts
+        self._num_prompt_tokens: int | None = num_prompt_tokens  # None once they are counted
+        self._last = time.perf_counter()
+        self.outcome: str = "aborted"
+
+    def saw(self, event: TokenEvent) -> None:
+        now, counts = time.perf_counter(), self._counts
+        if self._num_prompt_tokens is None:
+            counts.gaps.add(now - self._last)
+        else:
+            counts.first_tokens.add(now - self._last)
+            counts.num_prompt_tokens += self._num_prompt_tokens
+            counts.num_cached_tokens += event.num_cached_tokens
+            self._num_prompt_tokens = None
+        self._last = now
+        counts.num_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self.outcome = event.finish_reason
+
+
 class Metrics(Collector):
     """The gateway's own counts, by the model's name and the adapter that it led to.
 
@@ -55,32 +81,17 @@ class Metrics(Collector):
         self.registry.register(self)
 
     @contextmanager
-    def watching(self, model: str, request: GenerateRequest) -> Iterator[Callable[[TokenEvent], None]]:
+    def watching(self, model: str, request: GenerateRequest) -> Iterator["Watch"]:
         """What is to see each event of a request; outcomes are `stop`, `length`, `aborted`, or the error's class."""
         counts = self._of(model, request)
-        outcome: str = "aborted"
-        last = began = time.perf_counter()
-
-        def saw(event: TokenEvent) -> None:
-            nonlocal last, outcome
-            now = time.perf_counter()
-            if last == began:
-                counts.first_tokens.add(now - began)
-                counts.num_prompt_tokens += len(request.prompt_token_ids)
-                counts.num_cached_tokens += event.num_cached_tokens
-            else:
-                counts.gaps.add(now - last)
-            last = now
-            counts.num_tokens += len(event.token_ids)
-            outcome = event.finish_reason or outcome
-
+        watch = Watch(counts, len(request.prompt_token_ids))
         try:
-            yield saw
+            yield watch
         except Exception as error:
-            outcome = type(error).__name__
+            watch.outcome = type(error).__name__
             raise
         finally:
-            counts.outcomes[outcome] += 1
+            counts.outcomes[watch.outcome] += 1
 
     @contextmanager
     def counted(self, model: str, request: EmbedRequest) -> Iterator[None]:

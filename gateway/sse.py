@@ -7,17 +7,15 @@ event comes, unless the client reads too slowly: then frames are kept, and writt
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sse_starlette import EventSourceResponse
-from sse_starlette.sse import SendTimeoutError
+from starlette.types import Message, Scope, Send
 from starlette.types import Receive as StarletteReceive
-from starlette.types import Scope, Send
 
 from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.clients import unless_client_leaves
-from loraplex.gateway.connections import connection_of
+from loraplex.gateway.connections import Connection, connection_of
 from loraplex.gateway.errors import ClientLeft
 from loraplex.gateway.problems import problem_of, report
 
@@ -25,6 +23,7 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+_TICKS = 4
 
 
 def error_frame(error: Exception) -> bytes:
@@ -55,8 +54,8 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# Generates one choice, and gives each event to the callable.
-Generation: TypeAlias = Callable[[Callable[[TokenEvent], None]], Coroutine[Any, Any, None]]
+# Generates the choice of this number, and gives each event with it to the callable.
+Generation: TypeAlias = Callable[[int, Callable[[int, TokenEvent], None]], Coroutine[Any, Any, None]]
 
 
 class Relay:
@@ -66,6 +65,12 @@ class Relay:
     `before_end` is done between the last frame's making and its sending.
     `on_end` is called when nothing more is generated, with the error that ended it, if any; perhaps twice.
     """
+
+    # Slots, as in all that a token passes: of many streams each has them in memory of its own, far from the processor.
+    __slots__ = (
+        "_before_end", "_choices", "_connection", "_encode", "_end", "_error", "_frames", "_framing", "_is_behind",
+        "_is_over", "_loop", "_news", "_on_end", "_request_id", "_silence", "_task",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -85,11 +90,11 @@ class Relay:
         self._framing = framing
         self._before_end = before_end
         self._frames: list[bytes] = []
-        self._is_writing = False
+        self._is_behind = False  # whether frames are kept or being written; what comes later must not overtake them
         self._news = asyncio.Event()
-        self._write_at_once: Callable[[bytes], bool] = _never
+        self._connection: Connection | None = None
         self._loop = asyncio.get_running_loop()
-        self._wrote_at = self._loop.time()  # the last time that something was
+        self._silence = 0  # ticks since something was written
         self._is_over = False
         self._error: Exception | None = None
         self._task = asyncio.create_task(self._pump())
@@ -102,15 +107,17 @@ class Relay:
             await self._news.wait()
         finally:
             patience.cancel()
-        if self._error is not None and not self._frames:
-            raise self._error
+        if not self._frames:
+            if self._error is not None:
+                raise self._error
+            self._silence = _TICKS
 
-    def write_with(self, write_at_once: Callable[[bytes], bool]) -> None:
-        """The response has begun; where this returns False nothing was written."""
-        self._write_at_once = write_at_once
-        if self._frames and write_at_once(b"".join(self._frames)):
+    def write_to(self, connection: Connection) -> None:
+        """The response has begun."""
+        self._connection = connection
+        if self._frames and connection.write_at_once(b"".join(self._frames)):
             self._frames.clear()
-            self._wrote_at = self._loop.time()
+            self._written()
 
     async def frames(self) -> AsyncIterator[bytes]:
         """What was not written at once, as it comes; an error becomes the last frame."""
@@ -121,27 +128,22 @@ class Relay:
             if self._frames:
                 ready = b"".join(self._frames)
                 self._frames.clear()
-                self._is_writing = True  # what comes meanwhile must not overtake it
                 yield ready
-                self._is_writing = False
-                self._wrote_at = self._loop.time()
+                self._written()
             if is_over:
                 break
         if self._error is not None:
             report(self._request_id, self._error)
             yield self._framing.error(self._error)
 
-    def fill_silence(self, seconds: float) -> float:
-        """Write a comment if nothing was written for so long; returns how long from now nothing need be.
+    def fill_silence(self) -> None:
+        """Called `_TICKS` times within each silence that is allowed: write a comment where it was one.
 
         A client that does not read what it has gets no more of them.
         """
-        left = self._wrote_at + seconds - self._loop.time()
-        if left > 0:
-            return left
-        if not self._frames and not self._is_writing:
+        self._silence += 1
+        if self._silence > _TICKS and not self._is_behind:
             self._write(KEEP_ALIVE)
-        return seconds
 
     async def close(self) -> None:
         """Abort the answer, if it is not complete."""
@@ -151,7 +153,7 @@ class Relay:
 
     async def _pump(self) -> None:
         try:
-            await together([generate(partial(self._take, number)) for number, generate in enumerate(self._choices)])
+            await together([generate(number, self._take) for number, generate in enumerate(self._choices)])
             self._on_end(None)  # before the client learns of it
             last = self._end()
             if self._before_end is not None:
@@ -168,20 +170,22 @@ class Relay:
         self._on_end(asyncio.CancelledError() if task.cancelled() else None)
 
     def _take(self, number: int, event: TokenEvent) -> None:
-        frames = self._encode(number, event)
-        if frames:
-            self._write(frames)
+        self._write(self._encode(number, event))
 
     def _write(self, frames: bytes) -> None:
-        if not self._frames and not self._is_writing and self._write_at_once(frames):
-            self._wrote_at = self._loop.time()
+        if not frames:
+            return
+        connection = self._connection
+        if connection is not None and not self._is_behind and connection.write_at_once(frames):
+            self._silence = 0
             return
         self._frames.append(frames)
+        self._is_behind = True
         self._news.set()
 
-
-def _never(frames: bytes) -> bool:
-    return False
+    def _written(self) -> None:
+        self._is_behind = bool(self._frames)
+        self._silence = 0
 
 
 class StreamResponse(EventSourceResponse):
@@ -195,26 +199,34 @@ class StreamResponse(EventSourceResponse):
         super().__init__(relay.frames(), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
         self._relay = relay
         self._loop = asyncio.get_running_loop()
-        self._next_comment = self._loop.call_later(keep_alive_seconds, self._comment)
 
     async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
         self._connection = connection_of(scope)
+        self._next_tick = self._loop.call_later(self.ping_interval / _TICKS, self._tick)
         try:
             await unless_client_leaves(scope, receive, self._stream_response(send))  # type: ignore[arg-type]
-        except (ClientLeft, SendTimeoutError):
+        except (ClientLeft, TimeoutError):
             return
         finally:
-            self._next_comment.cancel()
+            self._next_tick.cancel()
             await self._relay.close()
 
     async def _stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if self._connection is not None:
-            self._relay.write_with(self._connection.write_at_once)
+            self._relay.write_to(self._connection)
         async for frames in self.body_iterator:
-            await self._send_with_timeout(send, {"type": "http.response.body", "body": frames, "more_body": True})
-        await self._send_with_timeout(send, {"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send_in_time(send, {"type": "http.response.body", "body": frames, "more_body": True})
+        await self._send_in_time(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _comment(self) -> None:
-        silence = self._relay.fill_silence(self.ping_interval)
-        self._next_comment = self._loop.call_later(silence, self._comment)
+    async def _send_in_time(self, send: Send, message: Message) -> None:
+        """As sse-starlette's own, with asyncio's clock, and without one where nothing is waited for: it is cheaper."""
+        if self._connection is not None and not self._connection.is_full:
+            await send(message)
+            return
+        async with asyncio.timeout(self.send_timeout):
+            await send(message)
+
+    def _tick(self) -> None:
+        self._relay.fill_silence()
+        self._next_tick = self._loop.call_later(self.ping_interval / _TICKS, self._tick)

@@ -89,13 +89,13 @@ class Journal:
             self._file.close()
             self._path.unlink(missing_ok=True)
             raise
-        self._words = memoryview(self._mapped).cast("Q")
+        self.words = memoryview(self._mapped).cast("Q")
         self._num_slots = _FIRST_SLOTS
         self._free = list(range(_FIRST_SLOTS, 0, -1))  # slot 0 is the header
         self._used: dict[str, int] = {}
         self._encoder = msgspec.msgpack.Encoder()
 
-    def begin(self, record: UsageRecord) -> None:
+    def begin(self, record: UsageRecord) -> Slot:
         """A record that is `fitting`. Raises UsageUnrecorded where there is no room on the disk."""
         if not self._free:
             self._grow()
@@ -103,21 +103,14 @@ class Journal:
         body = self._encoder.encode(_Body(*_texts(record), record.began_at))  # type: ignore[call-arg]
         start = slot * _SLOT_BYTES + _BODY_AT
         self._mapped[start : start + len(body)] = body
-        words, at = self._words, slot * _SLOT_WORDS
+        words, at = self.words, slot * _SLOT_WORDS
         words[at + _CHECK] = zlib.crc32(body)
         words[at + _LENGTH] = len(body)
         words[at + _PROMPT] = record.num_prompt_tokens
         words[at + _CACHED] = words[at + _COMPLETION] = words[at + _FIRST_TOKEN_AT] = words[at + _ENDED_AT] = 0
         words[at + _STATE] = _RUNNING  # last: until now the slot is free
         self._used[record.request_id] = slot
-
-    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
-        """So many in all."""
-        words, at = self._words, self._used[request_id] * _SLOT_WORDS
-        if not words[at + _FIRST_TOKEN_AT]:
-            words[at + _FIRST_TOKEN_AT] = _microseconds(time.time())
-        words[at + _CACHED] = num_cached_tokens
-        words[at + _COMPLETION] = num_completion_tokens
+        return Slot(self, at)
 
     def settle(self, record: UsageRecord) -> None:
         """As the record says it was, if this process should end before the row is in the database."""
@@ -125,7 +118,7 @@ class Journal:
         start = slot * _SLOT_BYTES + _OUTCOME_AT
         outcome = record.outcome.encode()[:_OUTCOME_BYTES]
         self._mapped[start : start + _OUTCOME_BYTES] = outcome.ljust(_OUTCOME_BYTES, b"\0")
-        words, at = self._words, slot * _SLOT_WORDS
+        words, at = self.words, slot * _SLOT_WORDS
         words[at + _PROMPT] = record.num_prompt_tokens
         words[at + _CACHED] = record.num_cached_tokens
         words[at + _COMPLETION] = record.num_completion_tokens
@@ -137,7 +130,7 @@ class Journal:
         """Their rows are in the database."""
         for request_id in request_ids:
             slot = self._used.pop(request_id)
-            self._words[slot * _SLOT_WORDS + _STATE] = _FREE
+            self.words[slot * _SLOT_WORDS + _STATE] = _FREE
             self._free.append(slot)
 
     def close(self) -> None:
@@ -155,13 +148,30 @@ class Journal:
             raise UsageUnrecorded("The server has no room to record what requests use.") from error
         self._unmap()  # both show the same file
         self._mapped = mapped
-        self._words = memoryview(mapped).cast("Q")
+        self.words = memoryview(mapped).cast("Q")
         self._num_slots = 2 * old
         self._free.extend(range(2 * old, old, -1))
 
     def _unmap(self) -> None:
-        self._words.release()
+        self.words.release()
         self._mapped.close()
+
+
+class Slot:
+    """Implements `Entry`: one request's place in the file, which begins `at` this word."""
+
+    __slots__ = ("_at", "_journal")
+
+    def __init__(self, journal: Journal, at: int) -> None:
+        self._journal = journal
+        self._at = at
+
+    def progress(self, num_completion_tokens: int, num_cached_tokens: int) -> None:
+        words, at = self._journal.words, self._at
+        if not words[at + _FIRST_TOKEN_AT]:
+            words[at + _FIRST_TOKEN_AT] = _microseconds(time.time())
+        words[at + _CACHED] = num_cached_tokens
+        words[at + _COMPLETION] = num_completion_tokens
 
 
 class Leftover:

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from loraplex.auth.errors import LimitsUnavailable, UsageUnrecorded
 from loraplex.auth.ledger.journal import Journal, Leftover, fitting, leftovers
 from loraplex.auth.ledger.rows import RowWriter, day_of, row_writer, tokens_since
-from loraplex.auth.metering import UsageRecord
+from loraplex.auth.metering import Entry, UsageRecord
 
 _log = logging.getLogger("loraplex.ledger")
 
@@ -43,21 +43,27 @@ class Ledger:
         self._database = database
         self._rows = rows
         self._journal = journal
-        self.progress = journal.progress  # for every token
         self._queue: list[UsageRecord] = []
+        self._unfit: set[str] = set()  # requests that run and whose records are not as the database can hold them
         self._num_settled = self._num_written = 0
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []  # done when so many are written
         self._news = asyncio.Event()
         self._hurry = asyncio.Event()
         self._writer = asyncio.create_task(self._write())
 
-    def begin(self, record: UsageRecord) -> None:
+    def begin(self, record: UsageRecord) -> Entry:
         if len(self._queue) >= _MAX_UNWRITTEN:
             raise UsageUnrecorded("The database does not take what requests use; no more are taken on until it does.")
-        self._journal.begin(fitting(record))
+        fitted = fitting(record)
+        entry = self._journal.begin(fitted)
+        if fitted is not record:
+            self._unfit.add(record.request_id)
+        return entry
 
     def settle(self, record: UsageRecord) -> None:
-        record = fitting(record)
+        if record.request_id in self._unfit:
+            self._unfit.remove(record.request_id)
+            record = fitting(record)
         self._journal.settle(record)
         self._queue.append(record)
         self._num_settled += 1

@@ -20,8 +20,8 @@ class Stopwatch:
     def validated(self) -> None:
         self.validated_at = time.perf_counter()
 
-    def see(self, event: TokenEvent) -> None:
-        """An event has come."""
+    def see(self, number: int, event: TokenEvent) -> None:
+        """An event of a choice has come."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
 

@@ -19,10 +19,10 @@ from loraplex.gateway.clients import unless_client_leaves
 from loraplex.gateway.guards import caller_of
 from loraplex.gateway.holding import DiskTier, holding
 from loraplex.gateway.idempotency import tell_meter
-from loraplex.gateway.metrics import Metrics
+from loraplex.gateway.metrics import Metrics, Watch
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
-from loraplex.gateway.prompt_log import PromptLog, Record
+from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.replies import EncodedJson
 from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, together
 
@@ -99,10 +99,10 @@ class Answers:
         choices: list[GenerateRequest],
         wire: Wire,
         framing: Framing = OPENAI,
-        on_event: Callable[[TokenEvent], None] | None = None,
+        on_event: Callable[[int, TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> ASGIApp:
-        """The response; `on_event` sees every event as it comes.
+        """The response; `on_event` sees every event of each choice as it comes.
 
         `before_end` is done when the answer is complete, before the client learns that it is.
 
@@ -114,15 +114,16 @@ class Answers:
         meter = await self._accounts.open(caller, demand, partial(tell_limits, request))
         tell_meter(request, meter)
         try:
-            record = None
+            witnesses = () if on_event is None else (on_event,)
             if caller.policy.logs_prompts:
                 tokenizer = await self._engine.tokenizer_of(choices[0].adapter)
                 record = self._prompt_log.record(caller, demand, choices, body.num_choices, tokenizer)
                 meter.at_end(record.end)
-            answer = _Answer(choices, body.num_choices, wire, record, on_event, before_end)
+                witnesses = (*witnesses, record.saw)
+            answer = _Answer(wire, meter, witnesses, before_end)
             generations = [partial(self._generate, body.model, choice, meter) for choice in choices]
             if body.stream:
-                return await self._stream(request, answer, generations, body, meter, framing)
+                return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
         except BaseException as error:
             meter.settle(error)
@@ -132,27 +133,20 @@ class Answers:
         return EncodedJson(collected)
 
     async def _generate(
-        self, model: str, choice: GenerateRequest, meter: Meter, take: Callable[[TokenEvent], None]
+        self, model: str, choice: GenerateRequest, meter: Meter, number: int, take: Callable[[int, TokenEvent], None]
     ) -> None:
-        """One choice's events, each given to `take` once it is counted.
+        """One choice's events, each given to `take` with its number once it is counted.
 
         Where the budget is spent the last event is an empty one of the reason `length`, and the meter says why.
         """
-        with meter.working(), self._metrics.watching(model, choice) as saw, holding(self._store, choice.parts):
-
-            def counted(event: TokenEvent) -> bool:
-                saw(event)
-                if not meter.takes(event):
-                    return False
-                take(event)
-                return True
-
+        with meter.working(), self._metrics.watching(model, choice) as watch, holding(self._store, choice.parts):
+            counting = _Counting(watch, meter, number, take)
             async with aclosing(self._engine.generate(choice)) as events:  # type: ignore[type-var]
-                while (event := await each(events, counted)) is not None:
+                while (event := await each(events, counting.take)) is not None:
                     if not await meter.reserves(event):
-                        take(_cut(event))
+                        take(number, _cut(event))
                         return
-                    take(event)
+                    take(number, event)
 
     async def _stream(
         self,
@@ -160,12 +154,9 @@ class Answers:
         answer: "_Answer",
         generations: Sequence[Generation],
         body: Asked,
-        meter: Meter,
         framing: Framing,
     ) -> ASGIApp:
-        relay = answer.relay(
-            generations, request_id_of(request), framing, include_usage=body.includes_usage, meter=meter
-        )
+        relay = answer.relay(generations, request_id_of(request), framing, include_usage=body.includes_usage)
         try:
             await unless_client_leaves(request.scope, request.receive, relay.begin(self._server.keep_alive_seconds))
         except BaseException:
@@ -217,83 +208,88 @@ def _is_open_ended(body: Asked) -> bool:
     return body.max_tokens is None and getattr(body, "max_completion_tokens", None) is None
 
 
+class _Counting:
+    """Counts each event of a choice before it is passed on; one that the meter does not take is not."""
+
+    __slots__ = ("_meter", "_number", "_take", "_watch")
+
+    def __init__(self, watch: Watch, meter: Meter, number: int, take: Callable[[int, TokenEvent], None]) -> None:
+        self._watch = watch
+        self._meter = meter
+        self._number = number
+        self._take = take
+
+    def take(self, event: TokenEvent) -> bool:
+        self._watch.saw(event)
+        if not self._meter.takes(event):
+            return False
+        self._take(self._number, event)
+        return True
+
+
 class _Answer:
-    """One answer in the making: its choices, and what they have used so far."""
+    """One answer in the making."""
+
+    __slots__ = ("_before_end", "_begun", "_meter", "_wire", "_witnesses")
 
     def __init__(
         self,
-        choices: list[GenerateRequest],
-        num_per_prompt: int,
         wire: Wire,
-        record: Record | None,
-        on_event: Callable[[TokenEvent], None] | None,
+        meter: Meter,
+        witnesses: Sequence[Callable[[int, TokenEvent], None]],
         before_end: Callable[[], Awaitable[None]] | None,
     ) -> None:
-        """`record` is that of the log of prompts, where the tenant asked for it."""
+        """`witnesses` see each event of a choice before the client does."""
         self._wire = wire
-        self._record = record
-        self._on_event = on_event
+        self._meter = meter
+        self._witnesses = witnesses
         self._before_end = before_end
-        # the choices of one prompt stand together, and count it once
-        self._num_prompt_tokens = sum(len(choice.prompt_token_ids) for choice in choices[::num_per_prompt])
-        self._num_tokens = 0
-        self._num_cached = 0
+        self._begun: set[int] = set()
 
     async def collect(self, generations: Sequence[Generation]) -> bytes:
         """The whole answer at once."""
         choices: list[list[TokenEvent]] = [[] for _ in generations]
 
         def take(number: int, event: TokenEvent) -> None:
-            self._saw(number, event)
+            for saw in self._witnesses:
+                saw(number, event)
             choices[number].append(event)
 
-        await together([generate(partial(take, number)) for number, generate in enumerate(generations)])
+        await together([generate(number, take) for number, generate in enumerate(generations)])
         whole = self._wire.whole(choices, self._usage())
         if self._before_end is not None:
             await self._before_end()
         return whole
 
     def relay(
-        self,
-        generations: Sequence[Generation],
-        request_id: str,
-        framing: Framing,
-        *,
-        include_usage: bool,
-        meter: Meter,
+        self, generations: Sequence[Generation], request_id: str, framing: Framing, *, include_usage: bool
     ) -> Relay:
         """The answer as frames, and at its end what the API ends it with, or why it was cut short."""
-        begun: set[int] = set()
-
-        def encode(number: int, event: TokenEvent) -> bytes:
-            self._saw(number, event)
-            if number in begun:
-                encoded = self._wire.chunk(number, event)
-            else:
-                begun.add(number)
-                encoded = self._wire.begin(number) + self._wire.chunk(number, event)
-            if event.finish_reason is not None:
-                encoded += self._wire.finish(number, event.finish_reason)
-            return encoded
 
         def end() -> bytes:
             usage = self._wire.usage(self._usage()) if include_usage else b""
-            return usage + (framing.done if meter.refusal is None else framing.error(meter.refusal))
+            refusal = self._meter.refusal
+            return usage + (framing.done if refusal is None else framing.error(refusal))
 
-        return Relay(generations, encode, end, request_id, meter.settle, framing, self._before_end)
+        return Relay(generations, self._encode, end, request_id, self._meter.settle, framing, self._before_end)
 
-    def _saw(self, number: int, event: TokenEvent) -> None:
-        if self._record is not None:
-            self._record.saw(number, event)
-        if self._on_event is not None:
-            self._on_event(event)
-        self._num_tokens += len(event.token_ids)
-        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+    def _encode(self, number: int, event: TokenEvent) -> bytes:
+        for saw in self._witnesses:
+            saw(number, event)
+        if number in self._begun:
+            encoded = self._wire.chunk(number, event)
+        else:
+            self._begun.add(number)
+            encoded = self._wire.begin(number) + self._wire.chunk(number, event)
+        if event.finish_reason is not None:
+            encoded += self._wire.finish(number, event.finish_reason)
+        return encoded
 
     def _usage(self) -> Usage:
-        details = PromptTokensDetails(cached_tokens=self._num_cached)
-        total = self._num_prompt_tokens + self._num_tokens
-        return Usage(self._num_prompt_tokens, self._num_tokens, total, details)
+        meter = self._meter
+        details = PromptTokensDetails(cached_tokens=meter.num_cached_tokens)
+        total = meter.num_prompt_tokens + meter.num_completion_tokens
+        return Usage(meter.num_prompt_tokens, meter.num_completion_tokens, total, details)
 
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:

@@ -22,9 +22,16 @@ from loraplex.gateway.openai.wire import CompletionTokensDetails, Usage
 from loraplex.gateway.speech.deltas import CallArguments, CallBegun, Delta, Reasoning, Text
 from loraplex.gateway.speech.speech import Speech
 
+_TAIL, _TAIL_WITH_USAGE = b"]}\n\n", b'],"usage":null}\n\n'
+_TEXT_END = b'},"logprobs":null,"finish_reason":null}'
+_PLAIN_TEXT_TAIL = _TEXT_END + _TAIL  # one object for all streams: it is read for every token
+_encode = msgspec.json.Encoder().encode
+
 
 class ChatWire:
     """Implements `Wire`; what does not change from chunk to chunk is encoded once."""
+
+    __slots__ = ("_created", "_head", "_id", "_model", "_tail", "_text_head", "_text_tail", "_tier", "_tokenizer")
 
     def __init__(self, completion_id: str, body: ChatRequest, tokenizer: Tokenizer, tier: GrantedTier) -> None:
         self._id = completion_id
@@ -34,16 +41,16 @@ class ChatWire:
         self._tokenizer = tokenizer
         head = {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
-        self._tail = b"]" + (b',"usage":null' if body.includes_usage else b"") + b"}\n\n"
+        self._tail = _TAIL_WITH_USAGE if body.includes_usage else _TAIL
         self._text_head = self._head + b'{"index":0,"delta":{"content":'
-        self._text_tail = b'},"logprobs":null,"finish_reason":null}' + self._tail
+        self._text_tail = _TEXT_END + _TAIL_WITH_USAGE if body.includes_usage else _PLAIN_TEXT_TAIL
 
     def begin(self, number: int) -> bytes:
         return self._frame(number, b'{"role":"assistant","content":""}')
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
         if number == 0 and event.text and not event.logprobs:  # as nearly all are
-            return self._text_head + msgspec.json.encode(event.text) + self._text_tail
+            return self._text_head + _encode(event.text) + self._text_tail
         described = self._described(event) if event.logprobs else b"null"
         if not event.text and described == b"null":
             return b""
@@ -80,6 +87,8 @@ class ChatWire:
 
 class SpokenWire(ChatWire):
     """The same, of answers that are taken apart: one `Speech` for each choice."""
+
+    __slots__ = ("_num_calls", "_num_reasoning", "_speeches")
 
     def __init__(
         self,

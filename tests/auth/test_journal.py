@@ -46,9 +46,9 @@ def abandon(journal: Journal) -> None:
 def test_running_request_is_left_with_what_it_has_used(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin(record("silent"))
-    journal.begin(record("spoke", model="mödel/😀"))
-    journal.progress("spoke", 1, 2)
-    journal.progress("spoke", 5, 2)
+    slot = journal.begin(record("spoke", model="mödel/😀"))
+    slot.progress(1, 2)
+    slot.progress(5, 2)
     abandon(journal)
     silent, spoke = left(tmp_path)
     assert silent == record("silent", outcome=INTERRUPTED, num_prompt_tokens=0)  # gave nothing, costs nothing
@@ -83,11 +83,11 @@ def test_freed_slot_is_not_left_and_is_used_again(tmp_path: Path) -> None:
 
 def test_journal_grows_and_keeps_what_it_holds(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    for number in range(5000):
-        journal.begin(record(f"r{number}", num_prompt_tokens=number))
-        journal.progress(f"r{number}", number + 1, 0)
+    slots = [journal.begin(record(f"r{number}", num_prompt_tokens=number)) for number in range(5000)]
+    for number, slot in enumerate(slots):
+        slot.progress(number + 1, 0)
     for number in range(0, 5000, 2):
-        journal.progress(f"r{number}", number + 2, 0)
+        slots[number].progress(number + 2, 0)
     abandon(journal)
     found = {each.request_id: (each.num_prompt_tokens, each.num_completion_tokens) for each in left(tmp_path)}
     assert found == {f"r{number}": (number, number + 2 - number % 2) for number in range(5000)}
@@ -95,8 +95,7 @@ def test_journal_grows_and_keeps_what_it_holds(tmp_path: Path) -> None:
 
 def test_full_disk_refuses_the_request_and_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path)
-    for number in range(1024):
-        journal.begin(record(f"r{number}"))
+    slots = [journal.begin(record(f"r{number}")) for number in range(1024)]
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -104,7 +103,7 @@ def test_full_disk_refuses_the_request_and_harms_nobody(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UsageUnrecorded):
         journal.begin(record("one-more"))
-    journal.progress("r0", 9, 0)
+    slots[0].progress(9, 0)
     journal.free(["r1"])
     journal.begin(record("fits"))
     abandon(journal)
@@ -186,12 +185,12 @@ import sys, pathlib, os
 from loraplex.auth.ledger.journal import Journal
 from test_journal import record
 journal = Journal(pathlib.Path(sys.argv[1]))
-journal.begin(record("r", num_prompt_tokens=1))
+slot = journal.begin(record("r", num_prompt_tokens=1))
 os.write(1, b"\\n")
 count = 0
 while True:
     count += 1
-    journal.progress("r", count, 0)
+    slot.progress(count, 0)
     os.write(1, b"x")  # the token is given out
 """
 

@@ -94,8 +94,7 @@ def take_away(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> RowWriter:
 
 async def test_settled_request_becomes_its_row_and_part_of_its_day(books: Ledger, database: AsyncEngine) -> None:
     begun = record("r1", adapter_id="abc", model="mödel/😀")
-    books.begin(begun)
-    books.progress("r1", 1, 4)
+    books.begin(begun).progress(1, 4)
     assert await rows(database) == []
     final = msgspec.structs.replace(over(begun), num_cached_tokens=4)
     books.settle(final)
@@ -190,12 +189,11 @@ async def test_dead_process_is_settled_by_the_next(database: AsyncEngine, tmp_pa
     """One request written, one settled and not written, one running, one that gave nothing yet."""
     dead = await open_ledger(database, tmp_path)
     begun = {name: record(name) for name in ("written", "settled", "running", "silent")}
-    for each in begun.values():
-        dead.begin(each)
+    entries = {name: dead.begin(each) for name, each in begun.items()}
     dead.settle(over(begun["written"]))
     await dead.flush()
     dead.settle(over(begun["settled"], 4, ABORTED))
-    dead.progress("running", 6, 0)
+    entries["running"].progress(6, 0)
     abandon(dead)
     ledger = await open_ledger(database, tmp_path)
     found = {each.request_id: each for each in await rows(database)}

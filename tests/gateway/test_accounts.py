@@ -11,7 +11,18 @@ from sqlalchemy.exc import OperationalError
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
-from loraplex.auth.metering import UsageRecord
+from loraplex.auth.metering import Entry, UsageRecord
+
+
+class WitnessedEntry:
+    """Implements `Entry`."""
+
+    def __init__(self, witness: Witness, request_id: str) -> None:
+        self._witness = witness
+        self._request_id = request_id
+
+    def progress(self, num_completion_tokens: int, num_cached_tokens: int) -> None:
+        self._witness.told[self._request_id] = num_completion_tokens
 
 
 class Witness:
@@ -23,11 +34,9 @@ class Witness:
         self.settled: list[UsageRecord] = []
         self.news = threading.Condition()
 
-    def begin(self, record: UsageRecord) -> None:
+    def begin(self, record: UsageRecord) -> Entry:
         self.begun.append(record)
-
-    def progress(self, request_id: str, num_completion_tokens: int, num_cached_tokens: int) -> None:
-        self.told[request_id] = num_completion_tokens
+        return WitnessedEntry(self, record.request_id)
 
     def settle(self, record: UsageRecord) -> None:
         with self.news:

@@ -145,8 +145,8 @@ def test_names_beyond_the_bound_are_counted_together() -> None:
         request = GenerateRequest(
             request_id="r", prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1), adapter=adapter
         )
-        with metrics.watching(name, request) as saw:
-            saw(event(1))
+        with metrics.watching(name, request) as watch:
+            watch.saw(event(1))
     value = metrics.registry.get_sample_value
     for name, count in (("a", 2.0), ("b", 1.0), (OTHERS, 2.0)):
         labels = {"model": name, "adapter": name}

@@ -28,9 +28,9 @@ async def events(texts: Sequence[str], error: Exception | None = None) -> AsyncI
 
 
 def generation(events: AsyncIterator[TokenEvent]) -> Generation:
-    async def generate(take: Callable[[TokenEvent], None]) -> None:
+    async def generate(number: int, take: Callable[[int, TokenEvent], None]) -> None:
         async for event in events:
-            take(event)
+            take(number, event)
 
     return generate
 
@@ -46,7 +46,6 @@ def relay_of(*choices: AsyncIterator[TokenEvent]) -> Relay:
 def test_what_is_overridden_and_used_of_sse_starlette_still_exists() -> None:
     assert list(inspect.signature(EventSourceResponse._stream_response).parameters) == ["self", "send"]
     assert "self._stream_response(send)" in inspect.getsource(EventSourceResponse.__call__)
-    assert list(inspect.signature(EventSourceResponse._send_with_timeout).parameters) == ["self", "send", "message"]
 
 
 async def test_frames_that_are_ready_together_come_together() -> None:

@@ -45,12 +45,12 @@ class Tap:
         self.texts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self.was_closed = False
 
-    async def generate(self, take: Callable[[TokenEvent], None]) -> None:
+    async def generate(self, number: int, take: Callable[[int, TokenEvent], None]) -> None:
         try:
             while (text := await self.texts.get()) is not None:
                 if isinstance(text, Exception):
                     raise text
-                take(TokenEvent(request_id="r", token_ids=(1,), text=text, step=1))
+                take(number, TokenEvent(request_id="r", token_ids=(1,), text=text, step=1))
         finally:
             self.was_closed = True
 
