@@ -104,6 +104,7 @@ class Server(Contender):
 
     key = "none"
     extra: dict[str, dict[str, Any]] = {}  # what else a request has to say, by model
+    hangs_up = False  # after a stream, without telling
 
     def start(self, scene: Scene) -> None:
         self.scene = scene
@@ -135,8 +136,12 @@ class Server(Contender):
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.key, models=",".join(names), mix="distinct",
             concurrency=options.requests, requests=options.requests * 2, max_tokens=options.max_tokens,
             prompt_tokens=options.prompt_tokens, vocabulary=2000, ignore_eos=True, extra=self.extra,
+            hangs_up=self.hangs_up,
         )  # fmt: skip
-        return asyncio.run(run(load, seed))
+        figures = asyncio.run(run(load, seed))
+        if figures.num_failed:
+            raise RuntimeError(f"{self.name} failed {figures.num_failed} of {load.requests} requests")
+        return figures
 
 
 class Loraplex(Server):
@@ -199,6 +204,7 @@ class Llama(Server):
 
     name = "llama.cpp"
     rows = ("base", "mixed")
+    hangs_up = True
 
     def __init__(self, server: str) -> None:
         self.server = server

@@ -123,7 +123,8 @@ async def run(options: argparse.Namespace, seed: int) -> Figures:
 
     headers = {"Authorization": f"Bearer {options.api_key}"}
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=options.hangs_up)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
         began = time.perf_counter()
         await asyncio.gather(*(client(session) for _ in range(options.concurrency)))
         seconds = time.perf_counter() - began
@@ -176,7 +177,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = argparse.Namespace(**vars(parse()), extra={})
+    options = argparse.Namespace(**vars(parse()), extra={}, hangs_up=False)
     asyncio.run(run(argparse.Namespace(**{**vars(options), "requests": options.concurrency * 2}), seed=0))  # warm-up
     figures = medians([asyncio.run(run(options, seed)) for seed in range(1, options.repeat + 1)])
     if options.json:
