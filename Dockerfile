@@ -1,6 +1,7 @@
 # docker build -t loraplex . && docker run -p 8000:8000 loraplex                 the demo
 # docker run -p 8000:8000 -v ./my:/srv/my loraplex serve --config /srv/my/loraplex.toml
 FROM python:3.11-slim AS build
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev   # for the kernels in C
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/loraplex && /opt/loraplex/bin/pip install --no-cache-dir .

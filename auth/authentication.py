@@ -77,6 +77,8 @@ class Authenticator:
         return caller
 
     def _looked(self, hashed: str, looking: asyncio.Task[Caller | None]) -> None:
+        if not looking.cancelled():
+            looking.exception()  # looked at: all who waited may have left
         if self._under_way.get(hashed) is looking:
             del self._under_way[hashed]
 

@@ -66,11 +66,11 @@ async def read(request: Request[Any, Any, Any]) -> bytes:
         message = await request.receive()
         if message["type"] != "http.request":
             raise ClientLeft("The client closed the connection before its request was complete.")
-        pieces.append(message["body"])
-        num_bytes += len(message["body"])
+        pieces.append(message.get("body", b""))
+        num_bytes += len(pieces[-1])
         if num_bytes > most:
             raise RequestEntityTooLarge
-        is_whole = not message["more_body"]
+        is_whole = not message.get("more_body", False)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

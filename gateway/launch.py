@@ -62,7 +62,7 @@ async def launch(
 def rest_garbage_collection() -> None:
     """Let this process look through what requests leave behind only, and not after every few hundred objects.
 
-    For a process that is a server and nothing else: what is there now is never looked at again. With it, collections
+    For a process that is a server and nothing else: what is there now is never looked at again. To look at that too
     took a third of the time of busy streams. A request that is over leaves no cycles (a test sees to that); those in
     flight are about a hundred objects each, looked through in vain whenever so many more have come.
     """

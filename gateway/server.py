@@ -9,7 +9,6 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-import anyio
 import uvicorn
 
 from loraplex.config.settings import Settings
@@ -78,7 +77,6 @@ async def serve(
 
     Raises what `started` raises, such as ModelNotServable, and whatever `on_ready` raises. Closes the engine.
     """
-    anyio.Lock()  # sse-starlette makes one a stream; with the first one anyio imports its half of asyncio
     runner = BatchRunner(services.batches, services.files, settings.batches, settings.server.max_body_bytes)
     app = create_app(settings, services, runner)
     server = _Server(

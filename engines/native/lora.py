@@ -86,8 +86,8 @@ class TokenGroups:
         return DecodeStep(self._active.table, owners) if max(owners, default=-1) >= 0 else None
 
     @cached_property
-    def layers(self) -> list[DecodeStep]:
-        """Compositions taken apart: steps of one adapter a token at most, which together are all of them."""
+    def taken_apart(self) -> list[DecodeStep]:
+        """Compositions: steps of one adapter a token at most, which together are all of them."""
         deepest = max(map(len, self.parts), default=0)
         apart = [[some[depth] if depth < len(some) else (-1, 0.0) for some in self.parts] for depth in range(deepest)]
         return [DecodeStep(self._active.table, *zip(*parts, strict=True)) for parts in apart]
@@ -214,8 +214,8 @@ class LoraLayers:
             y.sub_(bias)
         if groups.is_composed and self._has_kernel:
             x = x.contiguous()
-            for layer in groups.layers:
-                add_decode(y, x, active.table, index, layer)
+            for part in groups.taken_apart:
+                add_decode(y, x, active.table, index, part)
         elif groups.is_composed:
             _add_composed(y, x, index, active, groups)
         elif self._has_kernel or groups.prefers_runs or not self._may_stack(index, active):

@@ -1,22 +1,20 @@
 """Attention of single tokens on a CPU, in C (`cpu_decode.c`): keys and values are read where they lie, none is padded.
 
-The formula is that of `paged.py`; sums and softmax are float32. Built when the package is installed, where there is a
-compiler; `is_available` tells.
+The formula is that of `paged.py`; sums and softmax are float32. `is_available` tells where it was built.
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraplex.kernels.attention.paged import Form
+from loraplex.kernels.built import function, library
 
 _NAMES = {torch.float32: "loraplex_cpu_decode_float", torch.bfloat16: "loraplex_cpu_decode_bfloat16"}
+_ARGUMENTS = (ctypes.c_void_p,) * 5
 WIDEST = 512  # numbers of a key or value
 
 
@@ -45,15 +43,18 @@ class DecodeRows:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, form: Form) -> Tensor:
         """q: Shape [B, H, D]. keys: Shape [S, Hk, D]. values: Shape [S, Hk, Dv]. Result: Shape [B, H, Dv].
 
-        All of one type that `is_available` knows; the cache is contiguous.
+        All of one type that `is_available` knows; the cache is contiguous. Raises ValueError for a q of another type.
         """
+        if q.dtype != keys.dtype:
+            raise ValueError(f"q is {q.dtype}, the cache {keys.dtype}")
         q = q.contiguous()
         out = torch.empty(q.shape[0], q.shape[1], values.shape[2], dtype=q.dtype)
         key = (q.shape[1], *keys.shape[1:], values.shape[2], form.scale, form.window, form.softcap, id(form.sinks))
         call = self._calls.get(key)
         if call is None:
             call = self._calls[key] = self._call(q, keys, values, form)
-        _function(q.dtype)(ctypes.addressof(call[0]), q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        run = function(__file__, _NAMES[q.dtype], *_ARGUMENTS)
+        run(ctypes.addressof(call[0]), q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
         return out
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[_Call, object]:
@@ -69,23 +70,6 @@ class DecodeRows:
 
 def is_available(dtype: torch.dtype, device: torch.device, width: int, value_width: int) -> bool:
     """Whether `DecodeRows` can be used for such keys and values."""
-    return device.type == "cpu" and dtype in _NAMES and max(width, value_width) <= WIDEST and bool(_libraries())
-
-
-@cache
-def _libraries() -> list[ctypes.CDLL]:
-    """The built library, or none."""
-    for path in sorted(Path(__file__).parent.glob("_cpu_decode*.so")):
-        try:
-            return [ctypes.CDLL(str(path))]
-        except OSError:  # built for another machine, or a torch without OpenMP
-            continue
-    return []
-
-
-@cache
-def _function(dtype: torch.dtype) -> Any:
-    function = getattr(_libraries()[0], _NAMES[dtype])
-    function.argtypes = [ctypes.c_void_p] * 5
-    function.restype = None
-    return function
+    return (
+        device.type == "cpu" and dtype in _NAMES and max(width, value_width) <= WIDEST and library(__file__) is not None
+    )

@@ -1,21 +1,22 @@
 """A linear layer on a CPU, in C (`linear.c`), where weights are 16 bits wide or tokens are few.
 
 What is computed: y[t, o] = bias[o] + Σ_i x[t, i] · w[o, i]. Where a CPU has no instructions for bfloat16, torch's
-libraries multiply it number by number, and those for large matrices waste most of their work on a few rows. Ours is
-built when the package is installed, where there is a compiler; `is_available` tells.
+libraries multiply it number by number, and those for large matrices waste most of their work on a few rows.
+`is_available` tells where ours was built.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from loraplex.kernels.built import function, library
+
 _NAMES = {torch.float32: "loraplex_linear_float", torch.bfloat16: "loraplex_linear_bfloat16"}
+_ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 
 
 class _Layer(ctypes.Structure):
@@ -43,11 +44,16 @@ class Linear:
         self._dtype = weight.dtype
         self._layer = _Layer(self.in_features, self._out, weight.data_ptr(), None if bias is None else bias.data_ptr())
         self._address = ctypes.addressof(self._layer)
-        self._run = _function(weight.dtype)
+        self._run = function(__file__, _NAMES[weight.dtype], *_ARGUMENTS)
         self._widens = weight.dtype != torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once."""
+        """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once.
+
+        Raises ValueError for an x of another width or type.
+        """
+        if x.dtype != self._dtype or x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {x.shape[-1]} wide and {x.dtype}, the weight {self.in_features} and {self._dtype}")
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self._out, dtype=self._dtype)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
@@ -58,29 +64,12 @@ class Linear:
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `Linear` can be used for these."""
-    return device.type == "cpu" and dtype in _NAMES and bool(_libraries())
-
-
-@cache
-def _libraries() -> list[ctypes.CDLL]:
-    """The built library, or none."""
-    for path in sorted(Path(__file__).parent.glob("_linear*.so")):
-        try:
-            return [ctypes.CDLL(str(path))]
-        except OSError:  # built for another machine, or a torch without OpenMP
-            continue
-    return []
+    return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
 
 
 @cache
 def _tile_size() -> int:
     """How many numbers each thread may have to widen at a time."""
-    return ctypes.c_int64.in_dll(_libraries()[0], "loraplex_linear_tile").value
-
-
-@cache
-def _function(dtype: torch.dtype) -> Any:
-    function = getattr(_libraries()[0], _NAMES[dtype])
-    function.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
-    function.restype = None
-    return function
+    built = library(__file__)
+    assert built is not None
+    return ctypes.c_int64.in_dll(built, "loraplex_linear_tile").value

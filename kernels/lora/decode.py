@@ -1,6 +1,6 @@
 """The grouped LoRA of `grouped.py` for steps of few tokens on a CPU, in C (`decode.c`): nothing is stacked or copied.
 
-The library is built when the package is installed, where there is a compiler; `is_available` tells.
+`is_available` tells where it was built.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex.kernels.built import function, library
+
 _NAMES = {torch.float32: "loraplex_lora_decode_float", torch.bfloat16: "loraplex_lora_decode_bfloat16"}
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class _Table(ctypes.Structure):
@@ -100,7 +101,7 @@ class DecodeStep:
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `add_decode` can be used for these."""
-    return device.type == "cpu" and dtype in _NAMES and _library() is not None
+    return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
 
 
 def add_decode(y: Tensor, x: Tensor, table: DecodeTable, module: int, step: DecodeStep) -> None:
@@ -108,26 +109,9 @@ def add_decode(y: Tensor, x: Tensor, table: DecodeTable, module: int, step: Deco
 
     Sums are in float32 and rounded once, so a 16-bit y is nearer the formula than by the torch forms.
     """
-    _function(x.dtype)(table.address, module, step.address, x.data_ptr(), y.data_ptr())
+    run = function(__file__, _NAMES[x.dtype], *_ARGUMENTS)
+    run(table.address, module, step.address, x.data_ptr(), y.data_ptr())
 
 
 def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    for path in sorted(Path(__file__).parent.glob("_decode*.so")):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # built for another machine, or a torch without OpenMP
-            continue
-    return None
-
-
-@cache
-def _function(dtype: torch.dtype) -> Any:
-    function = getattr(_library(), _NAMES[dtype])
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    function.restype = None
-    return function

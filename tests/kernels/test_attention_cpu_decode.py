@@ -115,3 +115,10 @@ def test_kernel_is_for_cpus_types_and_widths_it_knows() -> None:
     assert not is_available(torch.float32, CPU, 64, WIDEST + 1)
     assert not is_available(torch.float16, CPU, 64, 64)
     assert not is_available(torch.float32, torch.device("cuda"), 64, 64)
+
+
+def test_queries_of_another_type_than_the_cache_are_refused() -> None:
+    case = Case(4, 64, 64, torch.bfloat16)
+    case.q = case.q.float()
+    with pytest.raises(ValueError, match=r"q is torch\.float32, the cache torch\.bfloat16"):
+        case.attend(FORMS["plain"])

@@ -73,3 +73,9 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
 def test_kernel_is_for_cpus_and_types_it_knows() -> None:
     assert not is_available(torch.float16, CPU)
     assert not is_available(torch.float32, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 100), torch.ones(2, 99).bfloat16()], ids=["type", "width"])
+def test_rows_of_another_type_or_width_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"the weight 100 and torch\.bfloat16"):
+        Linear(*a_layer(100, 257, torch.bfloat16))(x)
