@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loraplex.engines.errors import InvalidRequest
-from loraplex.engines.protocol import ChatMessage
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 # What a template raises over a conversation it was not written for, besides its own errors.
 _COMPLAINTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)

@@ -9,7 +9,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from loraplex.engines.protocol import TokenSpan
+from loraplex.engines.tokenizer_protocol import TokenSpan
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 

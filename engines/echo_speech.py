@@ -6,14 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex.engines.events import Mailbox
-from loraplex.engines.protocol import (
-    ChatMessage,
-    FinishReason,
-    GenerateRequest,
-    TokenEvent,
-    TokenLogprobs,
-    TokenSpan,
-)
+from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
 
 EOS = 256
 

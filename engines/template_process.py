@@ -21,7 +21,7 @@ import msgspec
 
 from loraplex.engines.chat_template import ChatTemplate
 from loraplex.engines.errors import InvalidRequest
-from loraplex.engines.protocol import ChatMessage
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 MAX_CPU_SECONDS = 2.0  # of computing, so that a busy machine does not count
 MAX_BYTES = 2**30

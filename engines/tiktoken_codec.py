@@ -20,7 +20,7 @@ import tiktoken
 
 from loraplex.engines.codecs import SYMBOL_OF, TextStream
 from loraplex.engines.errors import ModelNotServable
-from loraplex.engines.protocol import TokenSpan
+from loraplex.engines.tokenizer_protocol import TokenSpan
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*")
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from loraplex.engines.chat_template import read_chat_template
 from loraplex.engines.codecs import Codec, JsonCodec, TextStream
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
-from loraplex.engines.protocol import ChatMessage, TokenSpan
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
+from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
 
 # Forms that transformers turns into a `tokenizer.json`.
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")

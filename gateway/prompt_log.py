@@ -14,7 +14,8 @@ import msgspec
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.metering import Demand
-from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent, Tokenizer
+from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent
+from loraplex.engines.tokenizer_protocol import Tokenizer
 
 _log = logging.getLogger("loraplex.gateway")
 

@@ -9,7 +9,8 @@ import msgspec
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.errors import PromptTooLong
-from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams, Tokenizer
+from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.health import require_ready

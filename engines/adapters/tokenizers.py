@@ -23,9 +23,10 @@ from loraplex.engines.adapters.vocabulary import changed_parts, read_json, state
 from loraplex.engines.chat_template import ChatTemplate, special_tokens, template_sources
 from loraplex.engines.codecs import Codec, JsonCodec
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, InvalidRequest
-from loraplex.engines.protocol import Adapter, ChatMessage
+from loraplex.engines.protocol import Adapter
 from loraplex.engines.template_process import Conversation, Rendered, TemplateExhausted, TemplateProcess, Work
 from loraplex.engines.tokenizer import HubTokenizer, Template, TemplatedTokenizer
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 _MAX_BYTES = 256 * 2**20  # of tokenizers held, as their files count
 _LEAST_BYTES = 1024  # what one without files counts

@@ -5,7 +5,8 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from loraplex.engines.protocol import GenerateRequest, TokenEvent, Tokenizer, TokenLogprobs
+from loraplex.engines.protocol import GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.wire import LEAST_LOGPROB
 
 EndReason = Literal["length", "eos_token", "stop_sequence"]

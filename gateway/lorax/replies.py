@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent, Tokenizer
+from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.lorax.details import Answer, BestOfSequence, Details, PrefillToken, StreamDetails, Token
 from loraplex.gateway.lorax.wire import Parameters
 from loraplex.gateway.openai.wire import Usage

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import ChatMessage, ToolCall
+from loraplex.engines.tokenizer_protocol import ChatMessage, ToolCall
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.tool_wire import SaidCall
 from loraplex.gateway.openai.wire import refuse_what_matters

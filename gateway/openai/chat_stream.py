@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from loraplex.engines.protocol import FinishReason, TokenEvent, Tokenizer
+from loraplex.engines.protocol import FinishReason, TokenEvent
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.answers import told_tokens
 from loraplex.gateway.openai.chat_wire import (
     AnswerMessage,

@@ -12,7 +12,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, Tokenizer, TokenLogprobs
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest

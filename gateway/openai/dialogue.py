@@ -5,7 +5,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from loraplex.config.settings import Model
-from loraplex.engines.protocol import GenerateRequest, Grammar, Tokenizer
+from loraplex.engines.protocol import GenerateRequest, Grammar
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.toolless import without_tools

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from loraplex.engines.protocol import FinishReason, TokenEvent, Tokenizer
+from loraplex.engines.protocol import FinishReason, TokenEvent
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.answers import told_tokens
 from loraplex.gateway.openai.responses_items import (
     CallItem,

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from loraplex.engines.protocol import TokenEvent, Tokenizer
+from loraplex.engines.protocol import TokenEvent
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.wire import LEAST_LOGPROB
 
 

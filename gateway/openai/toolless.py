@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from loraplex.engines.protocol import ChatMessage
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 _INSTRUCTIONS = """You may call functions. They are, each as a JSON object:
 %s

@@ -12,7 +12,8 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.config.settings import Model
-from loraplex.engines.protocol import Engine, Tokenizer
+from loraplex.engines.protocol import Engine
+from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest

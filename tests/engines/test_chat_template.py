@@ -11,8 +11,8 @@ from support.models import make_tokenizer
 from transformers import AutoTokenizer
 
 from loraplex.engines.errors import InvalidRequest
-from loraplex.engines.protocol import ChatMessage, ToolCall
 from loraplex.engines.tokenizer import HubTokenizer
+from loraplex.engines.tokenizer_protocol import ChatMessage, ToolCall
 
 TOOLS: list[dict[str, Any]] = [
     {

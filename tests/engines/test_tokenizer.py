@@ -11,8 +11,8 @@ from support.models import make_tokenizer
 from transformers import AutoTokenizer
 
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
-from loraplex.engines.protocol import ChatMessage
 from loraplex.engines.tokenizer import HubTokenizer
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 CHAT = [ChatMessage(role="system", content="Be kind."), ChatMessage(role="user", content="Grüße 🦜\n<|end|>")]
 TEMPLATES = {

@@ -16,9 +16,10 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from loraplex.engines.codecs import _BYTE_OF
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.grammar import Grammars
-from loraplex.engines.protocol import ChatMessage, Grammar
+from loraplex.engines.protocol import Grammar
 from loraplex.engines.tiktoken_codec import _FAMILIES
 from loraplex.engines.tokenizer import HubTokenizer
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 SENTENCES = [
     "It's a plain sentence, with numbers 12345 and 6.7.", "HELLO Hello hello, WE'LL see what they've got!",

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterUnsupported, InvalidRequest
-from loraplex.engines.protocol import Adapter, ChatMessage
+from loraplex.engines.protocol import Adapter
 from loraplex.engines.tokenizer import HubTokenizer
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 NUM_ROWS = 320  # of the model's embeddings; the base's tokenizer names 262
 NUM_NAMED = 262

@@ -17,7 +17,8 @@ from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.defaults import sampling_defaults
 from loraplex.engines.native.engine import NativeEngine
 from loraplex.engines.native.loading import load_machine
-from loraplex.engines.protocol import ChatMessage, SamplingDefaults
+from loraplex.engines.protocol import SamplingDefaults
+from loraplex.engines.tokenizer_protocol import ChatMessage
 
 PROMPT = list(range(40, 60))
 
