@@ -1,17 +1,13 @@
-"""Model name -> Route(base, adapter): the only place that knows names.
+"""Model name -> Route(base, adapter): the only place that names are entered, changed and followed.
 
-The tables are in the database; requests read a snapshot in memory, in which an entry is replaced as a whole on every
-change, so that a request sees either the old version of a name or the new one.
+The tables are in the database; requests read a snapshot in memory (`names.py`), where an entry is replaced as a whole
+on every change, so that a request sees either the old version of a name or the new one.
 """
 
 import asyncio
-import hashlib
-import random
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 import msgspec
@@ -24,13 +20,13 @@ from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Regist
 from loraplex.gateway.arrivals import Arrivals, NoTokens, OtherBase, SourceTokens, Store
 from loraplex.gateway.errors import (
     AdapterFailed,
-    AdapterNameTaken,
     AdapterNotReady,
     AdapterNotRegistered,
     MalformedRequest,
     ModelNotAllowed,
     ModelNotFound,
 )
+from loraplex.gateway.names import Names, contents, version_of
 from loraplex.gateway.upkeep import Upkeep
 
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
@@ -68,7 +64,7 @@ class Catalogue:
         self.store = store
         self._engine = engine
         self._records = AdapterRecords(database)
-        self._snapshot: Mapping[Key, Registered] = MappingProxyType({})
+        self._names = Names(base, {})
         self._reloading = asyncio.Lock()  # or an older reading of the table could replace a newer one
         self._tokens = tokens or NoTokens()
         other_base = other_base or OtherBase(frozenset())
@@ -94,7 +90,7 @@ class Catalogue:
     async def reload(self) -> None:
         """Read the tables anew."""
         async with self._reloading:
-            self._snapshot = {entry.key: entry for entry in await self._records.all()}
+            self._names = Names(self.base, {entry.key: entry for entry in await self._records.all()})
 
     async def route(self, model: str, caller: Caller, *, user: str | None = None) -> Route:
         """`model` is a name, or `name@version`: a number, or the first 8 or more digits of the content's hash.
@@ -106,14 +102,14 @@ class Catalogue:
         if model == self.base:
             self._require_allowed(model, model, caller)
             return Route(base=self.base, adapter=None)
-        found = self._named(model, caller)
+        found = self._names.resolve(model, caller.tenant_id)
         if found is None:
             raise ModelNotFound(f"The model {model!r} does not exist or you do not have access to it.", "model")
         entry, version = found
         self._require_allowed(model, entry.name, caller)
         self._upkeep.note_use(entry.key)
         if entry.targets:
-            entry, version = self._target(entry, user)
+            entry, version = self._names.target(entry, user)
         assert version is not None, "only routes are without"
         return Route(base=self.base, adapter=await self._adapter(entry, version))
 
@@ -123,22 +119,22 @@ class Catalogue:
 
     def source_of(self, model: str, caller: Caller) -> str | None:
         """The source of an adapter this caller may know of; "" for the base; None where there is no such model."""
-        entry = self._find(model.partition("@")[0], caller)
+        entry = self._names.find(model.partition("@")[0], caller.tenant_id)
         return entry.source if entry is not None else "" if model == self.base else None
 
     def find(self, model: str, caller: Caller) -> tuple[Registered, Version | None] | None:
         """What `name` or `name@version` stands for, ready or not, if this caller may use it; a route has no version."""
-        found = self._named(model, caller)
+        found = self._names.resolve(model, caller.tenant_id)
         return found if found is not None and self._is_allowed(model, found[0].name, caller) else None
 
     def visible(self, caller: Caller) -> list[Registered]:
         """What this caller may use beside the base, oldest first."""
-        mine = [entry for entry in self._snapshot.values() if self._find(entry.name, caller) is entry]
+        mine = [entry for entry in self.everything() if self._names.find(entry.name, caller.tenant_id) is entry]
         return [entry for entry in mine if entry.is_servable and caller.policy.may_use(entry.name)]
 
     def everything(self) -> list[Registered]:
         """The adapters and routes of all tenants and those shared, oldest first."""
-        return list(self._snapshot.values())
+        return list(self._names.entries.values())
 
     def last_used_at(self, entry: Registered) -> float | None:
         """Seconds since 1970; None for one that no request named so far."""
@@ -146,10 +142,10 @@ class Catalogue:
 
     def require_free(self, key: Key) -> None:
         """Raises MalformedRequest or AdapterNameTaken for a name that cannot be registered."""
-        self._check_name(key[1], key[0])
+        self._names.require_free(key)
 
     def has(self, key: Key) -> bool:
-        return key in self._snapshot
+        return key in self._names.entries
 
     async def has_token(self, tenant_id: str, address: str) -> bool:
         """Whether a tenant keeps credentials for a source."""
@@ -161,18 +157,15 @@ class Catalogue:
 
     def get(self, tenant_id: str, name: str) -> Registered:
         """Raises AdapterNotRegistered."""
-        entry = self._snapshot.get((tenant_id, name))
-        if entry is None:
-            raise AdapterNotRegistered(f"There is no adapter {name!r}.", "name")
-        return entry
+        return self._names.get((tenant_id, name))
 
     async def register(self, name: str, source: str, tenant_id: str = SHARED, *, waits: bool = True) -> Registered:
         """Enter a name, fetch its files and check them against the base; without `waits`, later.
 
         Raises MalformedRequest, AdapterNameTaken, TenantNotFound or AdapterError; the catalogue is then as it was.
         """
-        self._check_name(name, tenant_id)
         key = tenant_id, name
+        self._names.require_free(key)
         address = await self.store.address(source)
         await self._records.add(key, source=address)
         await self._arrive(key, 1, source, waits)
@@ -183,7 +176,7 @@ class Catalogue:
 
         Raises AdapterNotRegistered or AdapterError; requests then go where they went before.
         """
-        entry = self._get_adapter(key)
+        entry = self._names.adapter(key)
         address = entry.source if source is None else await self.store.address(source)
         number = await self._records.add_version(key, address)
         if number is None:
@@ -199,7 +192,7 @@ class Catalogue:
 
     async def retry(self, key: Key, number: int | None = None) -> Registered:
         """Bring the newest failed version, or that one, once more. Raises AdapterNotRegistered, MalformedRequest."""
-        entry = self._get_adapter(key)
+        entry = self._names.adapter(key)
         failed = [
             version for version in entry.versions if version.state == "failed" and number in (None, version.number)
         ]
@@ -215,12 +208,12 @@ class Catalogue:
 
         Raises AdapterNotRegistered, or MalformedRequest where there is none that is ready.
         """
-        entry = self._get_adapter(key)
+        entry = self._names.adapter(key)
         if wanted is None:
             earlier = [one for one in entry.versions if one.adapter_id and one.number < (entry.current_version or 0)]
             version = earlier[-1] if earlier else None
         else:
-            version = _version_of(entry, wanted)
+            version = version_of(entry, wanted)
         if version is None or not version.adapter_id:
             raise MalformedRequest("There is no such version that was ready.", "version")
         await self._records.point(key, version.number)
@@ -244,8 +237,8 @@ class Catalogue:
 
     async def evict(self, key: Key) -> Registered:
         """Take all versions off device and host; the disk keeps them. Raises AdapterInUse."""
-        entry = self._get_adapter(key)
-        for adapter_id in _contents(entry):
+        entry = self._names.adapter(key)
+        for adapter_id in contents(entry):
             await self._engine.unload(adapter_id)
         return entry
 
@@ -255,9 +248,9 @@ class Catalogue:
         With `drains`, requests under way finish, new ones find nothing.
         """
         entry = self.get(tenant_id, name)
-        if (route := self._route_to(entry)) is not None:
+        if (route := self._names.route_to(entry)) is not None:
             raise AdapterInUse(f"the route {route.name!r} leads to {name!r}")
-        alone = self._only_its_own(entry)
+        alone = self._names.only_its_own(entry)
         if not drains:
             for adapter_id in alone:
                 await self._engine.unload(adapter_id)
@@ -268,23 +261,23 @@ class Catalogue:
 
     async def let_go(self, tenant_id: str) -> None:
         """Forget the adapters of a deleted tenant; what is in use ends its requests and leaves the device later."""
-        gone = {one for entry in self._snapshot.values() if entry.tenant_id == tenant_id for one in _contents(entry)}
+        gone = {one for entry in self.everything() if entry.tenant_id == tenant_id for one in contents(entry)}
         await self.reload()
-        kept = {one for entry in self._snapshot.values() for one in _contents(entry)}
+        kept = {one for entry in self.everything() for one in contents(entry)}
         self._upkeep.unload_when_idle(gone - kept)
 
     async def add_route(self, name: str, targets: tuple[Target, ...], tenant_id: str = SHARED) -> Registered:
         """A name that leads to others by weight. Raises MalformedRequest, AdapterNameTaken, TenantNotFound."""
-        self._check_name(name, tenant_id)
-        self._check_targets(targets, tenant_id)
         key = tenant_id, name
+        self._names.require_free(key)
+        self._names.check_targets(targets, tenant_id)
         await self._records.add(key, targets=targets)
         await self._refresh(key)
         return self.get(*key)
 
     async def change_route(self, key: Key, targets: tuple[Target, ...]) -> Registered:
         """Other targets or weights for the next request. Raises MalformedRequest, AdapterNotRegistered."""
-        self._check_targets(targets, key[0])
+        self._names.check_targets(targets, key[0])
         await self._records.change(key, targets=msgspec.to_builtins(targets))
         await self._refresh(key)
         return self.get(*key)
@@ -298,12 +291,7 @@ class Catalogue:
         """Read one name anew."""
         async with self._reloading:
             entry = await self._records.one(key)
-            snapshot = dict(self._snapshot)
-            if entry is None:
-                snapshot.pop(key, None)
-            else:
-                snapshot[key] = entry
-            self._snapshot = snapshot
+            self._names = self._names.changed(key, entry)
 
     async def _arrive(self, key: Key, number: int, uri: str, waits: bool) -> None:
         await self._refresh(key)
@@ -345,21 +333,6 @@ class Catalogue:
         await self._refresh(entry.key)
         return msgspec.structs.replace(version, path=found["path"])
 
-    def _named(self, model: str, caller: Caller) -> tuple[Registered, Version | None] | None:
-        """None where this caller has no such name, or the name no such version."""
-        name, at, wanted = model.partition("@")
-        entry = self._find(name, caller)
-        version = None if entry is None else _version_of(entry, wanted if at else None)
-        if entry is None or (version is None and (at or not entry.targets)):
-            return None
-        return entry, version
-
-    def _find(self, name: str, caller: Caller) -> Registered | None:
-        return self._lookup(caller.tenant_id, name)
-
-    def _lookup(self, tenant_id: str, name: str) -> Registered | None:
-        return self._snapshot.get((tenant_id, name)) or self._snapshot.get((SHARED, name))
-
     def _is_allowed(self, model: str, name: str, caller: Caller) -> bool:
         return caller.policy.may_use(name) or caller.policy.may_use(model)
 
@@ -367,88 +340,8 @@ class Catalogue:
         if not self._is_allowed(model, name, caller):
             raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
 
-    def _target(self, route: Registered, user: str | None) -> tuple[Registered, Version]:
-        """Where a route leads this time. Raises ModelNotFound where the target is gone."""
-        assert route.targets is not None, "it is a route"
-        share = random.random()
-        if user is not None:
-            digest = hashlib.sha256(f"{route.tenant_id}\0{route.name}\0{user}".encode()).digest()
-            share = int.from_bytes(digest[:8]) / 2**64
-        point = share * sum(target.weight for target in route.targets)
-        for target in route.targets:
-            point -= target.weight
-            if point < 0:
-                break
-        name, _, wanted = target.model.partition("@")
-        entry = self._lookup(route.tenant_id, name)
-        version = None if entry is None else _version_of(entry, wanted or None)
-        if entry is None or version is None:
-            raise ModelNotFound(f"The route {route.name!r} leads to {target.model!r}, which is not there.", "model")
-        return entry, version
-
-    def _check_targets(self, targets: tuple[Target, ...], tenant_id: str) -> None:
-        """Raises MalformedRequest, naming the one that is no adapter of the tenant's or a shared one."""
-        for place, target in enumerate(targets):
-            name, _, wanted = target.model.partition("@")
-            entry = self._lookup(tenant_id, name)
-            if entry is None or (entry.targets is None and _version_of(entry, wanted or None) is None):
-                raise MalformedRequest(f"There is no adapter {target.model!r}.", f"targets[{place}].model")
-            if entry.targets is not None:
-                raise MalformedRequest(f"{target.model!r} is a route itself.", f"targets[{place}].model")
-
-    def _route_to(self, entry: Registered) -> Registered | None:
-        """A route that would miss this entry."""
-        return next(
-            (
-                route
-                for route in self._snapshot.values()
-                for target in route.targets or ()
-                if self._lookup(route.tenant_id, target.model.partition("@")[0]) is entry
-            ),
-            None,
-        )
-
-    def _get_adapter(self, key: Key) -> Registered:
-        """Raises AdapterNotRegistered, or MalformedRequest for a route."""
-        entry = self.get(*key)
-        if entry.targets is not None:
-            raise MalformedRequest(f"{key[1]!r} is a route, not an adapter.", "name")
-        return entry
-
     async def _servable(self, key: Key) -> Registered:
         """An adapter whose current version's files are here."""
-        entry = self._get_adapter(key)
+        entry = self._names.adapter(key)
         await self._adapter(entry, entry.shown)
         return self.get(*key)
-
-    def _only_its_own(self, entry: Registered) -> set[str]:
-        """The contents that no other name leads to."""
-        others = {one for other in self._snapshot.values() if other is not entry for one in _contents(other)}
-        return _contents(entry) - others
-
-    def _check_name(self, name: str, tenant_id: str) -> None:
-        if _NAME.fullmatch(name) is None:
-            raise MalformedRequest(
-                f"{name!r} is not a model name: 1 to 128 letters, digits and any of . _ / : - are, "
-                "where no part between slashes is empty or begins with a dot.",
-                "name",
-            )
-        if name == self.base or (tenant_id, name) in self._snapshot:
-            raise AdapterNameTaken(f"There is a model named {name!r} already.", "name")
-
-
-def _contents(entry: Registered) -> set[str]:
-    return {version.adapter_id for version in entry.versions if version.adapter_id}
-
-
-def _version_of(entry: Registered, wanted: str | None) -> Version | None:
-    """The current version; or the one with this number, or the newest whose content's hash begins like this."""
-    if entry.targets is not None:
-        return None
-    if wanted is None:
-        return entry.shown
-    if _NUMBER.fullmatch(wanted):
-        return entry.version(int(wanted))
-    if not _HASH.fullmatch(wanted):
-        return None
-    return next((one for one in reversed(entry.versions) if one.adapter_id.startswith(wanted)), None)
