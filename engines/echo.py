@@ -57,7 +57,7 @@ class EchoEngine:
     """Implements the whole protocol; `step_seconds` is the pause before each token."""
 
     def __init__(self, settings: Settings, step_seconds: float = 0.0) -> None:
-        self._settings = settings
+        self._info = _described(settings)
         self._step_seconds = step_seconds
         self._state: HealthState = "starting"
         self._in_flight: dict[str, GenerateRequest | EmbedRequest] = {}
@@ -80,20 +80,7 @@ class EchoEngine:
         return self.tokenizer
 
     def info(self) -> EngineInfo:
-        return EngineInfo(
-            engine="echo",
-            base_model=self._settings.model.name,
-            architecture="echo",
-            dtype="uint8",
-            device="cpu",
-            vocab_size=EOS + 1,
-            max_model_len=self._settings.model.max_model_len or 4096,
-            num_parameters=0,
-            kv_block_size=1,
-            num_kv_blocks=0,
-            max_lora_rank=self._settings.adapters.max_rank,
-            embedding_width=EMBEDDING_WIDTH,
-        )
+        return self._info
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         return Events(partial(self._answering, request))
@@ -298,6 +285,23 @@ class EchoEngine:
         while self._in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
         self._deaths += 1
+
+
+def _described(settings: Settings) -> EngineInfo:
+    return EngineInfo(
+        engine="echo",
+        base_model=settings.model.name,
+        architecture="echo",
+        dtype="uint8",
+        device="cpu",
+        vocab_size=EOS + 1,
+        max_model_len=settings.model.max_model_len or 4096,
+        num_parameters=0,
+        kv_block_size=1,
+        num_kv_blocks=0,
+        max_lora_rank=settings.adapters.max_rank,
+        embedding_width=EMBEDDING_WIDTH,
+    )
 
 
 class _ByteTokens:

@@ -2,16 +2,15 @@
 
 `Relay` makes frames of an engine's events. Once the response has begun each is written in the very moment in which its
 event comes, unless the client reads too slowly: then frames are kept, and written together as soon as it has read.
-`StreamResponse` is sse-starlette's response on a shorter path: its iterator yields only what could not be written so.
+`StreamResponse` sends what could not be written so, and the end.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from litestar.types import Message, Receive, Scope, Send
 from sse_starlette import EventSourceResponse
-from starlette.types import Message, Scope, Send
-from starlette.types import Receive as StarletteReceive
 
 from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.clients import unless_client_leaves
@@ -117,24 +116,27 @@ class Relay:
         self._connection = connection
         if self._frames and connection.write_at_once(b"".join(self._frames)):
             self._frames.clear()
-            self._written()
+            self.written()
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """What was not written at once, as it comes; an error becomes the last frame."""
-        while True:
-            await self._news.wait()
+    async def unwritten(self) -> tuple[bytes, bool]:
+        """Wait for frames that were not written at once, or for the end: the frames, and whether they are the last.
+
+        An error becomes the last frame. Nothing overtakes them until `written` is called.
+        """
+        while not self._frames and not self._is_over:
             self._news.clear()
-            is_over = self._is_over
-            if self._frames:
-                ready = b"".join(self._frames)
-                self._frames.clear()
-                yield ready
-                self._written()
-            if is_over:
-                break
-        if self._error is not None:
+            await self._news.wait()
+        if self._is_over and self._error is not None:
             report(self._request_id, self._error)
-            yield self._framing.error(self._error)
+            self._frames.append(self._framing.error(self._error))
+        frames = b"".join(self._frames)
+        self._frames.clear()
+        return frames, self._is_over
+
+    def written(self) -> None:
+        """What was waited for is on its way."""
+        self._is_behind = bool(self._frames)
+        self._silence = 0
 
     def fill_silence(self) -> None:
         """Called `_TICKS` times within each silence that is allowed: write a comment where it was one.
@@ -158,7 +160,7 @@ class Relay:
             last = self._end()
             if self._before_end is not None:
                 await self._before_end()
-            self._write(last)
+            self._keep(last)  # one write with the response's end
         except Exception as error:  # noqa: BLE001  the edge between engine and client: whatever it is, the client is told
             self._error = error
             self._on_end(error)
@@ -179,54 +181,64 @@ class Relay:
         if connection is not None and not self._is_behind and connection.write_at_once(frames):
             self._silence = 0
             return
-        self._frames.append(frames)
-        self._is_behind = True
+        self._keep(frames)
         self._news.set()
 
-    def _written(self) -> None:
-        self._is_behind = bool(self._frames)
-        self._silence = 0
+    def _keep(self, frames: bytes) -> None:
+        self._frames.append(frames)
+        self._is_behind = True
 
 
-class StreamResponse(EventSourceResponse):
+def event_source(*, keep_alive_seconds: float, send_timeout_seconds: float) -> EventSourceResponse:
+    """What all streams have in common: headers, and times that make sense. Raises ValueError where they do not."""
+    return EventSourceResponse(iter(()), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
+
+
+class StreamResponse:
     """A relay as a response: comments in silence, a bound on a client that stops reading, abort on disconnect.
 
-    sse-starlette's own runs a task for each of these, and wraps every frame in an event object and a cancel scope.
-    Here one task, the request's, waits for what cannot be written at once, and comments are a timer's.
+    sse-starlette's own runs a task for each of these, wraps every frame in an event object and a cancel scope, and
+    makes its headers anew. Here `common` is its response, made once; one task, the request's, waits for what cannot be
+    written at once, and comments are a timer's.
     """
 
-    def __init__(self, relay: Relay, *, keep_alive_seconds: float, send_timeout_seconds: float) -> None:
-        super().__init__(relay.frames(), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
+    __slots__ = ("_common", "_connection", "_loop", "_next_tick", "_relay")
+
+    def __init__(self, relay: Relay, common: EventSourceResponse) -> None:
         self._relay = relay
+        self._common = common
         self._loop = asyncio.get_running_loop()
 
-    async def __call__(self, scope: Scope, receive: StarletteReceive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = connection_of(scope)
-        self._next_tick = self._loop.call_later(self.ping_interval / _TICKS, self._tick)
+        self._next_tick = self._loop.call_later(self._common.ping_interval / _TICKS, self._tick)
         try:
-            await unless_client_leaves(scope, receive, self._stream_response(send))  # type: ignore[arg-type]
+            await unless_client_leaves(scope, receive, self._respond(send))
         except (ClientLeft, TimeoutError):
             return
         finally:
             self._next_tick.cancel()
             await self._relay.close()
 
-    async def _stream_response(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def _respond(self, send: Send) -> None:
+        headers = self._common.raw_headers
+        await send({"type": "http.response.start", "status": self._common.status_code, "headers": headers})
         if self._connection is not None:
             self._relay.write_to(self._connection)
-        async for frames in self.body_iterator:
-            await self._send_in_time(send, {"type": "http.response.body", "body": frames, "more_body": True})
-        await self._send_in_time(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        is_last = False
+        while not is_last:
+            frames, is_last = await self._relay.unwritten()
+            await self._send_in_time(send, {"type": "http.response.body", "body": frames, "more_body": not is_last})
+            self._relay.written()
 
     async def _send_in_time(self, send: Send, message: Message) -> None:
-        """As sse-starlette's own, with asyncio's clock, and without one where nothing is waited for: it is cheaper."""
+        """No clock where nothing is waited for: it is cheaper."""
         if self._connection is not None and not self._connection.is_full:
             await send(message)
             return
-        async with asyncio.timeout(self.send_timeout):
+        async with asyncio.timeout(self._common.send_timeout):
             await send(message)
 
     def _tick(self) -> None:
         self._relay.fill_silence()
-        self._next_tick = self._loop.call_later(self.ping_interval / _TICKS, self._tick)
+        self._next_tick = self._loop.call_later(self._common.ping_interval / _TICKS, self._tick)

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraplex.engines.errors import ModelNotServable
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _GIB = 2**30
+# What `quant_method` calls the forms whose weights transformers unpacks as it reads them: everywhere, and on a CPU.
+_UNPACKED = {"compressed-tensors"}
+_UNPACKED_ON_CPU = {*_UNPACKED, "fp8", "mxfp4"}
 
 
 def free_bytes(device: torch.device, cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
@@ -33,7 +38,8 @@ def free_bytes(device: torch.device, cgroup: Path = _CGROUP, meminfo: Path = _ME
 
 def require_room_for_weights(directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
     """Raises ModelNotServable where the checkpoint, in `dtype` or the type it is stored in, exceeds what is free."""
-    needed, free = weight_bytes(directory, dtype), free_bytes(device)
+    free = free_bytes(device)
+    needed = max(weight_bytes(directory, dtype), unpacked_bytes(directory, dtype, device))
     if needed > free:
         raise ModelNotServable(
             f"the weights in {directory} take {needed / _GIB:.1f} GiB in memory, and {free / _GIB:.1f} GiB are free on "
@@ -53,6 +59,20 @@ def weight_bytes(directory: Path, dtype: torch.dtype | None) -> int:
                 itemsize = dtype.itemsize if dtype is not None and is_wide_float else stored
                 total += int(torch.Size(part.get_shape()).numel() * itemsize)
     return total
+
+
+def unpacked_bytes(directory: Path, dtype: torch.dtype | None, device: torch.device) -> int:
+    """Size in memory of a quantised checkpoint that is unpacked as it is read. 0 of any other, or if that fails."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        quantised = getattr(config, "quantization_config", None) or {}
+        if quantised.get("quant_method") not in (_UNPACKED_ON_CPU if device.type == "cpu" else _UNPACKED):
+            return 0
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, ImportError):  # whoever reads the model says why it cannot be read
+        return 0
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _itemsize(name: str) -> float:

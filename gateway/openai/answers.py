@@ -24,7 +24,7 @@ from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
 from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.replies import EncodedJson
-from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, together
+from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, event_source, together
 
 
 class Asked(Protocol):
@@ -91,6 +91,9 @@ class Answers:
         self._metrics = metrics
         self._server = server
         self._prompt_log = prompt_log
+        self._event_source = event_source(
+            keep_alive_seconds=server.keep_alive_seconds, send_timeout_seconds=server.send_timeout_seconds
+        )
 
     async def respond(
         self,
@@ -162,11 +165,7 @@ class Answers:
         except BaseException:
             await relay.close()
             raise
-        return StreamResponse(  # type: ignore[return-value]  # an ASGI app of Starlette's types
-            relay,
-            keep_alive_seconds=self._server.keep_alive_seconds,
-            send_timeout_seconds=self._server.send_timeout_seconds,
-        )
+        return StreamResponse(relay, self._event_source)
 
 
 def _cut(event: TokenEvent) -> TokenEvent:

@@ -18,7 +18,7 @@ from loraplex.gateway.speech.speech import Speech
 
 LARGE_BODY = 65_536  # bytes; where a smaller one is read and checked in a few milliseconds, a larger one is in a thread
 LONG_TEXT = 16_384  # characters; a shorter text is tokens in a few milliseconds, a longer one is made so in a thread
-_MANY_MESSAGES = 256  # take as long however short they are
+MANY_MESSAGES = 256  # take as long however short they are
 _TAIL = 16  # tokens; the end of a prompt that may hold the tag that begins the reasoning
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
 
@@ -81,7 +81,7 @@ class Dialogue:
     @property
     def is_long(self) -> bool:
         """Whether the prompt is to be encoded in a thread."""
-        is_long = self._is_large or len(self._messages) > _MANY_MESSAGES or self.num_characters > LONG_TEXT
+        is_long = self._is_large or len(self._messages) > MANY_MESSAGES or self.num_characters > LONG_TEXT
         return is_long or self.tokenizer.renders_apart
 
     def encode(self) -> list[int]:

@@ -1,7 +1,7 @@
 """POST /v1/responses, and what was stored of earlier ones."""
 
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from litestar import Request, delete, get, post
@@ -14,17 +14,17 @@ from loraplex.config.settings import Model
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest
 from loraplex.gateway.catalogue import Catalogue, Route
-from loraplex.gateway.decoding import Body
+from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.guards import caller_of, inference_post, require_inference
 from loraplex.gateway.openai.answers import Answers
-from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.dialogue import LARGE_BODY, MANY_MESSAGES, Dialogue
 from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
 from loraplex.gateway.openai.responses_items import InputItem, listed
 from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
 from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import chat_requests, tokenizer_for
+from loraplex.gateway.prompts import apart, chat_requests, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.sse import Framing
 
@@ -57,28 +57,32 @@ def response_routes(
 ) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    async def prepared(
-        body: ResponseRequest, response_id: str, caller: Caller
-    ) -> tuple[Dialogue, list[GenerateRequest]]:
-        route = await catalogue.route(body.model, caller)
-        earlier = await store.conversation(caller, body.previous_response_id)
-        make = _Prompting(body, response_id, route, caller, engine, model)
-        return await (make.cut(earlier) if body.truncation == "auto" else make.whole(earlier))
+    async def asked(request: Request[Any, Any, Any]) -> "_Asked":
+        raw = await read(request)
+        body, is_large = _body.told(request, raw), len(raw) > LARGE_BODY
+        await apart(body.check, is_long=is_large)
+        return _Asked(body, is_large)
+
+    async def prepared(asked: "_Asked", response_id: str, caller: Caller) -> tuple[Dialogue, list[GenerateRequest]]:
+        route = await catalogue.route(asked.body.model, caller)
+        earlier = await store.conversation(caller, asked.body.previous_response_id)
+        make = _Prompting(asked, response_id, route, caller, engine, model)
+        return await (make.cut(earlier) if asked.body.truncation == "auto" else make.whole(earlier))
 
     @inference_post("/v1/responses")
     async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        body = await _body.of(request)
-        body.check()
+        body, is_large = said = await asked(request)
         caller = caller_of(request)
         response_id = f"resp_{secrets.token_hex(24)}"
         with named_as_asked():
-            dialogue, choices = await prepared(body, response_id, caller)
+            dialogue, choices = await prepared(said, response_id, caller)
             tier = granted_tier(body.service_tier, caller)
             wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), dialogue.tokenizer)
 
             async def keep() -> None:
                 if body.store is not False:
-                    stored = StoredResponse(msgspec.json.encode(wire.response), [listed(item) for item in body.items])
+                    items = await apart(lambda: [listed(item) for item in body.items], is_long=is_large)
+                    stored = StoredResponse(msgspec.json.encode(wire.response), items)
                     await store.save(caller, response_id, stored, body.previous_response_id)
 
             framing = Framing(b"", wire.error)
@@ -86,10 +90,9 @@ def response_routes(
 
     @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
-        body = await _body.of(request)
-        body.check()
+        said = await asked(request)
         with named_as_asked():
-            _, choices = await prepared(body, "count", caller_of(request))
+            _, choices = await prepared(said, "count", caller_of(request))
         return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
 
     return [create_response, count_input_tokens, *_stored_routes(store)]
@@ -129,13 +132,20 @@ def _stored_routes(store: ResponseStore) -> list[HTTPRouteHandler]:
     return [retrieve_response, delete_response, cancel_response, compact_response, list_input_items]
 
 
+class _Asked(NamedTuple):
+    """A request's body, and whether it was large: then whatever passes over all of it does so in a thread."""
+
+    body: ResponseRequest
+    is_large: bool
+
+
 class _Prompting:
     """One response's prompt, of all that was said or of what the context holds of it."""
 
     def __init__(
-        self, body: ResponseRequest, response_id: str, route: Route, caller: Caller, engine: Engine, model: Model
+        self, asked: _Asked, response_id: str, route: Route, caller: Caller, engine: Engine, model: Model
     ) -> None:
-        self._body = body
+        self._body, self._is_large = asked
         self._response_id = response_id
         self._route = route
         self._caller = caller
@@ -145,7 +155,12 @@ class _Prompting:
     async def whole(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
         """Raises PromptTooLong and what chat requests raise, naming the chat's fields."""
         tokenizer = await tokenizer_for(self._route, self._engine)
-        dialogue = Dialogue(self._body.chat(earlier), tokenizer, self._model)
+        is_large = self._is_large or len(earlier) > MANY_MESSAGES
+
+        def made() -> Dialogue:
+            return Dialogue(self._body.chat(earlier), tokenizer, self._model, is_large=is_large)
+
+        dialogue = await apart(made, is_long=is_large)
         choices = await chat_requests(dialogue, self._response_id, self._route, self._caller, self._engine)
         return dialogue, choices
 
@@ -172,7 +187,7 @@ class _Prompting:
 
     async def _from(self, items: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
         prompting = _Prompting(
-            msgspec.structs.replace(self._body, input=items),
+            _Asked(msgspec.structs.replace(self._body, input=items), self._is_large or len(items) > MANY_MESSAGES),
             self._response_id,
             self._route,
             self._caller,

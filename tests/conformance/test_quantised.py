@@ -29,6 +29,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.native.memory import unpacked_bytes
 from loraplex.engines.protocol import Adapter
 
 COMPRESSED = ("compressed_tensors",)
@@ -122,6 +123,9 @@ def test_quantised_base_with_adapters_gives_what_its_dequantised_weights_give(fo
     assert len(weights) >= 2 * config.num_hidden_layers
     reference: Any = AutoModelForCausalLM.from_pretrained(plain)
     assert not any(torch.equal(weight, reference.get_parameter(name)) for name, weight in weights.items())
+    is_dense = form.needs == COMPRESSED or not form.needs
+    dense_bytes = sum(parameter.nbytes for parameter in reference.parameters())
+    assert unpacked_bytes(quantised, torch.float32, torch.device("cpu")) == (dense_bytes if is_dense else 0)
     with torch.no_grad():
         for name, weight in weights.items():
             reference.get_parameter(name).copy_(weight)

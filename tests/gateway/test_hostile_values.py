@@ -16,6 +16,7 @@ from loraplex.engines.matching import MAX_SOURCE_CHARACTERS
 from loraplex.engines.protocol import GenerateRequest
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import Dialogue
+from loraplex.gateway.openai.responses_request import ResponseRequest
 
 GOOD: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
 BEGINNING = b'{"model":"echo-base","messages":[{"role":"user","content":"hi"}],'
@@ -137,24 +138,48 @@ def test_large_body_is_worked_on_where_it_holds_up_no_stream(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], is_apart: bool
 ) -> None:
     """100,000 messages without a text took a second of the event loop."""
-    loop = asyncio.run_coroutine_threadsafe(here(), gateway.loop).result(10)
-    threads = []
+    threads = noted(monkeypatch, (ChatRequest, "check"), (Dialogue, "__init__"), (Dialogue, "encode"))
+    assert post(gateway, json.dumps({**GOOD, "max_tokens": 1, **changes}).encode()).status_code in (200, 400)
+    assert len(threads) == 3
+    assert {thread != loop_of(gateway) for thread in threads} == {is_apart}
 
-    def noted(work: Callable[..., Any]) -> Callable[..., Any]:
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/responses/input_tokens"])
+@pytest.mark.parametrize(("num_items", "is_apart"), [(1, False), (20_000, True)])
+def test_long_conversation_is_worked_on_where_it_holds_up_no_stream(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, route: str, num_items: int, is_apart: bool
+) -> None:
+    threads = noted(
+        monkeypatch, (ResponseRequest, "check"), (ResponseRequest, "chat"), (Dialogue, "__init__"), (Dialogue, "encode")
+    )
+    body: dict[str, Any] = {"model": GOOD["model"], "input": [{"role": "user", "content": ""}] * num_items}
+    body["input"][-1] = {"role": "user", "content": "a"}
+    with gateway.client() as client:
+        assert client.post(route, content=json.dumps(body).encode()).status_code in (200, 400)
+    assert len(threads) == 4
+    assert {thread != loop_of(gateway) for thread in threads} == {is_apart}
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[type, str]) -> list[int]:
+    """The threads in which these are called from now on."""
+    threads: list[int] = []
+
+    def noting(work: Callable[..., Any]) -> Callable[..., Any]:
         def note(*arguments: Any, **options: Any) -> Any:
             threads.append(threading.get_ident())
             return work(*arguments, **options)
 
         return note
 
-    monkeypatch.setattr(ChatRequest, "check", noted(ChatRequest.check))
-    monkeypatch.setattr(Dialogue, "__init__", noted(Dialogue.__init__))
-    monkeypatch.setattr(Dialogue, "encode", noted(Dialogue.encode))
-    assert post(gateway, json.dumps({**GOOD, "max_tokens": 1, **changes}).encode()).status_code in (200, 400)
-    assert len(threads) == 3
-    assert {thread != loop for thread in threads} == {is_apart}
+    for owner, name in functions:
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    return threads
 
 
-async def here() -> int:
-    """The thread of the loop."""
-    return threading.get_ident()
+def loop_of(gateway: Gateway) -> int:
+    """The thread of its event loop."""
+
+    async def here() -> int:
+        return threading.get_ident()
+
+    return asyncio.run_coroutine_threadsafe(here(), gateway.loop).result(10)

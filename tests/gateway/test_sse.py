@@ -1,13 +1,11 @@
-"""Relays and the response that overrides a private method of sse-starlette."""
+"""Relays: frames that are ready together, the first error, the end."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
-from sse_starlette import EventSourceResponse
 
 from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import TokenEvent
@@ -43,16 +41,11 @@ def relay_of(*choices: AsyncIterator[TokenEvent]) -> Relay:
     )
 
 
-def test_what_is_overridden_and_used_of_sse_starlette_still_exists() -> None:
-    assert list(inspect.signature(EventSourceResponse._stream_response).parameters) == ["self", "send"]
-    assert "self._stream_response(send)" in inspect.getsource(EventSourceResponse.__call__)
-
-
 async def test_frames_that_are_ready_together_come_together() -> None:
     relay = relay_of(events(["a", "b", "c"]))
     await relay.begin(1.0)
     await asyncio.sleep(0.01)
-    assert [frames async for frames in relay.frames()] == [b"0a;0b;0c;end"]
+    assert await relay.unwritten() == (b"0a;0b;0c;end", True)
 
 
 async def test_begin_error_before_the_first_frame_is_raised() -> None:
@@ -64,9 +57,11 @@ async def test_begin_error_before_the_first_frame_is_raised() -> None:
 async def test_error_after_frames_is_the_last_frame() -> None:
     relay = relay_of(events(["a"], EngineDied("gone")))
     await relay.begin(1.0)
-    last = [frames async for frames in relay.frames()][-1]
-    assert b'"code":"engine_died"' in last
-    assert b"end" not in last
+    frames, is_last = await relay.unwritten()
+    assert frames.startswith(b"0a;data: ")
+    assert b'"code":"engine_died"' in frames
+    assert b"end" not in frames
+    assert is_last
 
 
 async def test_begin_waits_no_longer_than_told() -> None:

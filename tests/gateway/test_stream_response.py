@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.connections import Connection
-from loraplex.gateway.sse import DONE, Relay, StreamResponse
+from loraplex.gateway.sse import DONE, Relay, StreamResponse, event_source
 
 SCOPE: Any = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -57,7 +55,7 @@ class Tap:
 
 def response_of(tap: Tap, *, keep_alive: float = 3600, send_timeout: float = 3600) -> StreamResponse:
     relay = Relay([tap.generate], lambda number, event: f"data: {event.text}\n\n".encode(), lambda: DONE)
-    return StreamResponse(relay, keep_alive_seconds=keep_alive, send_timeout_seconds=send_timeout)
+    return StreamResponse(relay, event_source(keep_alive_seconds=keep_alive, send_timeout_seconds=send_timeout))
 
 
 async def settle() -> None:
@@ -77,8 +75,8 @@ async def test_tokens_that_are_there_together_are_one_write_and_later_ones_anoth
     assert wire.writes[1:] == [b"data: d\n\n"]
     tap.texts.put_nowait(None)
     await answering
-    assert wire.writes[2:] == [DONE, b""]
-    assert [message.get("more_body") for message in wire.messages[1:]] == [True, True, True, False]
+    assert wire.writes[2:] == [DONE]
+    assert [message.get("more_body") for message in wire.messages[1:]] == [True, True, False]
 
 
 async def test_head_says_event_stream_and_comes_first() -> None:
@@ -113,7 +111,7 @@ async def test_client_that_leaves_closes_the_choice() -> None:
     wire.gone.set()
     await asyncio.wait_for(answering, 1)
     assert tap.was_closed
-    assert b"" not in wire.writes
+    assert wire.messages[-1]["more_body"] is True
 
 
 async def test_client_that_stalls_closes_the_choice_after_the_timeout() -> None:
@@ -136,19 +134,18 @@ async def test_client_that_stalls_at_a_comment_closes_the_choice_after_the_timeo
     tap.texts.put_nowait(None)
     await asyncio.wait_for(answering, 1)
     assert tap.was_closed
-    assert b"" not in wire.writes
+    assert wire.messages[-1]["more_body"] is True
 
 
-@pytest.mark.parametrize("last", [DONE, b""])
-async def test_client_that_stalls_at_the_end_is_let_go_after_the_timeout(last: bytes) -> None:
-    tap, wire = Tap(), Wire(stall_at=last)
+async def test_client_that_stalls_at_the_end_is_let_go_after_the_timeout() -> None:
+    tap, wire = Tap(), Wire(stall_at=DONE)
     answering = asyncio.create_task(response_of(tap, send_timeout=0.05)(SCOPE, wire.receive, wire.send))
     tap.texts.put_nowait("a")
     await settle()
     assert wire.writes == [b"data: a\n\n"]
     tap.texts.put_nowait(None)
     await asyncio.wait_for(answering, 1)
-    assert wire.writes[-1] == last
+    assert wire.writes[-1] == DONE
 
 
 async def test_error_is_the_last_frame_and_the_response_ends_properly() -> None:
@@ -156,8 +153,7 @@ async def test_error_is_the_last_frame_and_the_response_ends_properly() -> None:
     tap.texts.put_nowait("a")
     tap.texts.put_nowait(EngineDied("gone"))
     await response_of(tap)(SCOPE, wire.receive, wire.send)
-    assert wire.writes[-1] == b""
-    assert wire.writes[-2].startswith(b'data: {"error":{"message":"gone"')
+    assert wire.writes[-1].startswith(b'data: a\n\ndata: {"error":{"message":"gone"')
     assert wire.messages[-1]["more_body"] is False
 
 
@@ -225,8 +221,8 @@ async def test_frames_are_written_at_once_when_the_server_can() -> None:
     assert wire.writes == []
     tap.texts.put_nowait(None)
     await answering
-    assert wire.written == [b"data: a\n\n", b"data: b\n\n", DONE, b""]
-    assert wire.writes == [b""]
+    assert wire.written == [b"data: a\n\n", b"data: b\n\n", DONE]
+    assert wire.writes == [DONE]
     assert not wire.watchers
 
 
