@@ -89,9 +89,10 @@ def _biased(kind: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
 def _modules_to_save(model: PreTrainedModel) -> dict[str, Any]:
     """The head, and the norms of one name."""
     head = _name_of(model, model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    norms = sorted({name.rpartition(".")[2] for name, layer in model.named_modules()
-                    if "norm" in type(layer).__name__.lower() and list(layer.parameters(recurse=False))})  # fmt: skip
-    return {**attention_only(model), "modules_to_save": [head.rpartition(".")[2], *norms[:1]]}
+    norms = {name.rpartition(".")[2] for name, layer in model.named_modules()
+             if "norm" in type(layer).__name__.lower() and list(layer.parameters(recurse=False))}  # fmt: skip
+    named = sorted(name for name in norms if not name.isdigit())  # a place in a list would name other modules too
+    return {**attention_only(model), "modules_to_save": [head.rpartition(".")[2], *named[:1]]}
 
 
 def _saved_embeddings(model: PreTrainedModel) -> dict[str, Any]:

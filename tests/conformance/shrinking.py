@@ -58,6 +58,20 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "bamba": {"mamba_n_heads": 8},
+    "longcat_flash": {"head_dim": _SIZES["qk_rope_head_dim"]},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+    },
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "llama4_text": {"attention_chunk_size": _SIZES["max_position_embeddings"]},  # served as far as one chunk goes
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 32)},
 }
 
@@ -89,6 +103,8 @@ def _small_values(config: PretrainedConfig) -> dict[str, Any]:
             # Granite's default, which no checkpoint keeps. Scores get so large (60) that the rounding of float32 alone
             # moves transformers itself 1.5e-4 away from float64 (`test_float64.py`).
             values[name] = 0.2
+        elif isinstance(value, list) and value and num_layers and value == list(range(num_layers)):
+            values[name] = value[:LAYERS]  # the places of layers, here of all
         elif isinstance(value, list) and value and num_layers and len(value) == num_layers:
             values[name] = _of_every_kind([_SIZES[name]] * num_layers if name in _SIZES else value)
         elif name.endswith("token_id") and isinstance(value, int):
