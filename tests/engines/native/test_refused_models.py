@@ -45,6 +45,18 @@ def test_falcon_with_alibi_is_refused_and_without_it_served(tmp_path: Path) -> N
         load(tmp_path / "alibi")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_attention_in_chunks_is_refused_beyond_one_and_served_within(tmp_path: Path) -> None:
+    config = tiny_config("llama4_text")
+    config.attention_chunk_size = 64
+    make_base(config, tmp_path / "within")
+    load(tmp_path / "within")
+    config.attention_chunk_size = 63
+    make_base(config, tmp_path / "beyond")
+    with pytest.raises(ModelNotServable, match="attention in chunks of 63 tokens is not served; set model"):
+        load(tmp_path / "beyond")
+
+
 # what the checkpoint says, what transformers says it lacks, and where it asks whether that is there
 QUANTISED: dict[str, tuple[dict[str, Any], str, str]] = {
     "awq": (
