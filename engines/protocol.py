@@ -184,8 +184,9 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
     end-of-sequence token included. `step` is the number of the engine step that made the last of them.
-    `num_cached_tokens` of the prompt came from the prefix cache. `logprobs`, if asked for, has one entry a token;
-    `prompt_logprobs`, on a request's first event, one a token of the prompt, None for its first.
+    `num_cached_tokens` of the prompt came from the prefix cache; `queue_seconds` passed until a step took the request
+    up. `logprobs`, if asked for, has one entry a token; `prompt_logprobs`, on a request's first event, one a token of
+    the prompt, None for its first.
     """
 
     request_id: str
@@ -194,6 +195,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 

@@ -57,6 +57,7 @@ class Answer:
             step=step,
             finish_reason="stop" if detokenizer.is_stopped else finish,
             num_cached_tokens=token.num_cached_tokens,
+            queue_seconds=token.queue_seconds,
             logprobs=(token.logprobs,) if token.logprobs is not None else (),
             prompt_logprobs=(None, *token.prompt_logprobs) if token.prompt_logprobs else (),
         )

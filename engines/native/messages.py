@@ -112,6 +112,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    queue_seconds: float
     logprobs: TokenLogprobs | None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 

@@ -248,9 +248,9 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        if not sequence.was_admitted:
-            sequence.was_admitted = True
-            self.wait_durations.add(self._clock() - sequence.arrival)
+        if sequence.queue_seconds is None:
+            sequence.queue_seconds = self._clock() - sequence.arrival
+            self.wait_durations.add(sequence.queue_seconds)
             sequence.num_cached_tokens = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed
             self.waiting.charge(sequence, INPUT_COST * sequence.num_prompt_tokens)

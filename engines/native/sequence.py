@@ -44,9 +44,10 @@ class Constraint(Protocol):
 class Sequence:
     """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
 
-    `num_cached_tokens` of the prompt were found in the prefix cache at the first admission. Its adapters are active
-    from the positions `starts` on (an activated LoRA from its invocation); what lies before is the base's.
-    `prompt_logprobs`, where asked for, are those of the prompt's tokens from the second on, as far as computed.
+    `num_cached_tokens` of the prompt were found in the prefix cache at the first admission, and `queue_seconds` had
+    passed since its arrival; None before. Its adapters are active from the positions `starts` on (an activated LoRA
+    from its invocation); what lies before is the base's. `prompt_logprobs`, where asked for, are those of the prompt's
+    tokens from the second on, as far as computed.
     With a grammar it waits for its `constraint`. With a `pool` it is there for an embedding: it never samples, and is
     over when the pool has all it needs.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
@@ -61,7 +62,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
     num_cached_tokens: int = 0
-    was_admitted: bool = False
+    queue_seconds: float | None = None
     starts: tuple[int, ...] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
@@ -74,6 +75,10 @@ class Sequence:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.starts = (0,) * len(self.request.parts)
+
+    @property
+    def was_admitted(self) -> bool:
+        return self.queue_seconds is not None
 
     def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The prefix-cache keys of the first `num_blocks` blocks, which must be full of known tokens."""

@@ -161,6 +161,7 @@ def _stepped(step: int, emissions: list[Emission]) -> Stepped:
             s.token_id,
             e.finish_reason,
             e.sequence.num_cached_tokens,
+            e.sequence.queue_seconds or 0.0,
             s.logprobs,
             e.prompt_logprobs,
         )

@@ -11,11 +11,12 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Stopwatch:
-    """When a request came, was found good, and had its first and its last token; seconds of a clock without a date."""
+    """When a request came, was found good, and had its first token, by a clock without a date; seconds in the queue."""
 
     def __init__(self) -> None:
         self.began = self.validated_at = time.perf_counter()
         self.first_token_at: float | None = None
+        self.queue_seconds = 0.0
 
     def validated(self) -> None:
         self.validated_at = time.perf_counter()
@@ -24,6 +25,7 @@ class Stopwatch:
         """An event of a choice has come."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
+            self.queue_seconds = event.queue_seconds
 
 
 def stream_headers(inputs: str, parameters: Parameters, info: EngineInfo) -> Headers:
@@ -43,15 +45,16 @@ def stream_headers(inputs: str, parameters: Parameters, info: EngineInfo) -> Hea
 
 
 def whole_headers(watch: Stopwatch, answer: Answer, num_prompt_tokens: int) -> Headers:
-    """What is known after it. The time of inference begins when the engine has the request."""
+    """What is known after it. The time of inference begins when a step takes the request up."""
     now = time.perf_counter()
     first = now if watch.first_token_at is None else watch.first_token_at
-    total, inference = now - watch.began, now - watch.validated_at
+    total, inference = now - watch.began, now - watch.validated_at - watch.queue_seconds
     return _encoded(
         {
             "x-compute-time": _ms(total),
             "x-total-time": _ms(total),
             "x-validation-time": _ms(watch.validated_at - watch.began),
+            "x-queue-time": _ms(watch.queue_seconds),
             "x-inference-time": _ms(inference),
             "x-time-per-token": _ms(inference / max(answer.num_tokens, 1)),
             "x-time-to-first-token": _ms(first - watch.began),

@@ -113,6 +113,8 @@ async def test_five_adapters_share_steps_and_match_peft(engine: NativeEngine, sm
         assert token_ids(events) == small.oracle.greedy(list(PROMPT), 40, adapter)
         assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
         assert events[-1].finish_reason in ("stop", "length")
+        assert {event.queue_seconds for event in events} == {events[0].queue_seconds}
+        assert 0 < events[0].queue_seconds < 60
     shared = set.intersection(*({event.step for event in events} for events in streams))
     assert len(shared) >= min(len(events) for events in streams) / 2  # the first may begin before the last arrives
 

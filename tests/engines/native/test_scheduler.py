@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import cycle
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bench import BLOCK, Bench, place
@@ -102,6 +103,21 @@ def test_cold_adapter_begins_in_bounded_time_however_others_come(
         if cold.was_admitted:
             break
         assert num_steps <= bound
+
+
+def test_queue_seconds_are_those_until_the_first_admission_and_stay() -> None:
+    bench = Bench(num_blocks=4, budget=16)
+    old, young = bench.add(7, max_tokens=6, adapter="cold"), bench.add(7, max_tokens=6)
+    bench.now = young.arrival + 0.5
+    bench.step()
+    assert (old.queue_seconds, young.queue_seconds) == (None, pytest.approx(0.5))
+    bench.now = old.arrival + 1.5
+    place(bench.residency, "cold", 10)
+    while bench.scheduler.has_work:
+        bench.step()
+        bench.now += 1.0
+    assert bench.scheduler.num_preemptions
+    assert (old.queue_seconds, young.queue_seconds) == (pytest.approx(1.5), pytest.approx(0.5))
 
 
 def test_running_sequence_holds_its_adapter_until_it_ends() -> None:

@@ -359,7 +359,7 @@ def test_headers_tell_what_was_used_and_how_long_it_took(gateway: Gateway) -> No
     assert headers["x-compute-type"] == "cpu"
     counts = [headers[f"x-{name}-tokens"] for name in ("prompt", "generated", "skipped", "total")]
     assert counts == ["4", "2", "0", "6"]
-    names = ("compute-time", "total-time", "validation-time", "inference-time", "time-per-token",
+    names = ("compute-time", "total-time", "validation-time", "queue-time", "inference-time", "time-per-token",
              "time-to-first-token", "time-per-output-token")  # fmt: skip
     assert all(0 <= int(headers[f"x-{name}"]) < 60_000 for name in names)
     streamed = post(gateway, "/generate_stream", "abc").headers
