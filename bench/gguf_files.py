@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
@@ -44,7 +45,8 @@ def write_base(name: str, base: Path) -> Path:
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])  # type: ignore[index]
+    rope: Any = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
     _add_tokenizer(writer, shape.vocab)
     for key, tensor in load_file(base / "model.safetensors").items():
         layer, module = _place(key.removesuffix(".weight"))

@@ -201,11 +201,12 @@ def plot(results: dict[str, dict[int, float]], path: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # the same figures give the same file
     pyplot.rcParams.update({"svg.hashsalt": "loraplex", "font.size": 9, "text.color": INK, "axes.edgecolor": LINE})
-    figure, plots = pyplot.subplots(2, 3, figsize=(11, 6.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
+    figure, plots = pyplot.subplots(2, 3, figsize=(11, 6.6), layout=layout)
     for place in plots.flat[len(results) :]:
         place.remove()
     for place, (axis, found) in zip(plots.flat, results.items(), strict=False):

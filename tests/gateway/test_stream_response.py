@@ -190,7 +190,7 @@ class FastWire(Connection, Wire):
         self.is_full = False
         self.was_read = asyncio.Event()
         self.written: list[bytes] = []  # in the order in which the client sees it
-        self.scope = {**SCOPE, "extensions": {"loraplex.connection": {"it": self}}}
+        self.scope: Any = {**SCOPE, "extensions": {"loraplex.connection": {"it": self}}}
 
     def write_at_once(self, body: bytes) -> bool:
         if not self.is_full:

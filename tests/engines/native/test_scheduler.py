@@ -110,14 +110,15 @@ def test_queue_seconds_are_those_until_the_first_admission_and_stay() -> None:
     old, young = bench.add(7, max_tokens=6, adapter="cold"), bench.add(7, max_tokens=6)
     bench.now = young.arrival + 0.5
     bench.step()
-    assert (old.queue_seconds, young.queue_seconds) == (None, pytest.approx(0.5))
+    assert old.queue_seconds is None
+    assert young.queue_seconds == pytest.approx(0.5)
     bench.now = old.arrival + 1.5
     place(bench.residency, "cold", 10)
     while bench.scheduler.has_work:
         bench.step()
         bench.now += 1.0
     assert bench.scheduler.num_preemptions
-    assert (old.queue_seconds, young.queue_seconds) == (pytest.approx(1.5), pytest.approx(0.5))
+    assert [sequence.queue_seconds for sequence in (old, young)] == pytest.approx([1.5, 0.5])
 
 
 def test_running_sequence_holds_its_adapter_until_it_ends() -> None:
