@@ -3,18 +3,20 @@
 import asyncio
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
+from litestar import Request
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.catalogue import Route
+from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
+from loraplex.gateway.openai.dialogue import LARGE_BODY, LONG_TEXT, Dialogue
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -22,6 +24,26 @@ MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 T = TypeVar("T")
+
+
+class Checked(Protocol):
+    """A body that refuses what its types cannot."""
+
+    def check(self) -> None: ...
+
+
+C = TypeVar("C", bound=Checked)
+
+
+async def checked(body: Body[C], request: Request[Any, Any, Any]) -> tuple[C, bool]:
+    """What a request's body says, and whether it is large: what passes over all of it then belongs in a thread.
+
+    Raises what `Body.of` and the body's `check` raise.
+    """
+    raw = await read(request)
+    said, is_large = body.told(request, raw), len(raw) > LARGE_BODY
+    await apart(said.check, is_long=is_large)
+    return said, is_large
 
 
 async def chat_requests(

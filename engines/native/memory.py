@@ -65,12 +65,13 @@ def unpacked_bytes(directory: Path, dtype: torch.dtype | None, device: torch.dev
     """Size in memory of a quantised checkpoint that is unpacked as it is read. 0 of any other, or if that fails."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        quantised = getattr(config, "quantization_config", None) or {}
-        if quantised.get("quant_method") not in (_UNPACKED_ON_CPU if device.type == "cpu" else _UNPACKED):
+        quantised = getattr(config, "quantization_config", None)
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method not in (_UNPACKED_ON_CPU if device.type == "cpu" else _UNPACKED):
             return 0
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError, ImportError):  # whoever reads the model says why it cannot be read
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):  # its reader says why
         return 0
     return sum(parameter.nbytes for parameter in model.parameters())
 

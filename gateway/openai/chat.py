@@ -11,15 +11,15 @@ from litestar.types import ASGIApp
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.decoding import Body, read
+from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat_stream import ChatWire, SpokenWire
 from loraplex.gateway.openai.chat_wire import ChatRequest
-from loraplex.gateway.openai.dialogue import LARGE_BODY, Dialogue
+from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import apart, chat_requests, tokenizer_for
+from loraplex.gateway.prompts import apart, chat_requests, checked, tokenizer_for
 
 _body = Body(ChatRequest)
 
@@ -29,9 +29,7 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: M
 
     @inference_post("/v1/chat/completions")
     async def create_chat_completion(request: Request[Any, Any, Any]) -> ASGIApp:
-        raw = await read(request)
-        body, is_large = _body.told(request, raw), len(raw) > LARGE_BODY
-        await apart(body.check, is_long=is_large)
+        body, is_large = await checked(_body, request)
         caller = caller_of(request)
         route = await route_of(body, caller, catalogue)
         tokenizer = await tokenizer_for(route, engine)

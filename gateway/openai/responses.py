@@ -14,17 +14,17 @@ from loraplex.config.settings import Model
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest
 from loraplex.gateway.catalogue import Catalogue, Route
-from loraplex.gateway.decoding import Body, read
+from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.guards import caller_of, inference_post, require_inference
 from loraplex.gateway.openai.answers import Answers
-from loraplex.gateway.openai.dialogue import LARGE_BODY, MANY_MESSAGES, Dialogue
+from loraplex.gateway.openai.dialogue import MANY_MESSAGES, Dialogue
 from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
 from loraplex.gateway.openai.responses_items import InputItem, listed
 from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
 from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import apart, chat_requests, tokenizer_for
+from loraplex.gateway.prompts import apart, chat_requests, checked, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.sse import Framing
 
@@ -57,12 +57,6 @@ def response_routes(
 ) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    async def asked(request: Request[Any, Any, Any]) -> "_Asked":
-        raw = await read(request)
-        body, is_large = _body.told(request, raw), len(raw) > LARGE_BODY
-        await apart(body.check, is_long=is_large)
-        return _Asked(body, is_large)
-
     async def prepared(asked: "_Asked", response_id: str, caller: Caller) -> tuple[Dialogue, list[GenerateRequest]]:
         route = await catalogue.route(asked.body.model, caller)
         earlier = await store.conversation(caller, asked.body.previous_response_id)
@@ -71,11 +65,11 @@ def response_routes(
 
     @inference_post("/v1/responses")
     async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        body, is_large = said = await asked(request)
+        body, is_large = asked = _Asked(*await checked(_body, request))
         caller = caller_of(request)
         response_id = f"resp_{secrets.token_hex(24)}"
         with named_as_asked():
-            dialogue, choices = await prepared(said, response_id, caller)
+            dialogue, choices = await prepared(asked, response_id, caller)
             tier = granted_tier(body.service_tier, caller)
             wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), dialogue.tokenizer)
 
@@ -90,9 +84,9 @@ def response_routes(
 
     @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
-        said = await asked(request)
+        asked = _Asked(*await checked(_body, request))
         with named_as_asked():
-            _, choices = await prepared(said, "count", caller_of(request))
+            _, choices = await prepared(asked, "count", caller_of(request))
         return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
 
     return [create_response, count_input_tokens, *_stored_routes(store)]

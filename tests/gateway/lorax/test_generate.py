@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from support.flat import assert_flat
 from support.gateway import BASE, Gateway
 
+from loraplex.engines.echo_speech import Speech
 from loraplex.engines.protocol import GenerateRequest
 
 CLIENTS_NULLS: dict[str, Any] = dict.fromkeys(
@@ -365,6 +367,12 @@ def test_headers_tell_what_was_used_and_how_long_it_took(gateway: Gateway) -> No
     streamed = post(gateway, "/generate_stream", "abc").headers
     assert (streamed["x-compute-characters"], streamed["x-model-id"]) == ("3", BASE)
     assert streamed["x-accel-buffering"] == "no"
+
+
+def test_queue_time_is_the_engines_own(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    say = Speech.say
+    monkeypatch.setattr(Speech, "say", lambda *given: msgspec.structs.replace(say(*given), queue_seconds=0.002))
+    assert post(gateway, "/generate", "abc").headers["x-queue-time"] == "2"
 
 
 def test_key_is_needed(gateway: Gateway) -> None:
