@@ -7,7 +7,7 @@ few tokens at a time waste most of what a library for large matrices does (`benc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from loraplex.kernels.dense.linear import Linear, is_available
 
-_FEW, _MANY = 8, 96  # tokens that are tried: a decode batch and a chunk of a prompt
-_MOST_OF_FEW = 16
+_TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
+_ENOUGH = 64 * 2**20  # bytes of weights: more than caches keep, for a step reads each weight once
 _REPEATS = 3
 
 
@@ -30,7 +30,7 @@ def use_dense_kernel(model: PreTrainedModel) -> int | None:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
     if not layers:
         return 0
-    most = _most_tokens(layers[0])
+    most = _most_tokens(_sample(layers))
     if most != 0:
         for layer in layers:
             _replace_forward(layer, Linear(layer.weight, layer.bias), most)
@@ -49,23 +49,37 @@ def _is_plain(layer: nn.Linear) -> bool:
     )
 
 
-def _most_tokens(layer: nn.Linear) -> int | None:
-    weight, linear = layer.weight, Linear(layer.weight)
-    most: int | None = 0
-    for num_tokens, if_faster in ((_FEW, _MOST_OF_FEW), (_MANY, None)):
-        x = torch.randn(num_tokens, weight.shape[1]).to(weight.dtype)
-        if _seconds(partial(linear, x)) >= _seconds(partial(functional.linear, x, weight)):
+def _sample(layers: list[nn.Linear]) -> list[Tensor]:
+    """Weights for inputs of one width and type, as many as a step would not find in a cache."""
+    like = layers[0].weight
+    sample: list[Tensor] = []
+    for layer in layers:
+        if layer.in_features == like.shape[1] and layer.weight.dtype == like.dtype:
+            sample.append(layer.weight)
+        if sum(weight.nbytes for weight in sample) >= _ENOUGH:
             break
-        most = if_faster
-    return most
+    return sample
+
+
+def _most_tokens(weights: list[Tensor]) -> int | None:
+    """The largest of the numbers that are tried, upwards, until torch is faster."""
+    kernels = [Linear(weight) for weight in weights]
+    most = 0
+    for num_tokens in _TRIED:
+        x = torch.randn(num_tokens, weights[0].shape[1]).to(weights[0].dtype)
+        if _seconds(kernels, x) >= _seconds([partial(functional.linear, weight=weight) for weight in weights], x):
+            return most
+        most = num_tokens
+    return None
 
 
 @torch.inference_mode()
-def _seconds(run: Callable[[], Tensor]) -> float:
+def _seconds(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
     timings = []
     for _ in range(_REPEATS):
         began = time.perf_counter()
-        run()
+        for layer in layers:
+            layer(x)
         timings.append(time.perf_counter() - began)
     return min(timings)
 

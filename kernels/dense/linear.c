@@ -1,8 +1,9 @@
 /* A linear layer of torch's form: y[t][o] = bias[o] + sum_i w[o][i] * x[t][i].
 
-   Weights are read as they lie, once for every TOKENS_A_PASS tokens, and widened where they are used; sums are made in
-   float32 and rounded once. A tile of TILE outputs and DEPTH inputs stays in the cache while all tokens of the pass
-   meet it. Each sum is made in the same order whatever the tokens beside it: results depend on no neighbour. */
+   Weights are read as they lie, once for every TOKENS_A_PASS tokens, and widened where they are used, or multiplied as
+   they are where the CPU can (`pairs.h`); sums are made in float32 and rounded once. A tile of TILE outputs and DEPTH
+   inputs stays in the cache while all tokens of the pass meet it. Each sum is made in the same order whatever the
+   tokens beside it: results depend on no neighbour. */
 
 #include "floats.h"
 
@@ -95,6 +96,10 @@ typedef struct {
     const void *weight, *bias; /* bias: or NULL */
 } Layer;
 
+#include "pairs.h"
+
+int loraplex_linear_pairs = -1; /* whether pairs are multiplied: -1 not known yet */
+
 /* `scratch`, where T is not float: tokens * in floats, and loraplex_linear_tile for each thread behind them. */
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_linear_##T(const Layer *layer, const T *x, T *y, int64_t num_tokens,            \
@@ -102,9 +107,11 @@ typedef struct {
         const T *weight = layer->weight, *bias = layer->bias;                                     \
         int64_t in = layer->in, out = layer->out, tiles = (out + TILE - 1) / TILE;                \
         const float *inputs = sizeof(T) == sizeof(float) ? (const float *)x : scratch;            \
+        if (loraplex_linear_pairs < 0) loraplex_linear_pairs = multiplies_pairs();                \
+        int pairs = sizeof(T) == sizeof(bfloat16) && loraplex_linear_pairs;                       \
         _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {                   \
             int64_t me = omp_get_thread_num(), all = omp_get_num_threads();                       \
-            if (sizeof(T) < sizeof(float)) {                                                      \
+            if (sizeof(T) < sizeof(float) && !pairs) {                                            \
                 int64_t end = num_tokens * in * (me + 1) / all;                                   \
                 for (int64_t i = num_tokens * in * me / all; i < end; i++)                        \
                     scratch[i] = widen_##T(x[i]);                                                 \
@@ -117,8 +124,12 @@ typedef struct {
                     int tokens = num_tokens - begin < TOKENS_A_PASS ? num_tokens - begin : TOKENS_A_PASS; \
                     int outputs = out - o < TILE ? out - o : TILE;                                \
                     memset(sums, 0, tokens * TILE * sizeof(float));                               \
-                    tile_##T(weight + o * in, inputs + begin * in, in, outputs, tokens, sums,     \
-                             scratch + num_tokens * in + me * DEPTH * TILE);                      \
+                    if (pairs)                                                                    \
+                        tile_pairs((const bfloat16 *)(weight + o * in),                           \
+                                   (const bfloat16 *)(x + begin * in), in, outputs, tokens, sums); \
+                    else                                                                          \
+                        tile_##T(weight + o * in, inputs + begin * in, in, outputs, tokens, sums, \
+                                 scratch + num_tokens * in + me * DEPTH * TILE);                  \
                     for (int t = 0; t < tokens; t++)                                              \
                         for (int k = 0; k < outputs; k++) {                                       \
                             float offset = bias ? widen_##T(bias[o + k]) : 0;                     \

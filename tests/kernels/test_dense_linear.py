@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from loraplex.kernels.built import library
+from loraplex.kernels.dense import linear as module
 from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
 
 CPU = torch.device("cpu")
@@ -23,6 +26,21 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["as the CPU can", "widened"])
+def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A CPU that multiplies bfloat16 by itself is kept from it in turn: others widen it."""
+    built = library(module.__file__)
+    assert built is not None
+    Linear(torch.zeros(1, 1))(torch.zeros(1, 1))  # which asks the CPU
+    pairs = ctypes.c_int.in_dll(built, "loraplex_linear_pairs")
+    can = pairs.value
+    assert can in (0, 1)
+    if request.param == "widened":
+        pairs.value = 0
+    yield request.param
+    pairs.value = can
+
+
 def a_layer(
     num_in: int, num_out: int, dtype: torch.dtype, *, has_bias: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -34,7 +52,9 @@ def a_layer(
 @pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_equals_the_formula(num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int) -> None:
+def test_linear_equals_the_formula(
+    num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int, bfloat16_is: str
+) -> None:
     """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
     weight, bias = a_layer(num_in, num_out, dtype, has_bias=has_bias)
     linear = Linear(weight, bias)
@@ -45,7 +65,7 @@ def test_linear_equals_the_formula(num_in: int, num_out: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, threads: int) -> None:
+def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, threads: int, bfloat16_is: str) -> None:
     linear = Linear(*a_layer(2100, 53, dtype))
     x = torch.randn(70, 2100).to(dtype)
     together = linear(x)
@@ -54,14 +74,14 @@ def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, th
             assert torch.equal(linear(x[begin:end]), together[begin:end])
 
 
-def test_rows_may_stand_in_any_number_of_dimensions_and_apart() -> None:
+def test_rows_may_stand_in_any_number_of_dimensions_and_apart(bfloat16_is: str) -> None:
     linear = Linear(*a_layer(100, 257, torch.bfloat16))
     x = torch.randn(2, 6, 100).bfloat16()
     assert torch.equal(linear(x)[1, 4], linear(x[1, 4]))
     assert torch.equal(linear(x[:, ::2]), linear(x)[:, ::2])
 
 
-def test_what_is_not_a_number_stays_in_its_row() -> None:
+def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
     linear = Linear(*a_layer(100, 257, torch.bfloat16))
     x = torch.randn(12, 100).bfloat16()
     x[3, 99] = float("nan")

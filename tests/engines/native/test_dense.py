@@ -29,17 +29,23 @@ def a_model() -> Any:
     return nn.Sequential(nn.Linear(32, 48), Scaled(48, 48), nn.Linear(48, 16, bias=False).half().float())
 
 
-@pytest.mark.parametrize(("few", "many", "expected"), [(2, 2, None), (2, 0.5, 16), (0.5, 2, 0)])
+def torch_takes(monkeypatch: pytest.MonkeyPatch, *ratios: float) -> None:
+    """How much longer than the kernel for each of the numbers of tokens that are tried; nothing is tried beyond."""
+    timings = iter([timing for ratio in ratios for timing in (1.0, ratio)])
+    monkeypatch.setattr(dense, "_seconds", lambda layers, x: next(timings))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"), [((2, 2, 2, 2, 2, 2), None), ((2, 2, 2, 2, 0.5), 16), ((2, 0.5), 1), ((0.5,), 0)]
+)
 def test_kernel_computes_as_many_tokens_as_it_is_faster_for(
-    monkeypatch: pytest.MonkeyPatch, few: float, many: float, expected: int | None
+    monkeypatch: pytest.MonkeyPatch, ratios: tuple[float, ...], expected: int | None
 ) -> None:
-    """`few` and `many`: how much longer torch takes for a few tokens and for many."""
-    timings = iter([1.0, few, 1.0, many])
-    monkeypatch.setattr(dense, "_seconds", lambda run: next(timings))
+    torch_takes(monkeypatch, *ratios)
     model = a_model()
     theirs = a_model()
     assert use_dense_kernel(model) == expected
-    for num_tokens in (16, 17):
+    for num_tokens in (1, 2, 16, 17):
         x = torch.randn(num_tokens, 32)
         is_ours = expected is None or num_tokens <= expected
         wanted = Linear(theirs[0].weight, theirs[0].bias)(x) if is_ours else theirs[0](x)
@@ -48,8 +54,7 @@ def test_kernel_computes_as_many_tokens_as_it_is_faster_for(
 
 
 def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    timings = iter([1.0, 2.0, 1.0, 2.0])
-    monkeypatch.setattr(dense, "_seconds", lambda run: next(timings))
+    torch_takes(monkeypatch, 2, 0.5)
     model = a_model()
     model.append(nn.Linear(16, 16))
     model[3].forward = theirs = torch.relu  # compressed-tensors rounds activations so
