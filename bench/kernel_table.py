@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from loraplex.kernels.attention.cpu_decode import DecodeRows
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.dense.linear import Linear
+from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
 from loraplex.kernels.fused.gated import gated
 from loraplex.kernels.fused.rms_norm import rms_norm
 from loraplex.kernels.fused.truncation import truncate_logits
@@ -221,6 +223,17 @@ def fused_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
     return [Case("512 tokens", lambda: rms_norm(x, weight, 1e-5, residual), 4 * x.numel() * 2)]
 
 
+def fused_cpu_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    theirs = LlamaRMSNorm(shape.hidden).to(torch.bfloat16)
+    ours = RmsNorm(theirs.weight.detach().float(), 1e-6, torch.bfloat16, rounds_twice=True)
+    for count in (1, 8, 512):
+        x = torch.randn(count, shape.hidden, dtype=torch.bfloat16)
+        cases.append(Case(f"{count} tokens", partial(ours, x), 2 * x.nbytes))
+        cases.append(Case(f"{count} tokens, transformers", partial(theirs, x), 2 * x.nbytes))
+    return cases
+
+
 def fused_gated(shape: Shape, device: torch.device) -> list[Case]:
     gate, up = (torch.randn(512, shape.intermediate, dtype=torch.bfloat16, device=device) for _ in range(2))
     return [Case("512 tokens", lambda: gated(gate, up, "silu"), 3 * gate.numel() * 2)]
@@ -242,6 +255,7 @@ ON_CPU = {
     "lora/grouped": lora_grouped,
     "attention/cpu_decode": attention_cpu_decode,
     "attention/paged": attention_paged,
+    "fused/cpu_rms_norm": fused_cpu_rms_norm,
 }
 ON_GPU = {
     "lora/shrink": lora_shrink,

@@ -18,6 +18,7 @@ from loraplex.engines.native.dense import use_dense_kernel
 from loraplex.engines.native.lora import LONG_RUN
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
+from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
@@ -55,6 +56,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
     most_dense = use_dense_kernel(model)
+    use_norm_kernel(model)
     if settings.engine.num_threads is None:
         choose_num_threads(model)
     max_len = _max_model_len(settings, model)
