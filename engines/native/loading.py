@@ -56,7 +56,8 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
     most_dense = use_dense_kernel(model)
-    use_norm_kernel(model)
+    uses_kernels = _uses_kernels(settings.engine, device)
+    use_norm_kernel(model, uses_kernels=uses_kernels)
     if settings.engine.num_threads is None:
         choose_num_threads(model)
     max_len = _max_model_len(settings, model)
@@ -86,7 +87,6 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         else SamplingDefaults(),
     )
     base = base_of(model, trial, settings.adapters.max_rank)
-    uses_kernels = _uses_kernels(settings.engine, device)
     has_gemm = model.dtype == torch.float32 or most_dense is not None  # else one that is slower than a few rows' kernel
     runner = Runner(
         model, trial, attention, arena, num_blocks, block_size,
@@ -99,7 +99,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
 
 
 def _uses_kernels(engine: EngineSettings, device: torch.device) -> bool:
-    """Whether Triton computes LoRA and attention. Raises ModelNotServable where it is asked for and cannot."""
+    """Whether Triton computes LoRA, attention and norms. Raises ModelNotServable where it is asked for and cannot."""
     if engine.kernels == "triton" and not is_available(device):
         raise ModelNotServable(f"engine.kernels = 'triton' needs a CUDA device, and the model is on {device}")
     if engine.kernels == "triton" and engine.deterministic:

@@ -6,6 +6,8 @@ decoded to exactly one of them or not at all.
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from typing import TypeAlias
 
 import msgspec
@@ -81,7 +83,9 @@ class GetStats(_Message, frozen=True):
 
 
 class Hello(_Message, frozen=True):
-    """The first report: the worker is connected and waits for Configure."""
+    """The first report: the worker is connected and waits for Configure. `language`: of its own messages."""
+
+    language: str = ""  # of a worker that knows none yet
 
 
 class Loading(_Message, frozen=True):
@@ -145,6 +149,14 @@ class Reply(_Message, frozen=True):
 
 Command: TypeAlias = Configure | Submit | Embed | End | Inspect | Load | Unload | Pin | GetResidency | GetStats
 Report: TypeAlias = Hello | Loading | Ready | StartFailed | Stepped | Reply
+
+
+@cache
+def language() -> str:
+    """A digest of every message's form: two processes understand each other where it is the same."""
+    forms = msgspec.json.schema_components([Command, Report])
+    return hashlib.sha256(msgspec.json.encode(forms, order="deterministic")).hexdigest()
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

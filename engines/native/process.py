@@ -28,6 +28,7 @@ from loraplex.engines.native.messages import (
     Stepped,
     decode_report,
     encode,
+    language,
 )
 from loraplex.engines.protocol import AdapterResidency, Embedding, Progress
 
@@ -144,6 +145,11 @@ class WorkerProcess:
                 case Reply(call):
                     if (reply := self._calls.get(call)) is not None and not reply.done():
                         reply.set_result(report)
+                case Hello(spoken) if spoken != language():
+                    return EngineUnavailable(
+                        "the engine process is of another version of loraplex than this server, which was installed "
+                        "while it ran: restart the server"
+                    )
                 case Hello():
                     self.send(Configure(self._settings))
                 case Loading(progress):

@@ -44,6 +44,7 @@ from loraplex.engines.native.messages import (
     Unload,
     decode_command,
     encode,
+    language,
 )
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import AdapterCard, Embedding
@@ -65,7 +66,7 @@ class Worker:
 
     def run(self) -> None:
         """Load what the first command says, then serve until killed."""
-        self._send(Hello())
+        self._send(Hello(language()))
         configure = decode_command(self._socket.recv())
         assert isinstance(configure, Configure)
         try:

@@ -300,6 +300,20 @@ async def test_start_model_missing_raises_not_servable(tmp_path: Path) -> None:
     await engine.close()
 
 
+async def test_worker_of_another_version_is_told_from_one_that_loads(
+    small: SmallWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a new version was installed while the server ran: its worker would wait for words it knows."""
+    monkeypatch.setattr("loraplex.engines.native.process.language", lambda: "of the version before")
+    engine = NativeEngine(small.settings())
+    try:
+        with pytest.raises(EngineUnavailable, match=r"of another version of loraplex.*restart the server"):
+            await engine.start(lambda progress: None)
+    finally:
+        await engine.close()
+    assert worker_pids() == []
+
+
 async def test_embedding_crosses_the_process_and_ends_with_it(engine: NativeEngine, small: SmallWorld) -> None:
     def wanted(name: str, prompt: tuple[int, ...] = PROMPT) -> EmbedRequest:
         adapter = small.adapters["rank-32-dora"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.mixes import DEVICE
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -54,6 +55,10 @@ class Grouped(LlamaRMSNorm):
         return self.weight * nn.functional.rms_norm(halves, halves.shape[-1:], eps=self.variance_epsilon).flatten(-2)
 
 
+def replaced(model: Normed, *, uses_kernels: bool = False) -> int:
+    return use_norm_kernel(model, uses_kernels=uses_kernels)  # type: ignore[arg-type]
+
+
 def a_norm(kind: Any) -> nn.Module:
     norm: nn.Module = kind(48, eps=1e-5)
     return norm
@@ -65,16 +70,25 @@ def test_norms_of_every_form_are_computed_as_before(kind: Any, dtype: torch.dtyp
     model, x = Normed(a_norm(kind), dtype=dtype), torch.randn(2, 5, 48).to(dtype)
     norm = model.norms[0]
     expected = norm(x)
-    assert use_norm_kernel(model) == 1  # type: ignore[arg-type]
+    assert replaced(model) == 1
     assert "forward" in vars(norm)
     # a quotient may round the other way, and its product after it
     torch.testing.assert_close(norm(x), expected, rtol=1e-5 if dtype == torch.float32 else 2**-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_norms_are_computed_by_triton_where_it_is_used(kind: Any) -> None:
+    model, x = Normed(a_norm(kind)).to(DEVICE), torch.randn(2, 5, 48).to(DEVICE)
+    norm = model.norms[0]
+    expected = norm(x)
+    assert replaced(model, uses_kernels=True) == 1
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [OtherEpsilon, Gated, Grouped, nn.LayerNorm])
 def test_another_formula_is_left_alone(kind: Any) -> None:
     model = Normed(a_norm(kind))
-    assert use_norm_kernel(model) == 0  # type: ignore[arg-type]
+    assert replaced(model) == 0
     assert "forward" not in vars(model.norms[0])
 
 
@@ -82,7 +96,7 @@ def test_rows_of_another_type_go_the_old_way() -> None:
     model, x = Normed(a_norm(LlamaRMSNorm)), torch.randn(3, 48).half()
     norm = model.norms[0]
     expected = norm(x)
-    use_norm_kernel(model)  # type: ignore[arg-type]
+    replaced(model)
     assert torch.equal(norm(x), expected)
 
 
@@ -90,8 +104,8 @@ def test_weights_of_another_type_than_the_model_are_no_obstacle() -> None:
     """Llama's norm in float32 within a model in bfloat16 gives float32: that is not what the kernel gives."""
     model = Normed(a_norm(LlamaRMSNorm), dtype=torch.bfloat16)
     model.norms[0].float()
-    assert use_norm_kernel(model) == 0  # type: ignore[arg-type]
+    assert replaced(model) == 0
 
 
 def test_types_the_kernel_does_not_know_are_left_alone() -> None:
-    assert use_norm_kernel(Normed(a_norm(LlamaRMSNorm), dtype=torch.float16)) == 0  # type: ignore[arg-type]
+    assert replaced(Normed(a_norm(LlamaRMSNorm), dtype=torch.float16)) == 0
