@@ -45,6 +45,9 @@ typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 #define INLINED static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 8")
 
+#define LINE 64 /* bytes that memory is read by */
+#define READ_AHEAD(from) __builtin_prefetch(from, 0, 2) /* into the second cache; any address may be asked for */
+
 /* Macros, because a function that returns vectors has no ABI of its own without AVX. */
 #define LOAD_float(from) (*(const AnyLanes *)(from))
 #define LOAD_bfloat16(from) ((Lanes)(__builtin_convertvector(*(const AnyHalves *)(from), Words) << 16))

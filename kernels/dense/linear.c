@@ -15,6 +15,9 @@
 #define OUTPUTS_ALONE 8  /* the same for a single token: several rows of weights are on their way at a time */
 #define WORTH_WIDENING 8 /* tokens, beyond which a tile is widened once for all of them */
 
+/* The rows of weights that come next are asked for while these are computed: each begins on a page of its own, where
+   the CPU's own guess would begin anew. */
+
 /* sums[t * TILE + o] += sum of w[o * w_stride + i] * x[t * x_stride + i] over i < depth, for o < outputs, t < tokens,
    which are constants where it is called. */
 #define DEFINE_DOT(T)                                                                             \
@@ -26,8 +29,10 @@
         int64_t whole = depth / LANES * LANES;                                                    \
         for (int64_t i = 0; i < whole; i += LANES) {                                              \
             Lanes weights[OUTPUTS_ALONE];                                                         \
-            UNROLLED for (int o = 0; o < outputs; o++)                                            \
+            UNROLLED for (int o = 0; o < outputs; o++) {                                          \
                 weights[o] = LOAD_##T(w + o * w_stride + i);                                      \
+                if (i * sizeof(T) % LINE == 0) READ_AHEAD(w + (o + outputs) * w_stride + i);      \
+            }                                                                                     \
             UNROLLED for (int t = 0; t < tokens; t++) {                                           \
                 Lanes input = LOAD_float(x + t * x_stride + i);                                   \
                 UNROLLED for (int o = 0; o < outputs; o++) lanes[o][t] += weights[o] * input;     \

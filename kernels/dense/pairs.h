@@ -17,7 +17,10 @@ static int multiplies_pairs(void) { return __builtin_cpu_supports("avx512bf16") 
 FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 *w, int64_t w_stride,
                                  const bfloat16 *x, int64_t x_stride, __mmask32 inside, int outputs, int tokens) {
     __m512i weights[PAIRED_OUTPUTS_ALONE];
-    UNROLLED for (int o = 0; o < outputs; o++) weights[o] = _mm512_maskz_loadu_epi16(inside, w + o * w_stride);
+    UNROLLED for (int o = 0; o < outputs; o++) {
+        weights[o] = _mm512_maskz_loadu_epi16(inside, w + o * w_stride);
+        READ_AHEAD(w + (o + outputs) * w_stride);
+    }
     UNROLLED for (int t = 0; t < tokens; t++) {
         __m512bh input = (__m512bh)_mm512_maskz_loadu_epi16(inside, x + t * x_stride);
         UNROLLED for (int o = 0; o < outputs; o++)

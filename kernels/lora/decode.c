@@ -32,6 +32,7 @@ typedef struct {
                                         float *restrict h, int64_t stride, int num_tokens) {      \
         const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                               \
         float sums[TOKENS] = {0, 0, 0, 0};                                                        \
+        for (int64_t i = 0; i < in; i += LINE / sizeof(T)) READ_AHEAD(a + in + i);                \
         if (num_tokens == 1) {                                                                    \
             float s0 = 0;                                                                         \
             _Pragma("omp simd reduction(+ : s0)") for (int64_t i = 0; i < in; i++)                \
@@ -58,6 +59,8 @@ typedef struct {
         int j = 0;                                                                                \
         for (; j + 4 <= rank; j += 4, b += 4 * out) {                                             \
             float h0 = h[j], h1 = h[j + 1], h2 = h[j + 2], h3 = h[j + 3];                         \
+            for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                 \
+                for (int next = 4; next < 8; next++) READ_AHEAD(b + next * out + c);              \
             _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                               \
                 sums[c] += h0 * widen_##T(b[c]) + h1 * widen_##T(b[out + c]) +                    \
                            h2 * widen_##T(b[2 * out + c]) + h3 * widen_##T(b[3 * out + c]);       \
