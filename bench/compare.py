@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
-    parser.add_argument("--without", default="", help="names of contenders to leave out, separated by commas")
+    parser.add_argument("--without", action="append", default=[], help="name of a contender to leave out")
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
     options = parser.parse_args()
     base = make_base(options.shape, options.models)
@@ -338,10 +338,9 @@ def main() -> None:
         Generate("transformers continuous", continuous=True),
         Generate("PEFT adapter_names", with_lora=True),
     ]
-    left_out = {name for name in options.without.split(",") if name}
-    if unknown := left_out - {contender.name for contender in contenders[1:]}:
+    if unknown := set(options.without) - {contender.name for contender in contenders[1:]}:
         parser.error(f"--without names no contender: {', '.join(sorted(unknown))}")
-    contenders = [contender for contender in contenders if contender.name not in left_out]
+    contenders = [contender for contender in contenders if contender.name not in options.without]
     results = contend(contenders, Scene(base, adapters, options))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{options.shape}, {options.requests} concurrent requests, adapters of ranks {options.ranks}, "

@@ -34,12 +34,13 @@ def weight_bytes(shape: str, models: Path) -> int:
 
 
 def readers(size: int) -> dict[str, Callable[[], object]]:
-    """Matrix-vector products over so many bytes, in pieces as large as layers."""
+    """Matrix-vector products over so many bytes, ours in pieces as large as layers."""
     rows = size // 4 // WIDTH
     matrix, vector = torch.ones(rows, WIDTH), torch.ones(WIDTH)
     found: dict[str, Callable[[], object]] = {"torch": lambda: torch.mv(matrix, vector)}
     if is_available(torch.bfloat16, torch.device("cpu")):
-        layers = [Linear(piece) for piece in torch.ones(2 * rows, WIDTH, dtype=torch.bfloat16).split(WIDTH)]
+        parts = [min(WIDTH, 2 * rows - first) for first in range(0, 2 * rows, WIDTH)]
+        layers = [Linear(torch.ones(part, WIDTH, dtype=torch.bfloat16)) for part in parts]
         x = vector[None].bfloat16()
         found["ours"] = lambda: [layer(x) for layer in layers]
     return found
