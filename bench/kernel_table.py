@@ -13,9 +13,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from loraplex.kernels.lora.grouped import add_masked, owner_mask
 from loraplex.kernels.lora.shrink import num_splits, shrink
 from loraplex.kernels.lora.table import AdapterTable, Tiles
 
+_BEYOND_CACHES = 192 * 2**20  # bytes of layers in turn, so that each is read from memory, as in a step
 _ADDRESSED: list[object] = []  # whose memory a table points to
 RANKS = (8, 16, 32, 64)
 COPY_BYTES = 2**30
@@ -147,14 +149,22 @@ def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
 def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
-        weight = torch.randn(shape.intermediate, shape.hidden).to(dtype)
-        for count in (1, 8, 32, 256):
+        num_bytes = shape.intermediate * shape.hidden * dtype.itemsize
+        number = -(-_BEYOND_CACHES // num_bytes)
+        weights = [torch.randn(shape.intermediate, shape.hidden).to(dtype) for _ in range(number)]
+        for count in (1, 4, 8, 16, 32, 256):
             x = torch.randn(count, shape.hidden).to(dtype)
             name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
-            num_bytes = (weight.numel() + x.numel()) * dtype.itemsize
-            cases.append(Case(name, partial(Linear(weight), x), num_bytes))
-            cases.append(Case(f"{name}, torch", partial(functional.linear, x, weight), num_bytes))
+            ours = _in_turn([partial(Linear(weight), x) for weight in weights])
+            theirs = _in_turn([partial(functional.linear, x, weight) for weight in weights])
+            cases.append(Case(name, ours, num_bytes + x.nbytes))
+            cases.append(Case(f"{name}, torch", theirs, num_bytes + x.nbytes))
     return cases
+
+
+def _in_turn(layers: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    turn = cycle(layers)
+    return lambda: next(turn)()
 
 
 def lora_grouped(shape: Shape, device: torch.device) -> list[Case]:

@@ -20,6 +20,8 @@ from loraplex.kernels.dense.linear import Linear, is_available
 _TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
 _ENOUGH = 64 * 2**20  # bytes of weights: more than caches keep, for a step reads each weight once
 _REPEATS = 3
+_MANY, _WIDTH = 96, 1024  # tokens and features of a GEMM by which a type is judged
+_SLOWER = 2.0  # than float32, which takes twice the bytes
 
 
 def use_dense_kernel(model: PreTrainedModel) -> int | None:
@@ -35,6 +37,15 @@ def use_dense_kernel(model: PreTrainedModel) -> int | None:
         for layer in layers:
             _replace_forward(layer, Linear(layer.weight, layer.bias), most)
     return most
+
+
+def multiplies_well(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's GEMM of many tokens is worth having: not where the CPU multiplies the type number by number."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    x, weight = torch.randn(_MANY, _WIDTH), torch.randn(_WIDTH, _WIDTH)
+    wide = _seconds([partial(functional.linear, weight=weight)], x)
+    return _seconds([partial(functional.linear, weight=weight.to(dtype))], x.to(dtype)) < _SLOWER * wide
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -14,7 +14,7 @@ from loraplex.engines.adapters.peft import Base
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.defaults import sampling_defaults
-from loraplex.engines.native.dense import use_dense_kernel
+from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
 from loraplex.engines.native.lora import LONG_RUN
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
@@ -55,7 +55,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     model = load_model(settings.model, device, attention)
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
-    most_dense = use_dense_kernel(model)
+    use_dense_kernel(model)
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)
     if settings.engine.num_threads is None:
@@ -87,10 +87,9 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         else SamplingDefaults(),
     )
     base = base_of(model, trial, settings.adapters.max_rank)
-    has_gemm = model.dtype == torch.float32 or most_dense is not None  # else one that is slower than a few rows' kernel
     runner = Runner(
         model, trial, attention, arena, num_blocks, block_size,
-        uses_kernels=uses_kernels, long_run=LONG_RUN if has_gemm else None,
+        uses_kernels=uses_kernels, long_run=LONG_RUN if multiplies_well(model.dtype, device) else None,
     )  # fmt: skip
     if settings.engine.deterministic:
         runner.tile = choose_tile(model, trial, runner, block_size, num_blocks)

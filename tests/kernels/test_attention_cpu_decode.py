@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,13 +23,6 @@ FORMS = {
 pytestmark = pytest.mark.skipif(
     not is_available(torch.float32, CPU, 1, 1), reason="the kernel was not built: no compiler"
 )
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(1)
 
 
 class Case:

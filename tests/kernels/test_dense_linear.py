@@ -19,13 +19,6 @@ NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131)
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(params=["as the CPU can", "widened"])
 def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
     """A CPU that multiplies bfloat16 by itself is kept from it in turn: others widen it."""

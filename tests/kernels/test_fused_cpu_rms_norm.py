@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -16,13 +14,6 @@ CPU = torch.device("cpu")
 TOLERANCES = {(torch.float32, False): 2e-6, (torch.bfloat16, False): 2**-8, (torch.bfloat16, True): 2**-7}
 
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("dtype", "rounds_twice"), TOLERANCES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraplex.engines.native import dense
-from loraplex.engines.native.dense import use_dense_kernel
+from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
 from loraplex.kernels.dense.linear import Linear, is_available
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def a_model() -> Any:
 
 
 def torch_takes(monkeypatch: pytest.MonkeyPatch, *ratios: float) -> None:
-    """How much longer than the kernel for each of the numbers of tokens that are tried; nothing is tried beyond."""
+    """How much longer than what is timed before it, for each of the pairs; nothing may be timed beyond."""
     timings = iter([timing for ratio in ratios for timing in (1.0, ratio)])
     monkeypatch.setattr(dense, "_seconds", lambda layers, x: next(timings))
 
@@ -68,3 +68,17 @@ def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_model_without_a_layer_for_the_kernel_is_left_as_it_is(model: Any) -> None:
     assert use_dense_kernel(model) == 0
     assert all("forward" not in vars(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.5, True), (1.9, True), (8.0, False)])
+def test_gemm_of_a_type_is_judged_by_that_of_float32(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, expected: bool
+) -> None:
+    torch_takes(monkeypatch, ratio)
+    assert multiplies_well(torch.bfloat16, torch.device("cpu")) is expected
+
+
+def test_gemm_of_float32_and_on_devices_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_takes(monkeypatch)
+    assert multiplies_well(torch.float32, torch.device("cpu"))
+    assert multiplies_well(torch.bfloat16, torch.device("cuda"))
