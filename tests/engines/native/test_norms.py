@@ -47,6 +47,13 @@ class Gated(LlamaRMSNorm):
         return super().forward(hidden_states * gate)
 
 
+class GatedByName(LlamaRMSNorm):
+    """The second input looks as if it could be left out."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states) * gate.float()  # type: ignore[union-attr]
+
+
 class Grouped(LlamaRMSNorm):
     """Each half by itself."""
 
@@ -85,7 +92,7 @@ def test_norms_are_computed_by_triton_where_it_is_used(kind: Any) -> None:
     torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [OtherEpsilon, Gated, Grouped, nn.LayerNorm])
+@pytest.mark.parametrize("kind", [OtherEpsilon, Gated, GatedByName, Grouped, nn.LayerNorm])
 def test_another_formula_is_left_alone(kind: Any) -> None:
     model = Normed(a_norm(kind))
     assert replaced(model) == 0
