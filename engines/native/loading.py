@@ -20,6 +20,7 @@ from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.reference import compare_with_reference
+from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.threads import choose_num_threads
 from loraplex.engines.native.tiles import choose_tile
@@ -58,6 +59,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     use_dense_kernel(model)
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)
+    use_rotary_kernel(model)
     if settings.engine.num_threads is None:
         choose_num_threads(model)
     max_len = _max_model_len(settings, model)
