@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from loraplex.kernels.attention.cpu_decode import DecodeRows
+from loraplex.kernels.attention.cpu_rotary import rotate
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
@@ -40,7 +41,7 @@ from loraplex.kernels.lora.grouped import add_masked, owner_mask
 from loraplex.kernels.lora.shrink import num_splits, shrink
 from loraplex.kernels.lora.table import AdapterTable, Tiles
 
-_BEYOND_CACHES = 192 * 2**20  # bytes of layers in turn, so that each is read from memory, as in a step
+_BEYOND_CACHES = 384 * 2**20  # bytes of layers in turn, so that each is read from memory, as in a step
 _ADDRESSED: list[object] = []  # whose memory a table points to
 RANKS = (8, 16, 32, 64)
 COPY_BYTES = 2**30
@@ -128,22 +129,31 @@ def lora_expand(shape: Shape, device: torch.device) -> list[Case]:
 
 def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
     cases = []
-    kept = _ADDRESSED
-    for count in (1, 4, 32):
-        adapters = Adapters(count, (shape.hidden, shape.hidden), RANKS, device)
-        rows = [
-            AdapterRows(
-                np.array([a * 2], dtype=np.uint64), np.array([b * 2], dtype=np.uint64),
-                np.array([rank], dtype=np.int32), np.ones(1, dtype=np.float32),
-            )
-            for a, b, rank in zip(adapters.a, adapters.b, adapters.ranks, strict=True)
-        ]  # fmt: skip
-        table = DecodeTable([shape.hidden], [shape.hidden], rows, [adapters.buffer.data_ptr()] * count)
-        x, y = (torch.randn(count, shape.hidden, dtype=torch.bfloat16) for _ in range(2))
-        run = partial(add_decode, y, x, table, 0, DecodeStep(table, range(count)))
-        kept.append(adapters)
-        cases.append(Case(f"{count} adapters", run, adapters.num_bytes(0) + adapters.num_bytes(1)))
+    for dtype in (torch.bfloat16, torch.float32):
+        for count, each in ((1, 1), (4, 1), (4, 2), (4, 8), (32, 1)):
+            table, num_bytes, number = _decode_table(count, shape.hidden, dtype)
+            x, y = (torch.randn(count * each, shape.hidden).to(dtype) for _ in range(2))
+            step = DecodeStep(table, [token % count for token in range(count * each)])
+            run = _in_turn([partial(add_decode, y, x, table, module, step) for module in range(number)])
+            name = f"{count} adapters x {each} tokens, {str(dtype).removeprefix('torch.')}"
+            cases.append(Case(name, run, num_bytes))
     return cases
+
+
+def _decode_table(count: int, width: int, dtype: torch.dtype) -> tuple[DecodeTable, int, int]:
+    """A table of as many modules as caches do not keep; one module's bytes; how many there are."""
+    ranks = [RANKS[number % len(RANKS)] for number in range(count)]
+    num_bytes = sum(ranks) * 2 * width * dtype.itemsize
+    number = -(-_BEYOND_CACHES // num_bytes)
+    rows, starts = [], []
+    for rank in ranks:
+        flat = torch.randn(2 * number * rank * width).to(dtype)
+        begins = np.arange(2 * number, dtype=np.uint64) * np.uint64(rank * width * dtype.itemsize)
+        ones = np.ones(number, dtype=np.float32)
+        rows.append(AdapterRows(begins[::2].copy(), begins[1::2].copy(), (ones * rank).astype(np.int32), ones))
+        starts.append(flat.data_ptr())
+        _ADDRESSED.append(flat)
+    return DecodeTable([width] * number, [width] * number, rows, starts), num_bytes, number
 
 
 def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
@@ -244,6 +254,20 @@ def fused_cpu_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
     return cases
 
 
+def attention_cpu_rotary(shape: Shape, device: torch.device) -> list[Case]:
+    cases = []
+    for count in (1, 8, 512):
+        q, k = (
+            torch.randn(1, count, heads, shape.width).bfloat16().transpose(1, 2)
+            for heads in (shape.heads, shape.key_heads)
+        )
+        cos, sin = (torch.randn(1, count, shape.width).bfloat16() for _ in range(2))
+        num_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
+        cases.append(Case(f"{count} tokens", partial(rotate, q, k, cos, sin), num_bytes))
+        cases.append(Case(f"{count} tokens, transformers", partial(apply_rotary_pos_emb, q, k, cos, sin), num_bytes))
+    return cases
+
+
 def fused_gated(shape: Shape, device: torch.device) -> list[Case]:
     gate, up = (torch.randn(512, shape.intermediate, dtype=torch.bfloat16, device=device) for _ in range(2))
     return [Case("512 tokens", lambda: gated(gate, up, "silu"), 3 * gate.numel() * 2)]
@@ -264,6 +288,7 @@ ON_CPU = {
     "lora/decode": lora_decode,
     "lora/grouped": lora_grouped,
     "attention/cpu_decode": attention_cpu_decode,
+    "attention/cpu_rotary": attention_cpu_rotary,
     "attention/paged": attention_paged,
     "fused/cpu_rms_norm": fused_cpu_rms_norm,
 }

@@ -1,5 +1,5 @@
-/* The tile of linear.c where a CPU multiplies bfloat16 by itself: pairs of products are added to sixteen sums at a time,
-   and nothing is widened. To be included where TILE and DEPTH are defined. */
+/* The tile of tile.h where a CPU multiplies bfloat16 by itself: pairs of products are added to sixteen sums at a time,
+   and nothing is widened. Included there. */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -28,7 +28,7 @@ FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 
     }
 }
 
-/* As dot in linear.c. */
+/* As dot there. */
 FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t x_stride,
                                  int64_t depth, float *sums, int outputs, int tokens) {
     __m512 lanes[PAIRED_OUTPUTS_ALONE][PAIRED_TOKENS];
@@ -42,19 +42,23 @@ FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bflo
         UNROLLED for (int t = 0; t < tokens; t++) sums[t * TILE + o] += _mm512_reduce_add_ps(lanes[o][t]);
 }
 
-/* As dots in linear.c. */
+/* As dots there. */
+FOR_PAIRS INLINED void dots_of_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
+                                     int outputs, int tokens) {
+    if (tokens == 6) dot_pairs(w, in, x, in, depth, sums, outputs, 6);
+    else if (tokens == 5) dot_pairs(w, in, x, in, depth, sums, outputs, 5);
+    else if (tokens == 4) dot_pairs(w, in, x, in, depth, sums, outputs, 4);
+    else if (tokens == 3) dot_pairs(w, in, x, in, depth, sums, outputs, 3);
+    else if (tokens == 2) dot_pairs(w, in, x, in, depth, sums, outputs, 2);
+    else dot_pairs(w, in, x, in, depth, sums, outputs, 1);
+}
+
 FOR_PAIRS static void dots_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
                                  int outputs, int tokens) {
-    if (outputs < PAIRED_OUTPUTS)
-        for (int o = 0; o < outputs; o++)
-            for (int t = 0; t < tokens; t++)
-                dot_pairs(w + o * in, in, x + t * in, in, depth, sums + t * TILE + o, 1, 1);
-    else if (tokens == 6) dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 6);
-    else if (tokens == 5) dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 5);
-    else if (tokens == 4) dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 4);
-    else if (tokens == 3) dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 3);
-    else if (tokens == 2) dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 2);
-    else dot_pairs(w, in, x, in, depth, sums, PAIRED_OUTPUTS, 1);
+    if (outputs == 4) dots_of_pairs(w, in, x, depth, sums, 4, tokens);
+    else if (outputs == 3) dots_of_pairs(w, in, x, depth, sums, 3, tokens);
+    else if (outputs == 2) dots_of_pairs(w, in, x, depth, sums, 2, tokens);
+    else dots_of_pairs(w, in, x, depth, sums, 1, tokens);
 }
 
 FOR_PAIRS static void alone_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
@@ -65,7 +69,7 @@ FOR_PAIRS static void alone_pairs(const bfloat16 *w, int64_t in, const bfloat16 
     for (; o < outputs; o++) dot_pairs(w + o * in, in, x, in, depth, sums + o, 1, 1);
 }
 
-/* As tile in linear.c, of tokens as they are. */
+/* As tile there, of tokens as they are. */
 static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums) {
     int blocks = (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS;
     for (int64_t begin = 0; begin < in; begin += DEPTH, w += DEPTH, x += DEPTH) {

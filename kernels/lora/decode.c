@@ -1,12 +1,12 @@
 /* Adds many adapters' LoRA to one linear layer's output, for steps of few tokens. The formula stands in grouped.py.
 
-   Each adapter's bytes are read once for every TOKENS of its tokens, where they lie; sums are made in float32 and
-   rounded once. */
+   Each adapter's bytes are read where they lie, once for all of its tokens; sums are made in float32 and rounded once.
+   What a token gets does not depend on the others. */
 
-#include "floats.h"
+#include "dense/tile.h"
 
-#define TOKENS 4    /* tokens of one adapter that share a pass over its A */
-#define COLUMNS 256 /* of the output, summed up at a time */
+#define SHARING 4   /* tokens of one adapter that share a pass over a strip of its B, which stays in the cache */
+#define COLUMNS 256 /* of a strip */
 #define ALIGNED 32  /* columns: the border between two threads' shares */
 
 /* What the active adapters do to every module: entry [module * num_adapters + adapter]; rank 0: nothing. */
@@ -26,76 +26,77 @@ typedef struct {
     float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank] */
 } Step;
 
-/* h[k * stride] = sum_i a[i] * x[k][i] for k < TOKENS */
-#define DEFINE_SHRINK(T)                                                                          \
-    FOR_EACH_CPU static void shrink_##T(const T *restrict a, const float *const *x, int64_t in,   \
-                                        float *restrict h, int64_t stride, int num_tokens) {      \
-        const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                               \
-        float sums[TOKENS] = {0, 0, 0, 0};                                                        \
-        for (int64_t i = 0; i < in; i += LINE / sizeof(T)) READ_AHEAD(a + in + i);                \
-        if (num_tokens == 1) {                                                                    \
-            float s0 = 0;                                                                         \
-            _Pragma("omp simd reduction(+ : s0)") for (int64_t i = 0; i < in; i++)                \
-                s0 += widen_##T(a[i]) * x0[i];                                                    \
-            sums[0] = s0;                                                                         \
-        } else {                                                                                  \
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                 \
-            _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") for (int64_t i = 0; i < in; i++) {  \
-                float wide = widen_##T(a[i]);                                                     \
-                s0 += wide * x0[i], s1 += wide * x1[i], s2 += wide * x2[i], s3 += wide * x3[i];   \
-            }                                                                                     \
-            sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;                               \
-        }                                                                                         \
-        for (int k = 0; k < num_tokens; k++) h[k * stride] = sums[k];                             \
-    }
-
-/* y[c] += scale * sum_j h[j] * b[j * out + c] for c < width <= COLUMNS */
-#define DEFINE_EXPAND(T)                                                                          \
-    FOR_EACH_CPU static void expand_##T(const T *restrict b, int64_t out, int64_t width,          \
-                                        const float *restrict h, int rank, float scale,           \
-                                        T *restrict y) {                                          \
-        float sums[COLUMNS];                                                                      \
-        memset(sums, 0, sizeof sums);                                                             \
+/* sums[k][c] += sum_j h[k * stride + j] * b[j * out + c] for c < width <= COLUMNS and k < tokens, a constant <= SHARING. */
+#define DEFINE_STRIP(T)                                                                           \
+    INLINED void strip_##T(const T *restrict b, int64_t out, int64_t width,                       \
+                           const float *restrict h, int64_t stride, int rank,                     \
+                           float (*restrict sums)[COLUMNS], int tokens) {                         \
         int j = 0;                                                                                \
         for (; j + 4 <= rank; j += 4, b += 4 * out) {                                             \
-            float h0 = h[j], h1 = h[j + 1], h2 = h[j + 2], h3 = h[j + 3];                         \
+            float by[SHARING][4];                                                                 \
             for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                 \
                 for (int next = 4; next < 8; next++) READ_AHEAD(b + next * out + c);              \
-            _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                               \
-                sums[c] += h0 * widen_##T(b[c]) + h1 * widen_##T(b[out + c]) +                    \
-                           h2 * widen_##T(b[2 * out + c]) + h3 * widen_##T(b[3 * out + c]);       \
+            UNROLLED for (int k = 0; k < tokens; k++)                                             \
+                UNROLLED for (int i = 0; i < 4; i++) by[k][i] = h[k * stride + j + i];            \
+            _Pragma("omp simd") for (int64_t c = 0; c < width; c++) {                             \
+                float b0 = widen_##T(b[c]), b1 = widen_##T(b[out + c]);                           \
+                float b2 = widen_##T(b[2 * out + c]), b3 = widen_##T(b[3 * out + c]);             \
+                UNROLLED for (int k = 0; k < tokens; k++)                                         \
+                    sums[k][c] += by[k][0] * b0 + by[k][1] * b1 + by[k][2] * b2 + by[k][3] * b3;  \
+            }                                                                                     \
         }                                                                                         \
-        for (; j < rank; j++, b += out) {                                                         \
-            float h0 = h[j];                                                                      \
-            _Pragma("omp simd") for (int64_t c = 0; c < width; c++) sums[c] += h0 * widen_##T(b[c]); \
-        }                                                                                         \
+        for (; j < rank; j++, b += out)                                                           \
+            UNROLLED for (int k = 0; k < tokens; k++) {                                           \
+                float by = h[k * stride + j];                                                     \
+                _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                           \
+                    sums[k][c] += by * widen_##T(b[c]);                                           \
+            }                                                                                     \
+    }                                                                                             \
+    FOR_EACH_CPU static void strips_##T(const T *b, int64_t out, int64_t width, const float *h,   \
+                                        int64_t stride, int rank, float (*sums)[COLUMNS],         \
+                                        int tokens) {                                             \
+        if (tokens == 4) strip_##T(b, out, width, h, stride, rank, sums, 4);                      \
+        else if (tokens == 3) strip_##T(b, out, width, h, stride, rank, sums, 3);                 \
+        else if (tokens == 2) strip_##T(b, out, width, h, stride, rank, sums, 2);                 \
+        else strip_##T(b, out, width, h, stride, rank, sums, 1);                                  \
+    }                                                                                             \
+    FOR_EACH_CPU static void add_##T(T *restrict y, const float *restrict sums, float scale,      \
+                                     int64_t width) {                                             \
         _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                                   \
             y[c] = narrow_##T(widen_##T(y[c]) + scale * sums[c]);                                 \
     }
 
 /* One thread's part of each of the three passes; the caller keeps them apart. */
 #define DEFINE_PASSES(T)                                                                          \
-    static void widen_tokens_##T(const Step *s, const T *x, int64_t in, int me, int all) {        \
+    static void gather_tokens_##T(const Step *s, const T *x, int64_t in, int widens, int me,      \
+                                  int all) {                                                      \
         for (int k = me; k < s->begin[s->num_groups]; k += all) {                                 \
             const T *row = x + s->token[k] * in;                                                  \
-            float *wide = s->x + k * in;                                                          \
-            for (int64_t i = 0; i < in; i++) wide[i] = widen_##T(row[i]);                         \
+            if (widens)                                                                           \
+                for (int64_t i = 0; i < in; i++) s->x[k * in + i] = widen_##T(row[i]);            \
+            else                                                                                  \
+                memcpy((T *)s->x + k * in, row, in * sizeof(T));                                  \
         }                                                                                         \
     }                                                                                             \
     static void shrink_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t in,       \
-                                  int me, int all) {                                              \
-        int row = 0;                                                                              \
+                                  int widens, int me, int all) {                                  \
+        float sums[TOKENS_A_PASS * TILE];                                                         \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *a = (const T *)(uintptr_t)t->a[entry + s->adapter[g]];                       \
             int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
-            for (int j = 0; j < rank; j++) {                                                      \
-                if ((row++ / 4) % all != me) continue;                                            \
-                for (int k = s->begin[g]; k < end; k += TOKENS) {                                 \
-                    int n = end - k < TOKENS ? end - k : TOKENS;                                  \
-                    const float *rows[TOKENS];                                                    \
-                    for (int i = 0; i < TOKENS; i++) rows[i] = s->x + (k + (i < n ? i : 0)) * in; \
-                    shrink_##T(a + j * in, rows, in, s->h + (int64_t)k * s->max_rank + j,         \
-                               s->max_rank, n);                                                   \
+            int first = rank * me / all, last = rank * (me + 1) / all;                            \
+            for (int j = first; j < last; j += TILE) {                                            \
+                int rows = last - j < TILE ? last - j : TILE;                                     \
+                for (int k = s->begin[g]; k < end; k += TOKENS_A_PASS) {                          \
+                    int n = end - k < TOKENS_A_PASS ? end - k : TOKENS_A_PASS;                    \
+                    memset(sums, 0, n * TILE * sizeof(float));                                    \
+                    if (widens) tile_##T(a + j * in, s->x + k * in, in, rows, n, sums, NULL);     \
+                    else                                                                          \
+                        tile_pairs((const bfloat16 *)(a + j * in), (const bfloat16 *)s->x + k * in, \
+                                   in, rows, n, sums);                                            \
+                    for (int i = 0; i < n; i++)                                                   \
+                        memcpy(s->h + (int64_t)(k + i) * s->max_rank + j, sums + i * TILE,        \
+                               rows * sizeof(float));                                             \
                 }                                                                                 \
             }                                                                                     \
         }                                                                                         \
@@ -104,16 +105,22 @@ typedef struct {
                                   T *y, int me, int all) {                                        \
         int64_t share = ((out + all - 1) / all + ALIGNED - 1) / ALIGNED * ALIGNED;                \
         int64_t first = me * share, last = first + share < out ? first + share : out;             \
+        float sums[SHARING][COLUMNS];                                                             \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *b = (const T *)(uintptr_t)t->b[entry + s->adapter[g]];                       \
-            int rank = t->rank[entry + s->adapter[g]];                                            \
-            if (!rank) continue;                                                                  \
-            for (int64_t c = first; c < last; c += COLUMNS) {                                     \
+            int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
+            float scale = t->scale[entry + s->adapter[g]];                                        \
+            for (int64_t c = first; rank && c < last; c += COLUMNS) {                             \
                 int64_t width = last - c < COLUMNS ? last - c : COLUMNS;                          \
-                for (int k = s->begin[g]; k < s->begin[g + 1]; k++)                               \
-                    expand_##T(b + c, out, width, s->h + (int64_t)k * s->max_rank, rank,          \
-                               t->scale[entry + s->adapter[g]] * s->weight[k],                    \
-                               y + s->token[k] * out + c);                                        \
+                for (int k = s->begin[g]; k < end; k += SHARING) {                                \
+                    int n = end - k < SHARING ? end - k : SHARING;                                \
+                    memset(sums, 0, n * sizeof sums[0]);                                          \
+                    strips_##T(b + c, out, width, s->h + (int64_t)k * s->max_rank, s->max_rank,   \
+                               rank, sums, n);                                                    \
+                    for (int i = 0; i < n; i++)                                                   \
+                        add_##T(y + s->token[k + i] * out + c, sums[i], scale * s->weight[k + i], \
+                                width);                                                           \
+                }                                                                                 \
             }                                                                                     \
         }                                                                                         \
     }
@@ -121,17 +128,18 @@ typedef struct {
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_lora_decode_##T(const Table *t, int64_t module, const Step *s, const T *x, T *y) { \
         int64_t entry = module * t->num_adapters, in = t->in[module], out = t->out[module];       \
+        int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
         _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {             \
             int me = omp_get_thread_num(), all = omp_get_num_threads();                           \
-            widen_tokens_##T(s, x, in, me, all);                                                  \
+            gather_tokens_##T(s, x, in, widens, me, all);                                         \
             _Pragma("omp barrier");                                                               \
-            shrink_tokens_##T(t, entry, s, in, me, all);                                          \
+            shrink_tokens_##T(t, entry, s, in, widens, me, all);                                  \
             _Pragma("omp barrier");                                                               \
             expand_tokens_##T(t, entry, s, out, y, me, all);                                      \
         }                                                                                         \
     }
 
-#define DEFINE(T) DEFINE_SHRINK(T) DEFINE_EXPAND(T) DEFINE_PASSES(T) DEFINE_ENTRY(T)
+#define DEFINE(T) DEFINE_STRIP(T) DEFINE_PASSES(T) DEFINE_ENTRY(T)
 
 DEFINE(float)
 DEFINE(bfloat16)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from loraplex.kernels.built import library
-from loraplex.kernels.dense import linear as module
 from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
 
 CPU = torch.device("cpu")
@@ -17,21 +12,6 @@ FEATURES = [(1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4100, 49)]  # i
 NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131)
 
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
-
-
-@pytest.fixture(params=["as the CPU can", "widened"])
-def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A CPU that multiplies bfloat16 by itself is kept from it in turn: others widen it."""
-    built = library(module.__file__)
-    assert built is not None
-    Linear(torch.zeros(1, 1))(torch.zeros(1, 1))  # which asks the CPU
-    pairs = ctypes.c_int.in_dll(built, "loraplex_linear_pairs")
-    can = pairs.value
-    assert can in (0, 1)
-    if request.param == "widened":
-        pairs.value = 0
-    yield request.param
-    pairs.value = can
 
 
 def a_layer(

@@ -50,7 +50,7 @@ class Adapters:
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("module", range(len(WIDTHS)))
-def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, threads: int) -> None:
+def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, threads: int, bfloat16_is: str) -> None:
     """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
     adapters = Adapters(dtype)
     generator = torch.Generator().manual_seed(8)
@@ -62,6 +62,25 @@ def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, th
     add_decode(y, x, adapters.table, module, DecodeStep(adapters.table, owner))
     rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (2**-8, 1e-4)
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("module", range(len(WIDTHS)))
+def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype, module: int, threads: int, bfloat16_is: str) -> None:
+    """Not in its last bit: alone, or beside others of its adapter and of other adapters."""
+    adapters = Adapters(dtype)
+    generator = torch.Generator().manual_seed(9)
+    x, before = (torch.randn(TOKENS, width, generator=generator).to(dtype) for width in WIDTHS[module])
+    owner = owners("skewed", len(RANKS), TOKENS)
+    together = before.clone()
+    add_decode(together, x, adapters.table, module, DecodeStep(adapters.table, owner))
+    assert not torch.equal(together, before)
+    for token in range(TOKENS):
+        alone = before[token : token + 1].clone()
+        add_decode(
+            alone, x[token : token + 1].clone(), adapters.table, module, DecodeStep(adapters.table, [owner[token]])
+        )
+        assert torch.equal(alone[0], together[token])
 
 
 def test_token_without_an_adapter_is_not_touched() -> None:
