@@ -2,10 +2,11 @@
 
 For each head's numbers x of a token, whose first and second halves are turned against each other:
 
-    y[i]     = x[i] · cos[i]     − x[i + D/2] · sin[i]          for i < D/2
-    y[i]     = x[i] · cos[i]     + x[i − D/2] · sin[i]          for i ≥ D/2
+    y[i] = x[i] · cos[i] − x[i + D/2] · sin[i]    for i < D/2
+    y[i] = x[i] · cos[i] + x[i − D/2] · sin[i]    for i ≥ D/2
 
-Products and sums are rounded one by one, as torch's operations are. The form is that of GPT-NeoX and Llama.
+Products and sums are rounded one by one, as torch's operations are. The form is that of GPT-NeoX and Llama
+(Su et al., RoFormer, arXiv:2104.09864, with halves instead of neighbours turned against each other).
 `is_available` tells where it was built.
 """
 
