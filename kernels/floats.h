@@ -40,6 +40,7 @@ typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef float AnyLanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #define INLINED static inline __attribute__((always_inline))
