@@ -134,7 +134,7 @@ def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
             table, num_bytes, number = _decode_table(count, shape.hidden, dtype)
             x, y = (torch.randn(count * each, shape.hidden).to(dtype) for _ in range(2))
             step = DecodeStep(table, [token % count for token in range(count * each)])
-            run = _in_turn([partial(add_decode, y, x, table, module, step) for module in range(number)])
+            run = _in_turn([partial(add_decode, y, x, module, step) for module in range(number)])
             name = f"{count} adapters x {each} tokens, {str(dtype).removeprefix('torch.')}"
             cases.append(Case(name, run, num_bytes))
     return cases

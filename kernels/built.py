@@ -3,9 +3,52 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+# Tensors and structures are passed by their address.
+Argument = Tensor | ctypes.Structure | int
+
+
+class Kernel:
+    """A function in C that returns nothing."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Any) -> None:
+        """`run`: of ctypes, its argument types told."""
+        self.run = run
+
+    def __call__(self, *arguments: Argument) -> None:
+        for listener in _listeners:
+            listener(self, arguments)
+        self.run(*map(as_word, arguments))
+
+
+Listener = Callable[[Kernel, tuple[Argument, ...]], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within it the listener hears of every kernel that is called, in whichever thread."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def as_word(argument: Argument) -> int:
+    """The integer that is passed."""
+    if isinstance(argument, int):
+        return argument
+    return argument.data_ptr() if isinstance(argument, Tensor) else ctypes.addressof(argument)
 
 
 @cache
@@ -21,9 +64,9 @@ def library(module: str) -> ctypes.CDLL | None:
 
 
 @cache
-def function(module: str, name: str, *arguments: Any) -> Any:
-    """A function of that library which returns nothing, by its ctypes arguments. Raises AttributeError without one."""
+def function(module: str, name: str, *arguments: Any) -> Kernel:
+    """A function of that library by its ctypes arguments. Raises AttributeError without one."""
     found = getattr(library(module), name)
     found.argtypes = arguments
     found.restype = None
-    return found
+    return Kernel(found)

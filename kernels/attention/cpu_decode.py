@@ -14,6 +14,7 @@ from loraplex.kernels.attention.paged import Form
 from loraplex.kernels.built import function, library
 
 _NAMES = {torch.float32: "loraplex_cpu_decode_float", torch.bfloat16: "loraplex_cpu_decode_bfloat16"}
+_WRITES = {torch.float32: "loraplex_cache_write_float", torch.bfloat16: "loraplex_cache_write_bfloat16"}
 _ARGUMENTS = (ctypes.c_void_p,) * 5
 WIDEST = 512  # numbers of a key or value
 
@@ -26,6 +27,13 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "cap")),
         ("sinks", ctypes.c_void_p),
         ("num_threads", ctypes.c_int64),
+    )
+
+
+class _Written(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "width", "by_token", "by_head")),
+        ("slots", ctypes.c_void_p),
     )
 
 
@@ -50,12 +58,18 @@ class DecodeRows:
         q = q.contiguous()
         out = torch.empty(q.shape[0], q.shape[1], values.shape[2], dtype=q.dtype)
         key = (q.shape[1], *keys.shape[1:], values.shape[2], form.scale, form.window, form.softcap, id(form.sinks))
-        call = self._calls.get(key)
-        if call is None:
-            call = self._calls[key] = self._call(q, keys, values, form)
-        run = function(__file__, _NAMES[q.dtype], *_ARGUMENTS)
-        run(ctypes.addressof(call[0]), q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        known = self._calls.get(key)
+        if known is None:
+            known = self._calls[key] = self._call(q, keys, values, form)
+        call, _ = known
+        function(__file__, _NAMES[q.dtype], *_ARGUMENTS)(call, q, keys, values, out)
         return out
+
+    def become(self, slots: Tensor, lengths: Tensor) -> None:
+        """Other rows from now on, as many: for calls that are repeated with what is current."""
+        self._slots, self._lengths = slots, lengths
+        for call, _ in self._calls.values():
+            call.longest, call.slots, call.lengths = slots.shape[1], slots.data_ptr(), lengths.data_ptr()
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[_Call, object]:
         """With what it points to."""
@@ -66,6 +80,20 @@ class DecodeRows:
             None if sinks is None else sinks.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return call, (sinks, form.sinks)
+
+
+def write(numbers: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """cache[slots[t], h] = numbers[h, t]. numbers: Shape [H, T, D]. cache: Shape [S, H, D]. slots: Shape [T], int64.
+
+    Of one type that `is_available` knows; cache and slots are contiguous. Raises ValueError for other numbers.
+    """
+    if numbers.dtype != cache.dtype:
+        raise ValueError(f"numbers are {numbers.dtype}, the cache {cache.dtype}")
+    if numbers.stride(2) != 1:
+        numbers = numbers.contiguous()
+    heads, num_tokens, width = numbers.shape
+    written = _Written(num_tokens, heads, width, numbers.stride(1), numbers.stride(0), slots.data_ptr())
+    function(__file__, _WRITES[cache.dtype], *_ARGUMENTS[:3])(written, numbers, cache)
 
 
 def is_available(dtype: torch.dtype, device: torch.device, width: int, value_width: int) -> bool:

@@ -69,9 +69,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     rotated_q, rotated_k = (x.new_empty(1, num_tokens, x.shape[1], width) for x in (q, k))
     heads = [_Heads(x.shape[1], x.stride(2), x.stride(1)) for x in (q, k)]
     call = _Call(num_tokens, width, *heads, torch.get_num_threads())
-    function(__file__, _NAMES[q.dtype], *_ARGUMENTS)(
-        ctypes.addressof(call), *(x.data_ptr() for x in (q, k, cos, sin, rotated_q, rotated_k))
-    )
+    function(__file__, _NAMES[q.dtype], *_ARGUMENTS)(call, q, k, cos, sin, rotated_q, rotated_k)
     return rotated_q.transpose(1, 2), rotated_k.transpose(1, 2)
 
 

@@ -43,7 +43,6 @@ class Linear:
         self._out, self.in_features = weight.shape
         self._dtype = weight.dtype
         self._layer = _Layer(self.in_features, self._out, weight.data_ptr(), None if bias is None else bias.data_ptr())
-        self._address = ctypes.addressof(self._layer)
         self._run = function(__file__, _NAMES[weight.dtype], *_ARGUMENTS)
         self._widens = weight.dtype != torch.float32
 
@@ -58,7 +57,7 @@ class Linear:
         y = torch.empty(*x.shape[:-1], self._out, dtype=self._dtype)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
         scratch = torch.empty(x.numel() + num_threads * _tile_size() if self._widens else 0)
-        self._run(self._address, x.data_ptr(), y.data_ptr(), num_tokens, num_threads, scratch.data_ptr())
+        self._run(self._layer, x, y, num_tokens, num_threads, scratch)
         return y
 
 

@@ -37,7 +37,6 @@ class RmsNorm:
         self.width = weight.shape[0]
         self.dtype = dtype
         self._norm = _Norm(self.width, weight.data_ptr(), epsilon, rounds_twice)
-        self._address = ctypes.addressof(self._norm)
         self._run = function(__file__, _NAMES[dtype], *_ARGUMENTS)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class RmsNorm:
             raise ValueError(f"x is {x.shape[-1]} wide and {x.dtype}, the weight {self.width} for {self.dtype}")
         x = x.contiguous()
         y = torch.empty_like(x)
-        self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self.width, torch.get_num_threads())
+        self._run(self._norm, x, y, x.numel() // self.width, torch.get_num_threads())
         return y
 
 

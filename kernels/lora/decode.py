@@ -66,8 +66,7 @@ class DecodeTable:
             self.rank,
             np.stack([adapter.scale for adapter in adapters], axis=1),
         ]
-        self._table = _Table(len(adapters), *(_address(array) for array in self._kept))
-        self.address = ctypes.addressof(self._table)
+        self.structure = _Table(len(adapters), *(_address(array) for array in self._kept))
         self.widest_input = max(in_features)
         self.max_rank = int(self.rank.max())
 
@@ -92,11 +91,24 @@ class DecodeStep:
             np.array(tokens, dtype=np.int32),
             np.array([1.0 if weights is None else weights[token] for token in tokens], dtype=np.float32),
         ]
-        self._step = _Step(
+        self.structures = table.structure, _Step(
             len(groups), torch.get_num_threads(), table.max_rank, *(_address(array) for array in self._kept),
             x, x + len(tokens) * table.widest_input * 4,
         )  # fmt: skip
-        self.address = ctypes.addressof(self._step)
+
+
+class CurrentStep:
+    """Stands for one `DecodeStep` after another, at one address: for calls that are repeated with what is current."""
+
+    def __init__(self) -> None:
+        self.structures = _Table(), _Step()
+        self._step: DecodeStep | None = None
+
+    def become(self, step: DecodeStep) -> None:
+        """Be this one from now on."""
+        for ours, theirs in zip(self.structures, step.structures, strict=True):
+            ctypes.pointer(ours)[0] = theirs
+        self._step = step
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
@@ -104,13 +116,13 @@ def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
 
 
-def add_decode(y: Tensor, x: Tensor, table: DecodeTable, module: int, step: DecodeStep) -> None:
+def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep) -> None:
     """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens. x: Shape [T, in]. y: Shape [T, out], both contiguous.
 
     Sums are in float32 and rounded once, so a 16-bit y is nearer the formula than by the torch forms.
     """
-    run = function(__file__, _NAMES[x.dtype], *_ARGUMENTS)
-    run(table.address, module, step.address, x.data_ptr(), y.data_ptr())
+    table, tokens = step.structures
+    function(__file__, _NAMES[x.dtype], *_ARGUMENTS)(table, module, tokens, x, y)
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -59,7 +59,7 @@ def test_decode_equals_the_formula(mix: str, dtype: torch.dtype, module: int, th
     expected = y.double()
     first = [sum(RANKS[:group]) for group in range(len(RANKS) + 1)]
     add_grouped_reference(expected, x.double(), *adapters.stacked(module), torch.tensor(owner), first, SCALES)
-    add_decode(y, x, adapters.table, module, DecodeStep(adapters.table, owner))
+    add_decode(y, x, module, DecodeStep(adapters.table, owner))
     rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (2**-8, 1e-4)
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
 
@@ -73,13 +73,11 @@ def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype, module: int, 
     x, before = (torch.randn(TOKENS, width, generator=generator).to(dtype) for width in WIDTHS[module])
     owner = owners("skewed", len(RANKS), TOKENS)
     together = before.clone()
-    add_decode(together, x, adapters.table, module, DecodeStep(adapters.table, owner))
+    add_decode(together, x, module, DecodeStep(adapters.table, owner))
     assert not torch.equal(together, before)
     for token in range(TOKENS):
         alone = before[token : token + 1].clone()
-        add_decode(
-            alone, x[token : token + 1].clone(), adapters.table, module, DecodeStep(adapters.table, [owner[token]])
-        )
+        add_decode(alone, x[token : token + 1].clone(), module, DecodeStep(adapters.table, [owner[token]]))
         assert torch.equal(alone[0], together[token])
 
 
@@ -87,7 +85,7 @@ def test_token_without_an_adapter_is_not_touched() -> None:
     adapters = Adapters(torch.float32)
     x, y = torch.randn(3, 33), torch.full((3, 47), float("nan"))
     y[1] = 0.0
-    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [-1, 3, -1]))
+    add_decode(y, x, 0, DecodeStep(adapters.table, [-1, 3, -1]))
     assert torch.isnan(y[[0, 2]]).all()
     assert torch.isfinite(y[1]).all()
 
@@ -97,7 +95,7 @@ def test_weights_multiply_the_scale() -> None:
     x = torch.randn(2, 33).expand(2, 33).contiguous()
     x[1] = x[0]
     y = torch.zeros(2, 47)
-    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [3, 3], weights=[1.0, -2.0]))
+    add_decode(y, x, 0, DecodeStep(adapters.table, [3, 3], weights=[1.0, -2.0]))
     torch.testing.assert_close(y[1], -2.0 * y[0])
 
 
@@ -105,7 +103,7 @@ def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone() -> None:
     adapters = Adapters(torch.bfloat16)
     adapters.flats[3].fill_(float("nan"))
     x, y = torch.randn(2, 33).bfloat16(), torch.zeros(2, 47).bfloat16()
-    add_decode(y, x, adapters.table, 0, DecodeStep(adapters.table, [3, 1]))
+    add_decode(y, x, 0, DecodeStep(adapters.table, [3, 1]))
     assert torch.isnan(y[0]).all()
     assert torch.isfinite(y[1]).all()
 
