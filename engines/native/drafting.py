@@ -21,24 +21,53 @@ _LENGTHS = (3, 2)  # of the n-grams that are looked up, longest first
 _PROBE_EVERY = 32  # tokens
 _FIRST_GUESS = 0.7  # of a draft's being right
 _LEARNING_RATE = 0.1
-_FORGETTING = 0.98  # of a step's weight in the fit, with each step after it
+_MARGIN = 1.2  # by which a draft must be worth more than it costs, for both are guesses
+_RECKONED_EVERY = 16  # steps
+_OCTAVES = 2  # by which drafts may make a step grow
+_BESIDE = 1 / 16  # the weight of a size in the line, for each octave that it lies off
 
 
 class StepCosts:
-    """Seconds of a decode step as `fixed + per_token * num_tokens`: least squares over steps, older ones fading."""
+    """Seconds of a decode step by its number of tokens, as those were lately.
+
+    A step grows by pieces: while it reads weights, tokens are nearly free; once it multiplies longer than it reads,
+    each costs what it costs alone. So a line is laid through the sizes that it could grow to; others hardly count.
+    """
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5  # of 1, n, n², t, n·t
+        self._means: dict[int, float] = {}
+        self._weights: dict[int, float] = {}
+        self._shares: dict[int, float] = {}
+        self._num_added = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
-        self._sums = [_FORGETTING * old + value for old, value in zip(self._sums, new, strict=True)]
+        weight = self._weights.get(num_tokens, 0.0)
+        mean = self._means.get(num_tokens, seconds)
+        self._weights[num_tokens] = weight = min(weight + 1, 1 / _LEARNING_RATE)
+        self._means[num_tokens] = mean + (seconds - mean) / weight
+        self._num_added += 1
+        if self._num_added % _RECKONED_EVERY == 1:
+            self._shares.clear()
 
     def share_of_one(self, num_tokens: int) -> float:
         """What one token more costs, of what each of so many costs on average; 0 where it is not known."""
-        count, n, nn, t, nt = self._sums
+        if num_tokens not in self._shares:
+            self._shares[num_tokens] = self._share_of_one(num_tokens)
+        return self._shares[num_tokens]
+
+    def _share_of_one(self, num_tokens: int) -> float:
+        """By weighted least squares."""
+        count = n = nn = t = nt = 0.0
+        for size, seconds in self._means.items():
+            octaves_off = max(math.log2(num_tokens / size), math.log2(size / num_tokens) - _OCTAVES, 0.0)
+            weight = self._weights[size] * _BESIDE**octaves_off
+            count += weight
+            n += weight * size
+            nn += weight * size * size
+            t += weight * seconds
+            nt += weight * size * seconds
         spread = count * nn - n * n
-        if spread <= 1e-6 * nn * count:
+        if spread <= 1e-9 * nn * count:
             return 0.0
         per_token = max((count * nt - n * t) / spread, 0.0)
         fixed = max((t - per_token * n) / count, 0.0)
@@ -93,7 +122,7 @@ class Drafter:
 
     def _length(self, memory: _Memory, num_generated: int, num_in_step: int) -> int:
         """The i-th draft is kept with probability acceptance^i: it pays while that exceeds its share of the cost."""
-        share, acceptance = self.costs.share_of_one(num_in_step), memory.acceptance
+        share, acceptance = _MARGIN * self.costs.share_of_one(num_in_step), memory.acceptance
         if share <= 0 or acceptance >= 1:
             return self.max_tokens
         length = min(int(math.log(share) / math.log(acceptance)), self.max_tokens) if share < 1 else 0
