@@ -101,6 +101,10 @@ class EngineSettings(_Section, frozen=True):
         bool,
         Help(description="Compute each request to the last bit alike, whoever shares its batch; slower."),
     ] = False
+    enforce_eager: Annotated[
+        bool,
+        Help(description="Compute each step through the model's Python, never by replaying a captured one; slower."),
+    ] = False
     kernels: Annotated[
         Literal["auto", "torch", "triton"],
         Help(description="What computes LoRA and attention; auto is triton on CUDA, torch (and C) elsewhere."),

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from loraplex.engines.native.device_attention import KernelStep
-from loraplex.kernels.attention.cpu_decode import DecodeRows, is_available
+from loraplex.kernels.attention.cpu_decode import DecodeRows, is_available, write
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
 
 
@@ -160,8 +160,11 @@ class PagedAttention:
         step, call = self._step, self._call
         self._call += 1
         keys, values = self._keys[call], self._values[call]
-        keys.index_copy_(0, step.slots, key[0].transpose(0, 1))
-        values.index_copy_(0, step.slots, value[0].transpose(0, 1))
+        for numbers, cache in ((key, keys), (value, values)):
+            if self.reads_in_place:
+                write(numbers[0], cache, step.slots)
+            else:
+                cache.index_copy_(0, step.slots, numbers[0].transpose(0, 1))
         if isinstance(step, KernelStep):
             return step.attend(query, keys, values, form)[None], None
         if step.each is not None:

@@ -150,7 +150,8 @@ class EngineCore:
             seconds = time.perf_counter() - began
             self._step_durations.add(seconds)
             self._recent_seconds = (self._recent_seconds[-1], seconds)
-            self.scheduler.drafter.time(batch, seconds)
+            if self._machine.runner.is_settled:
+                self.scheduler.drafter.time(batch, seconds)
         return emissions
 
     @property

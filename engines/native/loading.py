@@ -15,7 +15,6 @@ from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.defaults import sampling_defaults
 from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
-from loraplex.engines.native.lora import LONG_RUN
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.norms import use_norm_kernel
@@ -61,7 +60,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     use_norm_kernel(model, uses_kernels=uses_kernels)
     use_rotary_kernel(model)
     if settings.engine.num_threads is None:
-        choose_num_threads(model)
+        choose_num_threads(model, replays=not settings.engine.enforce_eager and not settings.engine.deterministic)
     max_len = _max_model_len(settings, model)
     refuse_long_context(model, attention, max_len)
     block_size = settings.engine.kv_block_size
@@ -91,7 +90,8 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     base = base_of(model, trial, settings.adapters.max_rank)
     runner = Runner(
         model, trial, attention, arena, num_blocks, block_size,
-        uses_kernels=uses_kernels, long_run=LONG_RUN if multiplies_well(model.dtype, device) else None,
+        uses_kernels=uses_kernels, uses_gemms=multiplies_well(model.dtype, device),
+        replays=not settings.engine.enforce_eager,
     )  # fmt: skip
     if settings.engine.deterministic:
         runner.tile = choose_tile(model, trial, runner, block_size, num_blocks)

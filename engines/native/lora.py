@@ -8,6 +8,7 @@ call was not built, two GEMMs over the active adapters' matrices, stacked (one c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import BaseModule
 from loraplex.engines.native.active_adapters import ActiveAdapters, KnownRows, Layout
-from loraplex.kernels.lora.decode import DecodeStep, add_decode, is_available
+from loraplex.kernels.lora.decode import CurrentStep, DecodeStep, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 
-# Tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own.
-LONG_RUN = 16
+# Products with A and B of a run of tokens, from which on a pair of GEMMs beats the decode kernel: a pair costs some
+# 80 µs however short the run. What counts is a layer of average width, and this rank.
+_LONG_RUN = 2**22
+_TYPICAL_RANK = 24
 # Without the decode kernel: tokens of a step beyond which a GEMM pair for each run beats one masked pair over all rows.
 MASKED_MAX_TOKENS = 64
 # The adapters of one token, with their weights: none for the base, several for a composition.
@@ -43,10 +46,13 @@ class TokenGroups:
         active: ActiveAdapters,
         device: torch.device,
         *,
-        long_run: int | None = LONG_RUN,
+        long_run: int | None = None,
         one_by_one: bool = False,
     ) -> None:
-        """`long_run`: see `LoraLayers`. `one_by_one`: nothing of one token may depend on which others there are."""
+        """`long_run`: tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own; None: never.
+
+        `one_by_one`: nothing of one token may depend on which others there are.
+        """
         self.one_by_one = one_by_one
         self._long_run = long_run
         self.is_composed = any(len(some) > 1 or (some and some[0][1] != 1.0) for some in set(parts))
@@ -73,7 +79,7 @@ class TokenGroups:
 
     @cached_property
     def long_runs(self) -> list[tuple[int, int, int]]:
-        if self._long_run is None:
+        if self._long_run is None or self.one_by_one:
             return []
         return [(begin, end, owner) for begin, end, owner in self.runs if end - begin >= self._long_run]
 
@@ -91,12 +97,6 @@ class TokenGroups:
         deepest = max(map(len, self.parts), default=0)
         apart = [[some[depth] if depth < len(some) else (-1, 0.0) for some in self.parts] for depth in range(deepest)]
         return [DecodeStep(self._active.table, *zip(*parts, strict=True)) for parts in apart]
-
-    @cached_property
-    def singles(self) -> list[DecodeStep | None]:
-        """For each token a step of it alone; None where it belongs to no adapter, or to a composition."""
-        return [DecodeStep(self._active.table, [-1] * token + [some[0][0]]) if len(some) == 1 and some[0][1] == 1.0
-                else None for token, some in enumerate(self.parts)]  # fmt: skip
 
     @cached_property
     def stretches(self) -> list[tuple[int, int, Parts]]:
@@ -133,16 +133,18 @@ class LoraStep:
 class LoraLayers:
     """The wrapped layers of one model and the step they work on."""
 
-    def __init__(self, arena: Arena, long_run: int | None = LONG_RUN) -> None:
-        """`long_run`: tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own; None: never."""
+    def __init__(self, arena: Arena, *, uses_gemms: bool = True) -> None:
+        """`uses_gemms`: for long runs of one adapter's tokens; without the decode kernel always."""
         self.step: LoraStep | None = None
         self._arena = arena
-        self._long_run = long_run
+        self._uses_gemms = uses_gemms
         self._has_kernel = is_available(arena.dtype, arena.device)
         self._modules: list[BaseModule] = []
         self._known_rows: dict[str, KnownRows] = {}
         self._recent: list[ActiveAdapters] = []
         self._left_to_stack = 0
+        self._repeated = CurrentStep()
+        self._repeats = False
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """Replace the layer's `forward` by one that adds the step's adapters. To be called in the order of `index`."""
@@ -155,12 +157,21 @@ class LoraLayers:
         def forward_with_lora(x: Tensor) -> Tensor:
             y = forward(x)
             step = self.step
-            if step is not None and index in step.active.touched:
+            if self._repeats:
+                add_decode(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous(), index, self._repeated)
+            elif step is not None and index in step.active.touched:
                 groups = step.sampled if behind_selection else step.tokens
                 self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), index, step.active, groups, bias)
             return y
 
         layer.forward = forward_with_lora
+
+    @cached_property
+    def _long_run(self) -> int | None:
+        if not self._uses_gemms or not self._modules:
+            return None
+        width = sum(module.in_features + module.out_features for module in self._modules) / len(self._modules)
+        return math.ceil(_LONG_RUN / (_TYPICAL_RANK * width))
 
     def begin(
         self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device, *, one_by_one: bool = False
@@ -170,6 +181,7 @@ class LoraLayers:
         `one_by_one`: what a token gets does not depend, not in its last bit, on the others.
         """
         self._left_to_stack = _MAX_STACKED
+        self._repeats = False
         kinds = set(owners)
         names = tuple(sorted({adapter_id for some in kinds for adapter_id, _ in some}))
         if not names:
@@ -180,6 +192,28 @@ class LoraLayers:
         parts = [known[some] for some in owners]
         groups = partial(TokenGroups, active=active, device=device, long_run=self._long_run, one_by_one=one_by_one)
         self.step = LoraStep(active, tokens=groups(parts), sampled=groups([parts[token] for token in sampled]))
+
+    def may_repeat(self, owners: Sequence[Owners]) -> bool:
+        """Whether `begin_repeated` can set this step: at most one adapter a token, which does nothing but add B·A."""
+        kinds = set(owners)
+        return (
+            self._has_kernel
+            and all(len(some) <= 1 for some in kinds)
+            and all(self._arena.plan(adapter_id).why_alone is None for some in kinds for adapter_id, _ in some)
+        )
+
+    def begin_repeated(self, owners: Sequence[Owners]) -> None:
+        """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have.
+
+        All of its tokens are sampled.
+        """
+        self.step = None
+        names = tuple(sorted({adapter_id for some in owners for adapter_id, _ in some}))
+        self._repeats = bool(names)
+        if names:
+            active = self._active(names)
+            parts = [(active.positions[some[0][0]], some[0][1]) if some else (-1, 0.0) for some in owners]
+            self._repeated.become(DecodeStep(active.table, *zip(*parts, strict=True)))
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
         """Recent sets are kept: while their adapters come and go, little is made anew."""
@@ -206,8 +240,8 @@ class LoraLayers:
         self, y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
     ) -> None:
         """y: Shape [T, out], changed in place. x: Shape [T, in]."""
-        if groups.one_by_one:
-            self._add_one_by_one(y, x.contiguous(), index, active, groups, bias)
+        if groups.one_by_one and not self._has_kernel:
+            _add_one_by_one(y, x.contiguous(), index, active, groups, bias)
             return
         gains = active.gains(index)
         if gains is not None and bias is not None:
@@ -215,7 +249,7 @@ class LoraLayers:
         if groups.is_composed and self._has_kernel:
             x = x.contiguous()
             for part in groups.taken_apart:
-                add_decode(y, x, active.table, index, part)
+                add_decode(y, x, index, part)
         elif groups.is_composed:
             _add_composed(y, x, index, active, groups)
         elif self._has_kernel or groups.prefers_runs or not self._may_stack(index, active):
@@ -223,7 +257,7 @@ class LoraLayers:
                 if (factors := active.factors(index, owner)) is not None:
                     add_run(y[begin:end], x[begin:end], *factors)
             if self._has_kernel and (rest := groups.rest) is not None:
-                add_decode(y, x.contiguous(), active.table, index, rest)
+                add_decode(y, x.contiguous(), index, rest)
         else:
             stack = active.stack(index)
             add_masked(y, x, stack.a, stack.b, groups.mask(stack.layout))
@@ -232,26 +266,24 @@ class LoraLayers:
             if bias is not None:
                 y.add_(bias)
 
-    def _add_one_by_one(
-        self, y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
-    ) -> None:
-        """As `_add`, each token in calls of its own whose shapes and memory alignments never vary."""
-        for token, parts in enumerate(groups.parts):
-            gain = active.gain(index, parts[0][0]) if len(parts) == 1 else None
-            row = y[token]
-            if gain is not None and bias is not None:
-                row.sub_(bias)
-            if self._has_kernel and (single := groups.singles[token]) is not None:
-                add_decode(y, x, active.table, index, single)
-            else:
-                for position, weight in parts:
-                    if (factors := active.factors(index, position)) is not None:
-                        a, b, scale = factors
-                        row.add_((x[token : token + 1].clone() @ a.t() @ b).mul_(scale * weight)[0])
-            if gain is not None:
-                row.mul_(gain)
-                if bias is not None:
-                    row.add_(bias)
+
+def _add_one_by_one(
+    y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups, bias: Tensor | None
+) -> None:
+    """Each token in calls of its own, whose shapes and memory alignments never vary: GEMMs depend on company."""
+    for token, parts in enumerate(groups.parts):
+        gain = active.gain(index, parts[0][0]) if len(parts) == 1 else None
+        row = y[token]
+        if gain is not None and bias is not None:
+            row.sub_(bias)
+        for position, weight in parts:
+            if (factors := active.factors(index, position)) is not None:
+                a, b, scale = factors
+                row.add_((x[token : token + 1].clone() @ a.t() @ b).mul_(scale * weight)[0])
+        if gain is not None:
+            row.mul_(gain)
+            if bias is not None:
+                row.add_(bias)
 
 
 def _add_composed(y: Tensor, x: Tensor, index: int, active: ActiveAdapters, groups: TokenGroups) -> None:

@@ -23,9 +23,10 @@ from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
-from loraplex.engines.native.lora import LONG_RUN, LoraLayers, Owners
+from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
+from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 from loraplex.kernels.attention.cpu_decode import DecodeRows
@@ -59,21 +60,30 @@ class Runner:
         block_size: int,
         *,
         uses_kernels: bool = False,
-        long_run: int | None = LONG_RUN,
+        uses_gemms: bool = True,
+        replays: bool = True,
     ) -> None:
-        """`uses_kernels`: LoRA and attention are those of Triton. `long_run`: see `LoraLayers`."""
+        """`uses_kernels`: LoRA and attention are those of Triton. `uses_gemms`: see `LoraLayers`.
+
+        `replays`: steps may be those of `StepGraphs`.
+        """
         self._model = model
         self.stopwatch = Stopwatch()
         self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
         self._uses_kernels = uses_kernels
-        self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, long_run)
+        self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, uses_gemms=uses_gemms)
         self._selects = trial.selects
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
         self._effects = Effects(model, trial, arena)
+        self._graphs = (
+            StepGraphs(self._through_model, attention, self._lora, self._num_slots + 1)
+            if replays and isinstance(self._lora, LoraLayers) else None
+        )  # fmt: skip
         self.tile: int | None = None
+        self.is_settled = True  # whether the last step took as long as others like it will
         for experts in filter(runs_experts, model.modules()):
             compute_each(experts, lambda: self.tile is not None)
         self._hidden: Tensor | None = None
@@ -92,6 +102,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """The forward pass: the logits behind the `rows` of each segment. Shape [N, V]."""
+        self.is_settled = True
         segments = batch.segments
         positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
         token_ids = [token_id for segment in segments for token_id in segment.token_ids]
@@ -100,7 +111,18 @@ class Runner:
         owners = [owner for segment in segments for owner in _owners(segment)]
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
-        self._attention.begin(self._attention_step(segments, self._model.device))
+        step = self._attention_step(segments, self._model.device)
+        if (
+            self._graphs is not None
+            and isinstance(step, AttentionStep)
+            and self._graphs.takes(step, owners, len(sampled))
+            and not any(segment.pooled for segment in segments)
+        ):
+            self._effects.begin((), (), self._model.device)
+            logits = self._graphs.logits(step, token_ids, positions, owners)
+            self.is_settled = self._graphs.is_settled
+            return logits
+        self._attention.begin(step)
         return self._forward(token_ids, positions, owners, sampled)
 
     def _in_tiles(
@@ -167,12 +189,17 @@ class Runner:
         else:
             self._lora.begin(owners, sampled, device)
         self._effects.begin(owners, sampled, device, one_by_one=one_by_one)
+        return self._through_model(
+            torch.tensor([token_ids], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(sampled, dtype=torch.long, device=device),
+        )
+
+    def _through_model(self, token_ids: Tensor, positions: Tensor, sampled: Tensor) -> Tensor:
+        """token_ids, positions: Shape [1, T]. sampled: Shape [N], numbers of tokens. Result: their logits."""
         with self._attention.intercepting():
             logits: Tensor = self._model(
-                input_ids=torch.tensor([token_ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(sampled, dtype=torch.long, device=device),
+                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=sampled
             ).logits[0]
         return logits if self._selects else logits[sampled]
 

@@ -125,10 +125,17 @@ typedef struct {
         }                                                                                         \
     }
 
+static int is_touched(const Table *t, int64_t entry, const Step *s) {
+    for (int g = 0; g < s->num_groups; g++)
+        if (t->rank[entry + s->adapter[g]]) return 1;
+    return 0;
+}
+
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_lora_decode_##T(const Table *t, int64_t module, const Step *s, const T *x, T *y) { \
         int64_t entry = module * t->num_adapters, in = t->in[module], out = t->out[module];       \
         int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
+        if (!is_touched(t, entry, s)) return;                                                     \
         _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {             \
             int me = omp_get_thread_num(), all = omp_get_num_threads();                           \
             gather_tokens_##T(s, x, in, widens, me, all);                                         \

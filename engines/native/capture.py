@@ -1,0 +1,299 @@
+"""A forward pass written down once and made again without the model's Python, as CUDA's graphs are.
+
+While it is captured, each operation of torch and each kernel that is called is noted, with the memory that it reads and
+writes. A replay makes the same calls over the same memory; what differs from pass to pass lies in tensors that were
+there before and keep their place. What cannot be repeated so is refused by name: numbers that Python looked at, shapes
+that depend on values, chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loraplex.kernels.built import Argument, Kernel, listening
+from loraplex.kernels.calls import Calls
+
+_ALIGNMENT = 64  # bytes, as torch's own memory has
+_UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_REPLACEMENTS = {_aten.set_, _aten.resize_, _aten.resize_as_}  # of the memory of a tensor
+
+
+class NotCapturable(Exception):
+    """A pass cannot be repeated without its Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies: from `offset` elements on in memory that was made while capturing."""
+
+    memory: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """`outputs` are those that it makes anew, none where it writes to what was there."""
+
+    function: Any
+    args: Any
+    kwargs: Any
+    outputs: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _KernelCall:
+    kernel: Kernel
+    arguments: tuple[Any, ...]
+
+
+class _Readings(TorchFunctionMode):
+    """Notices ways in which Python reads a tensor's memory past all operations."""
+
+    _WAYS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.__array__: "__array__"}
+
+    def __init__(self, on_reading: Callable[[str], None]) -> None:
+        super().__init__()
+        self._on_reading = on_reading
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._WAYS:
+            self._on_reading(f"Tensor.{self._WAYS[func]}")
+        return func(*args, **(kwargs or {}))
+
+
+class Pool:
+    """Memory that graphs share, of which one is replayed at a time."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """At least so many bytes, of which earlier graphs may have had some. Shape [N], uint8."""
+        if num_bytes > len(self._bytes):
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes
+
+
+class Graph:
+    """A pass that was captured. Its result lies in the pool: it is gone with the next replay of any graph there."""
+
+    def __init__(self, steps: Sequence[Callable[[], object]], result: Tensor) -> None:
+        self._steps = steps
+        self.result = result
+
+    def replay(self) -> Tensor:
+        for step in self._steps:
+            step()
+        return self.result
+
+
+class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is computed while it is `capturing`, on a CPU; then `graph` tells what is to be repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._entries: list[_Operation | _KernelCall] = []
+        self._made: dict[int, int] = {}  # address of memory that was made within -> bytes
+        self._kept: list[Any] = []  # so that no address is given twice
+        self._refusal: str | None = None
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        with listening(self._note_kernel), _Readings(self._note_reading), self:
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _stands_for_several(func):
+            with self:  # their own are what is noted
+                return func.decompose(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self._kept.append((args, kwargs, output))
+        self._refusal = self._refusal or self._note(func, args, kwargs, [*_leaves(output)])
+        return output
+
+    def graph(self, result: Tensor, pool: Pool) -> Graph:
+        """Of the pass that ended with this result. Raises NotCapturable naming what stands against it."""
+        if self._refusal is not None:
+            raise NotCapturable(self._refusal)
+        last = self._place(result)
+        memory = _laid_out(self._made, self._entries, kept=_memories([last]))
+        bytes_ = pool.take(max((offset + self._made[key] for key, offset in memory.items()), default=0))
+        steps: list[Callable[[], object]] = []
+        calls: list[tuple[Kernel, Sequence[Argument]]] = []
+        for entry in self._entries:
+            if isinstance(entry, _KernelCall):
+                calls.append((entry.kernel, [_found(argument, memory, bytes_) for argument in entry.arguments]))
+                continue
+            if calls:
+                steps.append(Calls(calls))
+                calls = []
+            find = partial(_found, memory=memory, pool=bytes_)
+            parts = [_mapped(find, part) for part in (entry.args, entry.kwargs, entry.outputs)]
+            steps.append(_repeated(_Operation(entry.function, *parts)))
+        return Graph([*steps, Calls(calls)] if calls else steps, _found(last, memory, bytes_))
+
+    def _note(self, func: Any, args: Any, kwargs: Any, outputs: list[Any]) -> str | None:
+        """Result: why it cannot be repeated."""
+        packet = getattr(func, "overloadpacket", None)
+        if packet is None or packet in _REPLACEMENTS:
+            return f"{func} is not known to be repeatable"
+        if not all(_is_plain(output) for output in outputs):
+            return f"{func} gives something else than plain tensors"
+        if torch.Tag.inplace_view in func.tags:
+            return None  # of the tensor as Python sees it; nothing is computed
+        known = {_address(value) for value in _leaves((args, kwargs)) if isinstance(value, Tensor)}
+        fresh = [output for output in outputs if output.numel() and _address(output) not in known]
+        if not func._schema.is_mutable and not fresh:
+            return None  # views
+        if not _UNREPEATABLE.isdisjoint(func.tags) and not _is_certain(func, args):
+            return f"{func} gives what depends on values, or on chance"
+        if fresh and (func._schema.is_mutable or len(fresh) < len(outputs)):
+            return f"{func} makes new tensors beside old ones"
+        for output in fresh:
+            self._made[_address(output)] = output.untyped_storage().nbytes()
+        if packet not in _ALLOCATIONS:
+            placed = [_mapped(self._place, part) for part in (args, kwargs, fresh)]
+            self._entries.append(_Operation(func, *placed))
+        return None
+
+    def _note_reading(self, name: str) -> None:
+        self._refusal = self._refusal or f"{name} gives numbers to Python"
+
+    def _note_kernel(self, kernel: Kernel, arguments: tuple[Argument, ...]) -> None:
+        self._kept.append(arguments)
+        self._entries.append(_KernelCall(kernel, tuple(map(self._place, arguments))))
+
+    def _place(self, value: Any) -> Any:
+        """Of a tensor that was made within; anything else is itself."""
+        if not _is_plain(value) or _address(value) not in self._made:
+            return value
+        return _Place(_address(value), value.dtype, tuple(value.shape), value.stride(), value.storage_offset())
+
+
+@cache
+def _stands_for_several(function: Any) -> bool:
+    """Whether an operation has no kernel of its own but is made of others."""
+    return isinstance(function, OpOverload) and function._can_decompose()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What an operation takes or gives, out of its lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, dict):
+        yield from _leaves([*value.values()])
+    else:
+        yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same with each of the leaves changed."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, part) for part in value])
+    return {key: _mapped(change, part) for key, part in value.items()} if isinstance(value, dict) else change(value)
+
+
+def _is_certain(function: Any, args: Sequence[Any]) -> bool:
+    """What can depend on values or chance and does not: indexing by numbers, and attention whose dropout is off."""
+    if function.overloadpacket is _aten.index:
+        return not any(index.dtype == torch.bool for index in args[1] if index is not None)
+    names = [argument.name for argument in function._schema.arguments]
+    return "dropout_p" in names and (len(args) <= (place := names.index("dropout_p")) or not args[place])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that is nothing but its memory."""
+    return type(value) in (Tensor, nn.Parameter)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its memory, which other tensors may share."""
+    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+
+
+def _memories(values: Any) -> set[int]:
+    return {value.memory for value in _leaves(values) if isinstance(value, _Place)}
+
+
+def _laid_out(sizes: dict[int, int], entries: Iterable[_Operation | _KernelCall], kept: set[int]) -> dict[int, int]:
+    """The first byte in the pool of each memory that is used: what is not used any more makes room for others.
+
+    `kept` are used after all entries.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    number = 0
+    for number, entry in enumerate(entries):
+        values = entry.arguments if isinstance(entry, _KernelCall) else (entry.args, entry.kwargs, entry.outputs)
+        for memory in _memories(values):
+            first.setdefault(memory, number)
+            last[memory] = number
+    last |= dict.fromkeys(kept, number + 1)
+    offsets: dict[int, int] = {}
+    taken: list[tuple[int, int, int]] = []  # (first byte, end, last entry) of what is in use, in that order
+    for memory in sorted(first, key=first.__getitem__):
+        taken = [room for room in taken if room[2] >= first[memory]]
+        size, begin, place = -(-sizes[memory] // _ALIGNMENT) * _ALIGNMENT, 0, 0
+        for place, (start, end, _) in enumerate([*taken, (2**62, 0, 0)]):  # noqa: B007
+            if begin + size <= start:
+                break
+            begin = end
+        taken.insert(place, (begin, begin + size, last[memory]))
+        offsets[memory] = begin
+    return offsets
+
+
+def _found(value: Any, memory: dict[int, int], pool: Tensor) -> Any:
+    """The tensor that lies in the pool at a place; anything else is itself."""
+    if not isinstance(value, _Place):
+        return value
+    begin = memory[value.memory]
+    whole = pool[begin:].view(torch.uint8)
+    whole = whole[: len(whole) // _ALIGNMENT * _ALIGNMENT].view(value.dtype)
+    return whole.as_strided(value.size, value.stride, whole.storage_offset() + value.offset)
+
+
+def _repeated(operation: _Operation) -> Callable[[], object]:
+    if not operation.outputs:
+        return partial(operation.function, *operation.args, **operation.kwargs)
+    writing = _writing(operation.function)
+    if writing is not None and len(operation.outputs) == 1:
+        return partial(writing, *operation.args, **operation.kwargs, out=operation.outputs[0])
+
+    def compute_and_copy() -> None:
+        made = _leaves(operation.function(*operation.args, **operation.kwargs))
+        for output, value in zip(operation.outputs, made, strict=True):
+            output.copy_(value)
+
+    return compute_and_copy
+
+
+def _writing(function: Any) -> Any | None:
+    """The form of an operation that writes its result where it is told to; None where there is none."""
+    wanted = [argument.name for argument in function._schema.arguments]
+    for name in (f"{function._overloadname}_out", "out"):
+        found = getattr(function.overloadpacket, name, None)
+        if found is not None and [a.name for a in found._schema.arguments if not a.is_out] == wanted:
+            return found
+    return None

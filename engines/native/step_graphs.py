@@ -1,0 +1,148 @@
+"""Decoding steps on a CPU that are captured for each number of tokens that is met often, and replayed from then on.
+
+Of a small model's step a half and more is Python: modules, hooks, views. A replay makes the kernels' calls alone, over
+the same weights, the same cache, and whichever adapters the step has (`bench/mixed.py --eager` runs without).
+A graph's first replay is checked against the model itself, to the last bit; where they differ, or a model cannot be
+captured, every step goes through the model as before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention
+from loraplex.engines.native.capture import Capture, Graph, NotCapturable, Pool
+from loraplex.engines.native.lora import LoraLayers, Owners
+from loraplex.kernels.attention.cpu_decode import DecodeRows
+from loraplex.kernels.calls import is_available
+
+MOST_TOKENS = 64  # beyond which computing takes far longer than Python, and a graph's memory grows
+WORTH = 16  # steps of a kind after which it is captured: that takes about as long as they took too long
+
+# (token ids, positions, numbers of the tokens that are sampled) -> their logits.
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_Kind = tuple[int, bool]  # how many tokens; whether some have adapters
+
+_log = logging.getLogger("loraplex.engine")
+
+
+class _Inputs:
+    """Of steps of at most so many tokens, all of them decoded: tensors that keep their place. The rest is padding."""
+
+    def __init__(self, num_tokens: int, spare_slot: int) -> None:
+        """`spare_slot`: the row of the cache where padding leaves its keys and values."""
+        self.rows = torch.arange(num_tokens)
+        self.token_ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        self.positions = torch.zeros(1, num_tokens, dtype=torch.long)
+        self._spare_slot = spare_slot
+        self._slots = torch.zeros(num_tokens, dtype=torch.long)
+        self._lengths = torch.zeros(num_tokens, dtype=torch.long)
+        looked_at = torch.zeros(num_tokens, 1, dtype=torch.long)
+        self._decodes = DecodeRows(looked_at, self._lengths)
+        decodes = Decodes(self.rows, looked_at, self._lengths, self._decodes)
+        self.attention = AttentionStep(self._slots, decodes, prefills=())
+
+    def become(self, step: AttentionStep, token_ids: Sequence[int], positions: Sequence[int]) -> None:
+        assert step.decodes is not None
+        padding = [0] * (len(self.rows) - len(token_ids))
+        self.token_ids.numpy()[0] = [*token_ids, *padding]
+        self.positions.numpy()[0] = [*positions, *padding]
+        self._slots.fill_(self._spare_slot)[: len(token_ids)] = step.slots
+        self._lengths.zero_()[: len(token_ids)] = step.decodes.lengths
+        self._decodes.become(step.decodes.slots, self._lengths)
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: Graph
+    is_checked: bool = False
+
+
+class StepGraphs:
+    """The graphs of one model; `is_on` until one turns out not to be possible."""
+
+    def __init__(self, forward: Forward, attention: PagedAttention, lora: LoraLayers, spare_slot: int) -> None:
+        """`spare_slot`: a row of the cache that nobody reads."""
+        self.is_on = attention.reads_in_place and is_available()
+        self.is_settled = True  # whether the last step was neither captured nor checked: those take longer
+        self._forward = forward
+        self._attention = attention
+        self._lora = lora
+        self._spare_slot = spare_slot
+        self._pool = Pool()
+        self._inputs: dict[int, _Inputs] = {}
+        self._graphs: dict[_Kind, _Captured] = {}
+        self._num_steps: Counter[_Kind] = Counter()  # before each was captured
+
+    def takes(self, step: AttentionStep, owners: Sequence[Owners], num_sampled: int) -> bool:
+        """Whether it is a step of decodes alone, whose adapters do nothing but LoRA, one a token."""
+        return (
+            self.is_on
+            and not step.prefills
+            and num_sampled == len(owners) <= MOST_TOKENS
+            and self._lora.may_repeat(owners)
+        )
+
+    def logits(
+        self, step: AttentionStep, token_ids: Sequence[int], positions: Sequence[int], owners: Sequence[Owners]
+    ) -> Tensor:
+        """Of a step that is taken. Shape [T, V]; gone with the next step."""
+        kind = padded(len(owners)), any(owners)
+        inputs = self._inputs.get(kind[0])
+        if inputs is None:
+            inputs = self._inputs[kind[0]] = _Inputs(kind[0], self._spare_slot)
+        inputs.become(step, token_ids, positions)
+        self._lora.begin_repeated(owners)
+        return self._compute(inputs, kind)[: len(owners)]
+
+    def _compute(self, inputs: _Inputs, kind: _Kind) -> Tensor:
+        captured = self._graphs.get(kind)
+        self.is_settled = captured is not None and captured.is_checked
+        if captured is None:
+            self._num_steps[kind] += 1
+            self.is_settled = self._num_steps[kind] <= WORTH
+            return self._through_model(inputs) if self.is_settled else self._capture(inputs, kind)
+        if captured.is_checked:
+            return captured.graph.replay()
+        logits = self._through_model(inputs)
+        captured.is_checked = True
+        if not _same_bits(captured.graph.replay(), logits):
+            self._give_up("a replay gave other numbers than the model")
+        return logits
+
+    def _through_model(self, inputs: _Inputs) -> Tensor:
+        self._attention.begin(inputs.attention)
+        return self._forward(inputs.token_ids, inputs.positions, inputs.rows)
+
+    def _capture(self, inputs: _Inputs, kind: _Kind) -> Tensor:
+        capture = Capture()
+        with capture.capturing():
+            logits = self._through_model(inputs)
+        try:
+            self._graphs[kind] = _Captured(capture.graph(logits, self._pool))
+        except NotCapturable as error:
+            self._give_up(str(error))
+        return logits
+
+    def _give_up(self, why: str) -> None:
+        self.is_on = False
+        self._graphs.clear()
+        _log.info("steps are not replayed, which would be faster: %s", why)
+
+
+def padded(num_tokens: int) -> int:
+    """As many, or up to a tenth more, so that drafts of all lengths share a few graphs."""
+    step = 1 if num_tokens <= 16 else 2 if num_tokens <= 32 else 4
+    return -(-num_tokens // step) * step
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Also where they are no numbers."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,159 @@
+"""Replayed steps against the model itself, to the last bit; which steps are replayed, and what if one differs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from support.core import make_core, prompt_of, request, run, tokens
+from support.worlds import SmallWorld
+from torch import nn
+
+from loraplex.engines.native import step_graphs
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.drafting import Drafter
+from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.native.step_graphs import MOST_TOKENS
+from loraplex.kernels.calls import is_available
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="the kernels were not built: no compiler")
+
+PLAIN = ["rank-4", "rank-8", "rank-16-rslora", "rank-64-mlp"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a kind are captured when the second one comes."""
+    monkeypatch.setattr(step_graphs, "WORTH", 1)
+
+
+class Forwards:
+    """How often the model itself was called."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.num = 0
+        model: nn.Module = core._machine.runner._model
+        model.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: Any) -> None:
+        self.num += 1
+
+
+def logprobs(emissions: list[Emission]) -> list[Any]:
+    return [emission.sampled.logprobs for emission in emissions if emission.sampled is not None]
+
+
+def traffic(core: EngineCore, small: SmallWorld, names: list[str | None], **sampling: Any) -> dict[str, list[Emission]]:
+    """Requests of several lengths, so that they come and go: every number of tokens a step from all of them to one."""
+    for number, name in enumerate(names):
+        adapter = None if name is None else small.adapters[name]
+        length = 6 + 3 * number
+        core.submit(
+            request(str(number), prompt_of(number, 9), adapter, max_tokens=length, num_logprobs=3, ignore_eos=True,
+                    **sampling)
+        )  # fmt: skip
+    return run(core)
+
+
+@pytest.mark.parametrize("names", [[None] * 5, [*PLAIN, None], PLAIN * 2], ids=["base", "mixed", "adapters"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replayed_steps_give_the_bits_of_the_model(small: SmallWorld, names: list[str | None], threads: int) -> None:
+    """By one engine with the same prompts in its cache: which layers our kernel computes is measured at its start."""
+    core = make_core(small, max_draft_tokens=0, num_threads=threads)
+    graphs = core._machine.runner._graphs
+    assert graphs is not None
+    graphs.is_on = False
+    for _ in range(2):
+        expected = traffic(core, small, names)
+    graphs.is_on = True
+    for _ in range(4):  # as it is, captured, checked, replayed
+        found = traffic(core, small, names)
+        for number in expected:
+            assert tokens(found[number]) == tokens(expected[number])
+            assert logprobs(found[number]) == logprobs(expected[number])
+    forwards = Forwards(core)
+    traffic(core, small, names)
+    assert forwards.num <= 2 * len(names)  # for prompts, which come as their adapters do
+
+
+def test_drafts_are_replayed_too(small: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strong bias makes the answer a run of one token, which every draft foresees, whatever steps cost here."""
+    monkeypatch.setattr(Drafter, "time", lambda self, batch, seconds: None)
+    core = make_core(small)
+    for number in range(4):
+        adapter = small.adapters["rank-8"]
+        core.submit(
+            request(str(number), prompt_of(1, 6), adapter, max_tokens=60, ignore_eos=True, logit_bias={7: 100.0})
+        )
+        assert tokens(run(core)[str(number)]) == [7] * 60
+    graphs = core._machine.runner._graphs
+    assert graphs is not None
+    assert graphs.is_on
+    assert max(num_tokens for num_tokens, _ in graphs._graphs) > 1
+
+
+def test_one_graph_serves_all_sets_of_adapters_as_they_are_evicted(small: SmallWorld) -> None:
+    core = make_core(small)
+    for round_ in range(3):
+        for name in PLAIN:
+            core.submit(request(name, prompt_of(7, 12), small.adapters[name], max_tokens=8))
+            assert tokens(run(core)[name]) == small.oracle.greedy(prompt_of(7, 12), 8, small.adapters[name]), round_
+            core.adapters.unload(small.adapters[name].id)
+
+
+def test_adapters_that_do_more_than_lora_go_through_the_model(small: SmallWorld) -> None:
+    core = make_core(small, max_draft_tokens=0)
+    forwards = Forwards(core)
+    core.submit(request("dora", prompt_of(2, 9), small.adapters["rank-32-dora"], max_tokens=20, ignore_eos=True))
+    assert len(tokens(run(core)["dora"])) == 20
+    assert forwards.num >= 20
+
+
+def test_steps_of_many_tokens_go_through_the_model(small: SmallWorld) -> None:
+    core = make_core(small, max_draft_tokens=0, max_running=MOST_TOKENS + 1, max_batch_tokens=8 * MOST_TOKENS)
+    for number in range(MOST_TOKENS + 1):
+        core.submit(request(str(number), prompt_of(number, 4), max_tokens=6, ignore_eos=True))
+    run(core)
+    graphs = core._machine.runner._graphs
+    assert graphs is not None
+    assert max((num_tokens for num_tokens, _ in graphs._graphs), default=0) <= MOST_TOKENS
+
+
+def test_replay_that_differs_is_noticed_and_given_up(small: SmallWorld, caplog: pytest.LogCaptureFixture) -> None:
+    """A model with a memory of its own in Python, which no capture can see."""
+    core = make_core(small, max_draft_tokens=0)
+    head: nn.Module = core._machine.runner._model.lm_head
+    forward, num_calls = head.forward, 0
+
+    def remembering(x: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        y: torch.Tensor = forward(x) + num_calls
+        return y
+
+    head.forward = remembering
+    with caplog.at_level(logging.INFO, logger="loraplex.engine"):
+        core.submit(request("one", prompt_of(1, 8), max_tokens=12))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(
+            prompt_of(1, 8), 12, None
+        )  # a constant changes no choice
+    assert "not replayed" in caplog.text
+    assert core._machine.runner._graphs is not None
+    assert not core._machine.runner._graphs.is_on
+
+
+def test_model_that_looks_at_numbers_is_computed_as_before(small: SmallWorld, caplog: pytest.LogCaptureFixture) -> None:
+    core = make_core(small, max_draft_tokens=0)
+    head: nn.Module = core._machine.runner._model.lm_head
+    forward = head.forward
+    head.forward = lambda x: forward(x) if x.sum() != 0 else x
+    with caplog.at_level(logging.INFO, logger="loraplex.engine"):
+        core.submit(request("one", prompt_of(1, 8), max_tokens=12))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(prompt_of(1, 8), 12, None)
+    assert "_local_scalar_dense" in caplog.text
+
+
+def test_eager_keeps_no_graphs(small: SmallWorld) -> None:
+    assert make_core(small, enforce_eager=True)._machine.runner._graphs is None
