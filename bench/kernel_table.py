@@ -30,7 +30,9 @@ from loraplex.kernels.attention.cpu_rotary import rotate
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
+from loraplex.kernels.calls import Calls
 from loraplex.kernels.dense.linear import Linear
+from loraplex.kernels.fused import cpu_elementwise as elementwise
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
 from loraplex.kernels.fused.gated import gated
 from loraplex.kernels.fused.rms_norm import rms_norm
@@ -283,6 +285,18 @@ def fused_truncation(shape: Shape, device: torch.device) -> list[Case]:
     ]
 
 
+def fused_cpu_elementwise(shape: Shape, device: torch.device) -> list[Case]:
+    """Beside torch's own."""
+    cases = []
+    for count in (8, 512):
+        a, b, y = (torch.randn(count, shape.hidden, device=device).bfloat16() for _ in range(3))
+        calls = [call for call in (elementwise.add(a, b, y), elementwise.multiply(a, b, y)) if call is not None]
+        for name, call in zip(("add", "multiply"), calls, strict=True):
+            cases.append(Case(f"{name}, {count} tokens", Calls([call]), 3 * a.numel() * 2))
+        cases.append(Case(f"torch.add, {count} tokens", partial(torch.add, a, b, out=y), 3 * a.numel() * 2))
+    return cases
+
+
 ON_CPU = {
     "dense/linear": dense_linear,
     "lora/decode": lora_decode,
@@ -291,6 +305,7 @@ ON_CPU = {
     "attention/cpu_rotary": attention_cpu_rotary,
     "attention/paged": attention_paged,
     "fused/cpu_rms_norm": fused_cpu_rms_norm,
+    "fused/cpu_elementwise": fused_cpu_elementwise,
 }
 ON_GPU = {
     "lora/shrink": lora_shrink,

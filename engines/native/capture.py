@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraplex.kernels.built import Argument, Kernel, listening
 from loraplex.kernels.calls import Calls
+from loraplex.kernels.fused.cpu_elementwise import Call, add, multiply, pick_rows
+from loraplex.kernels.fused.cpu_elementwise import is_available as are_built
 
 _ALIGNMENT = 64  # bytes, as torch's own memory has
 _UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -52,13 +54,29 @@ class _Operation:
     function: Any
     args: Any
     kwargs: Any
-    outputs: Sequence[Any]
+    outputs: Any
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        return self.args, self.kwargs, self.outputs
+
+    def found(self, find: Callable[[Any], Any]) -> _Operation:
+        """The same with tensors where places were."""
+        return _Operation(self.function, *(_mapped(find, part) for part in self.values))
 
 
 @dataclass(frozen=True, slots=True)
 class _KernelCall:
     kernel: Kernel
     arguments: tuple[Any, ...]
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        return self.arguments
+
+    def found(self, find: Callable[[Any], Any]) -> _KernelCall:
+        """The same with tensors where places were."""
+        return _KernelCall(self.kernel, tuple(map(find, self.arguments)))
 
 
 class _Readings(TorchFunctionMode):
@@ -137,20 +155,22 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotCapturable(self._refusal)
         last = self._place(result)
         memory = _laid_out(self._made, self._entries, kept=_memories([last]))
-        bytes_ = pool.take(max((offset + self._made[key] for key, offset in memory.items()), default=0))
+        taken = pool.take(max((offset + self._made[key] for key, offset in memory.items()), default=0))
+        find = partial(_found, memory=memory, pool=taken)
         steps: list[Callable[[], object]] = []
-        calls: list[tuple[Kernel, Sequence[Argument]]] = []
+        calls: list[Call] = []  # that follow one another
         for entry in self._entries:
-            if isinstance(entry, _KernelCall):
-                calls.append((entry.kernel, [_found(argument, memory, bytes_) for argument in entry.arguments]))
+            found = entry.found(find)
+            call = (found.kernel, found.arguments) if isinstance(found, _KernelCall) else _in_c(found)
+            if call is not None:
+                calls.append(call)
                 continue
+            assert isinstance(found, _Operation)
             if calls:
                 steps.append(Calls(calls))
                 calls = []
-            find = partial(_found, memory=memory, pool=bytes_)
-            parts = [_mapped(find, part) for part in (entry.args, entry.kwargs, entry.outputs)]
-            steps.append(_repeated(_Operation(entry.function, *parts)))
-        return Graph([*steps, Calls(calls)] if calls else steps, _found(last, memory, bytes_))
+            steps.append(_repeated(found))
+        return Graph([*steps, Calls(calls)] if calls else steps, find(last))
 
     def _note(self, func: Any, args: Any, kwargs: Any, outputs: list[Any]) -> str | None:
         """Result: why it cannot be repeated."""
@@ -245,8 +265,7 @@ def _laid_out(sizes: dict[int, int], entries: Iterable[_Operation | _KernelCall]
     last: dict[int, int] = {}
     number = 0
     for number, entry in enumerate(entries):
-        values = entry.arguments if isinstance(entry, _KernelCall) else (entry.args, entry.kwargs, entry.outputs)
-        for memory in _memories(values):
+        for memory in _memories(entry.values):
             first.setdefault(memory, number)
             last[memory] = number
     last |= dict.fromkeys(kept, number + 1)
@@ -274,9 +293,26 @@ def _found(value: Any, memory: dict[int, int], pool: Tensor) -> Any:
     return whole.as_strided(value.size, value.stride, whole.storage_offset() + value.offset)
 
 
+def _in_c(operation: _Operation) -> Call | None:
+    """The kernel that does the same to the last bit, where there is one: torch takes longer to begin than to end."""
+    packet, args, kwargs = operation.function.overloadpacket, operation.args, operation.kwargs
+    if not are_built() or len(operation.outputs) != 1 or not all(_is_plain(v) for v in args[:1]):
+        return None
+    [y] = operation.outputs
+    if packet in (_aten.add, _aten.mul) and len(args) == 2 and _is_plain(args[1]) and not kwargs:
+        return (add if packet is _aten.add else multiply)(args[0], args[1], y)
+    if packet is _aten.embedding:
+        return pick_rows(args[0], args[1], y)
+    if packet is _aten.index and args[0].shape[0] == 1 and len(args[1]) == 2 and args[1][0] is None:
+        return pick_rows(args[0][0], args[1][1], y[0])
+    return None
+
+
 def _repeated(operation: _Operation) -> Callable[[], object]:
     if not operation.outputs:
         return partial(operation.function, *operation.args, **operation.kwargs)
+    if operation.function is _aten._to_copy.default:
+        return partial(operation.outputs[0].copy_, operation.args[0])
     writing = _writing(operation.function)
     if writing is not None and len(operation.outputs) == 1:
         return partial(writing, *operation.args, **operation.kwargs, out=operation.outputs[0])

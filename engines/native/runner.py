@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -72,6 +73,7 @@ class Runner:
         self._num_slots = num_blocks * block_size
         self._attention = attention
         self._block_size = block_size
+        self._offsets = np.arange(block_size)
         self._uses_kernels = uses_kernels
         self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, uses_gemms=uses_gemms)
         self._selects = trial.selects
@@ -247,11 +249,13 @@ class Runner:
         )
 
     def _decodes(self, decodes: list[_Decode], device: torch.device) -> Decodes:
-        lengths = torch.tensor([decode.length for decode in decodes])
-        max_len = int(lengths.max())
-        slots = self._slots([decode.block_table for decode in decodes])[:, :max_len]
-        padded = slots.masked_fill(torch.arange(max_len) >= lengths[:, None], self._num_slots).to(device)
-        lengths = lengths.to(device)
+        lengths = torch.tensor([decode.length for decode in decodes], device=device)
+        max_len = max(decode.length for decode in decodes)
+        padded = self._slots([decode.block_table for decode in decodes])[:, :max_len].to(device)
+        if self._attention.reads_in_place:  # up to each length
+            padded = padded.contiguous()
+        else:
+            padded = padded.masked_fill(torch.arange(max_len, device=device) >= lengths[:, None], self._num_slots)
         return Decodes(
             rows=torch.tensor([decode.row for decode in decodes], device=device),
             slots=padded,
@@ -261,10 +265,10 @@ class Runner:
 
     def _slots(self, block_tables: Sequence[list[int]]) -> Tensor:
         """Cache rows of every position of each table, padded with block 0. Shape [B, most blocks · block size]."""
-        longest = max(len(table) for table in block_tables)
-        blocks = torch.tensor([table + [0] * (longest - len(table)) for table in block_tables])
-        slots = blocks[:, :, None] * self._block_size + torch.arange(self._block_size)
-        return slots.view(len(block_tables), -1)
+        blocks = np.zeros((len(block_tables), max(map(len, block_tables)), 1), dtype=np.int64)
+        for row, table in zip(blocks, block_tables, strict=True):
+            row[: len(table), 0] = table
+        return torch.from_numpy((blocks * self._block_size + self._offsets).reshape(len(block_tables), -1))
 
 
 def _each_row(runs: Sequence[Prefill], num_rows: int) -> DecodeRows:
@@ -280,6 +284,8 @@ def _each_row(runs: Sequence[Prefill], num_rows: int) -> DecodeRows:
 def _owners(segment: Segment) -> list[Owners]:
     """The adapters of each of the segment's tokens, with their weights."""
     sequence, start, end = segment.sequence, segment.start, segment.start + segment.num_tokens
+    if not sequence.starts:
+        return [()] * segment.num_tokens
     borders = sorted({start, end, *(position for position in sequence.starts if start < position < end)})
     return [owner for begin, stop in itertools.pairwise(borders)
             for owner in [sequence.adapters_at(begin)] * (stop - begin)]  # fmt: skip

@@ -47,23 +47,26 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
     if not rows:
         return []
     asking = [index for index, row in enumerate(rows) if row.params.num_logprobs is not None]
-    untouched = logits[asking]
+    untouched = logits[asking] if asking else None
     for index, row in enumerate(rows):
-        _control(logits[index], row)
+        if _is_controlled(row):
+            _control(logits[index], row)
     _admit(logits, rows)
     best, tokens = logits.max(dim=-1)
-    is_finite = torch.isfinite(best).tolist()
-    chosen = tokens.tolist()
+    values, chosen = best.tolist(), tokens.tolist()
+    is_finite = [math.isfinite(value) for value in values]
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and is_finite[index]]
     if drawn:
         picked = _draw(logits[drawn].float(), [rows[index] for index in drawn])
         for index, token in zip(drawn, picked, strict=True):
             chosen[index] = token
-    described = describe(untouched, [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking])
-    logprobs = dict(zip(asking, described, strict=True))
+    logprobs: dict[int, TokenLogprobs] = {}
+    if untouched is not None:
+        wanted = [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking]
+        logprobs = dict(zip(asking, describe(untouched, wanted), strict=True))
     return [
         rows[index].failure or (Sampled(token, logprobs.get(index)) if finite else _failure(value))
-        for index, (token, finite, value) in enumerate(zip(chosen, is_finite, best.tolist(), strict=True))
+        for index, (token, finite, value) in enumerate(zip(chosen, is_finite, values, strict=True))
     ]
 
 
@@ -71,6 +74,16 @@ def _failure(best: float) -> GenerationFailed:
     if best == -math.inf:
         return GenerationFailed("nothing can follow: the request's grammar, bad words and biases exclude every token")
     return GenerationFailed("the model's output is not finite for this request")
+
+
+def _is_controlled(row: Row) -> bool:
+    params = row.params
+    return bool(
+        params.repetition_penalty != 1.0
+        or (row.output_counts and (params.presence_penalty or params.frequency_penalty))
+        or params.logit_bias
+        or row.banned
+    )
 
 
 def _control(logits: Tensor, row: Row) -> None:
