@@ -143,7 +143,7 @@ class LoraLayers:
         self._known_rows: dict[str, KnownRows] = {}
         self._recent: list[ActiveAdapters] = []
         self._left_to_stack = 0
-        self._repeated = CurrentStep()
+        self._repeated, self._repeated_sampled = CurrentStep(), CurrentStep()
         self._repeats = False
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
@@ -158,7 +158,8 @@ class LoraLayers:
             y = forward(x)
             step = self.step
             if self._repeats:
-                add_decode(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous(), index, self._repeated)
+                tokens = self._repeated_sampled if behind_selection else self._repeated
+                add_decode(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous(), index, tokens)
             elif step is not None and index in step.active.touched:
                 groups = step.sampled if behind_selection else step.tokens
                 self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), index, step.active, groups, bias)
@@ -202,18 +203,19 @@ class LoraLayers:
             and all(self._arena.plan(adapter_id).why_alone is None for some in kinds for adapter_id, _ in some)
         )
 
-    def begin_repeated(self, owners: Sequence[Owners]) -> None:
-        """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have.
-
-        All of its tokens are sampled.
-        """
+    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int]) -> None:
+        """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have."""
         self.step = None
         names = tuple(sorted({adapter_id for some in owners for adapter_id, _ in some}))
         self._repeats = bool(names)
         if names:
             active = self._active(names)
-            parts = [(active.positions[some[0][0]], some[0][1]) if some else (-1, 0.0) for some in owners]
-            self._repeated.become(DecodeStep(active.table, *zip(*parts, strict=True)))
+            positions = [active.positions[some[0][0]] if some else -1 for some in owners]
+            weights = [some[0][1] if some else 0.0 for some in owners]
+            self._repeated.become(DecodeStep(active.table, positions, weights))
+            self._repeated_sampled.become(
+                DecodeStep(active.table, [positions[token] for token in sampled], [weights[token] for token in sampled])
+            )
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
         """Recent sets are kept: while their adapters come and go, little is made anew."""

@@ -32,8 +32,10 @@ from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 from loraplex.kernels.attention.cpu_decode import DecodeRows
 
-# Tokens of a segment that are attended one by one, where that costs no copies: a decode and its drafts.
+# What is attended token by token, where that costs no copies: a decode and its drafts, and a short prompt, as long as
+# its tokens do not look at more positions than these altogether.
 _SHORT = 8
+_FEW_POSITIONS = 64 * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +119,11 @@ class Runner:
         if (
             self._graphs is not None
             and isinstance(step, AttentionStep)
-            and self._graphs.takes(step, owners, len(sampled))
+            and self._graphs.takes(step, owners)
             and not any(segment.pooled for segment in segments)
         ):
             self._effects.begin((), (), self._model.device)
-            logits = self._graphs.logits(step, token_ids, positions, owners)
+            logits = self._graphs.logits(step, token_ids, positions, owners, sampled)
             self.is_settled = self._graphs.is_settled
             return logits
         self._attention.begin(step)
@@ -232,7 +234,7 @@ class Runner:
         row = 0
         for segment in segments:
             table, start, end = segment.sequence.block_table, segment.start, segment.start + segment.num_tokens
-            if segment.num_tokens <= (_SHORT if self._attention.reads_in_place else 1):
+            if segment.num_tokens == 1 or (self._attention.reads_in_place and _is_short(segment)):
                 for position in range(start, end):
                     block, offset = divmod(position, self._block_size)
                     new_slots.append(table[block] * self._block_size + offset)
@@ -269,6 +271,11 @@ class Runner:
         for row, table in zip(blocks, block_tables, strict=True):
             row[: len(table), 0] = table
         return torch.from_numpy((blocks * self._block_size + self._offsets).reshape(len(block_tables), -1))
+
+
+def _is_short(segment: Segment) -> bool:
+    end = segment.start + segment.num_tokens
+    return segment.num_tokens <= _SHORT or segment.num_tokens * end <= _FEW_POSITIONS
 
 
 def _each_row(runs: Sequence[Prefill], num_rows: int) -> DecodeRows:

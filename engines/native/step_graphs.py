@@ -1,7 +1,7 @@
-"""Decoding steps on a CPU that are captured for each number of tokens that is met often, and replayed from then on.
+"""Steps of few tokens on a CPU, captured once a kind is met often, and replayed from then on.
 
 Of a small model's step a half and more is Python: modules, hooks, views. A replay makes the kernels' calls alone, over
-the same weights, the same cache, and whichever adapters the step has (`bench/mixed.py --eager` runs without).
+the same weights, the same cache, and whichever adapters the step has.
 A graph's first replay is checked against the model itself, to the last bit; where they differ, or a model cannot be
 captured, every step goes through the model as before.
 """
@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +24,21 @@ from loraplex.kernels.attention.cpu_decode import DecodeRows
 from loraplex.kernels.calls import is_available
 
 MOST_TOKENS = 64  # beyond which computing takes far longer than Python, and a graph's memory grows
+MOST_GRAPHS = 64  # a few megabytes each
 WORTH = 16  # steps of a kind after which it is captured: that takes about as long as they took too long
 
 # (token ids, positions, numbers of the tokens that are sampled) -> their logits.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_Kind = tuple[int, bool]  # how many tokens; whether some have adapters
-
 _log = logging.getLogger("loraplex.engine")
 
 
 class _Inputs:
-    """Of steps of at most so many tokens, all of them decoded: tensors that keep their place. The rest is padding."""
+    """Of steps of at most so many tokens: tensors that keep their place. What they leave over is padding."""
 
-    def __init__(self, num_tokens: int, spare_slot: int) -> None:
+    def __init__(self, num_tokens: int, num_sampled: int, spare_slot: int) -> None:
         """`spare_slot`: the row of the cache where padding leaves its keys and values."""
-        self.rows = torch.arange(num_tokens)
+        self.sampled = torch.arange(num_sampled)
         self.token_ids = torch.zeros(1, num_tokens, dtype=torch.long)
         self.positions = torch.zeros(1, num_tokens, dtype=torch.long)
         self._spare_slot = spare_slot
@@ -46,21 +46,34 @@ class _Inputs:
         self._lengths = torch.zeros(num_tokens, dtype=torch.long)
         looked_at = torch.zeros(num_tokens, 1, dtype=torch.long)
         self._decodes = DecodeRows(looked_at, self._lengths)
-        decodes = Decodes(self.rows, looked_at, self._lengths, self._decodes)
+        decodes = Decodes(torch.arange(num_tokens), looked_at, self._lengths, self._decodes)
         self.attention = AttentionStep(self._slots, decodes, prefills=())
 
     def become(self, step: AttentionStep, token_ids: Sequence[int], positions: Sequence[int]) -> None:
         assert step.decodes is not None
-        padding = [0] * (len(self.rows) - len(token_ids))
+        padding = [0] * (self.token_ids.shape[1] - len(token_ids))
         self.token_ids.numpy()[0] = [*token_ids, *padding]
         self.positions.numpy()[0] = [*positions, *padding]
         self._slots.fill_(self._spare_slot)[: len(token_ids)] = step.slots
         self._lengths.zero_()[: len(token_ids)] = step.decodes.lengths
         self._decodes.become(step.decodes.slots, self._lengths)
 
+    def sample(self, rows: Sequence[int]) -> None:
+        """As many as told: the tokens whose logits are wanted."""
+        self.sampled.numpy()[:] = rows
+
+
+class _Kind(NamedTuple):
+    """What steps have in common that one graph computes."""
+
+    num_tokens: int  # padding included
+    num_sampled: int
+    has_adapters: bool
+
 
 @dataclass(slots=True)
 class _Captured:
+    inputs: _Inputs
     graph: Graph
     is_checked: bool = False
 
@@ -77,41 +90,56 @@ class StepGraphs:
         self._lora = lora
         self._spare_slot = spare_slot
         self._pool = Pool()
-        self._inputs: dict[int, _Inputs] = {}
-        self._graphs: dict[_Kind, _Captured] = {}
+        self._graphs: dict[_Kind, _Captured] = {}  # the one that was used last is the last
         self._num_steps: Counter[_Kind] = Counter()  # before each was captured
 
-    def takes(self, step: AttentionStep, owners: Sequence[Owners], num_sampled: int) -> bool:
-        """Whether it is a step of decodes alone, whose adapters do nothing but LoRA, one a token."""
-        return (
-            self.is_on
-            and not step.prefills
-            and num_sampled == len(owners) <= MOST_TOKENS
-            and self._lora.may_repeat(owners)
-        )
+    def takes(self, step: AttentionStep, owners: Sequence[Owners]) -> bool:
+        """Whether it is a small step, attended token by token, whose adapters do nothing but LoRA, one a token."""
+        return self.is_on and not step.prefills and len(owners) <= MOST_TOKENS and self._lora.may_repeat(owners)
 
     def logits(
-        self, step: AttentionStep, token_ids: Sequence[int], positions: Sequence[int], owners: Sequence[Owners]
+        self,
+        step: AttentionStep,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        owners: Sequence[Owners],
+        sampled: Sequence[int],
     ) -> Tensor:
-        """Of a step that is taken. Shape [T, V]; gone with the next step."""
-        kind = padded(len(owners)), any(owners)
-        inputs = self._inputs.get(kind[0])
-        if inputs is None:
-            inputs = self._inputs[kind[0]] = _Inputs(kind[0], self._spare_slot)
+        """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step."""
+        num_tokens, samples_all = padded(len(owners)), len(sampled) == len(owners)
+        kind = _Kind(num_tokens, num_tokens if samples_all else len(sampled), any(owners))
+        captured = self._graphs.get(kind)
+        inputs = captured.inputs if captured else _Inputs(kind.num_tokens, kind.num_sampled, self._spare_slot)
         inputs.become(step, token_ids, positions)
-        self._lora.begin_repeated(owners)
-        return self._compute(inputs, kind)[: len(owners)]
+        if not samples_all:
+            inputs.sample(sampled)
+        self._lora.begin_repeated(owners, sampled)
+        logits = self._replay(captured, kind) if captured else self._compute(inputs, kind)
+        return logits[: len(sampled)]
 
     def _compute(self, inputs: _Inputs, kind: _Kind) -> Tensor:
-        captured = self._graphs.get(kind)
-        self.is_settled = captured is not None and captured.is_checked
-        if captured is None:
-            self._num_steps[kind] += 1
-            self.is_settled = self._num_steps[kind] <= WORTH
-            return self._through_model(inputs) if self.is_settled else self._capture(inputs, kind)
+        self._num_steps[kind] += 1
+        self.is_settled = self._num_steps[kind] <= WORTH
+        if self.is_settled:
+            return self._through_model(inputs)
+        capture = Capture()
+        with capture.capturing():
+            logits = self._through_model(inputs)
+        try:
+            self._graphs[kind] = _Captured(inputs, capture.graph(logits, self._pool))
+        except NotCapturable as error:
+            self._give_up(str(error))
+        if len(self._graphs) > MOST_GRAPHS:
+            longest_unused = next(iter(self._graphs))
+            del self._graphs[longest_unused], self._num_steps[longest_unused]
+        return logits
+
+    def _replay(self, captured: _Captured, kind: _Kind) -> Tensor:
+        self._graphs[kind] = self._graphs.pop(kind)
+        self.is_settled = captured.is_checked
         if captured.is_checked:
             return captured.graph.replay()
-        logits = self._through_model(inputs)
+        logits = self._through_model(captured.inputs)
         captured.is_checked = True
         if not _same_bits(captured.graph.replay(), logits):
             self._give_up("a replay gave other numbers than the model")
@@ -119,17 +147,7 @@ class StepGraphs:
 
     def _through_model(self, inputs: _Inputs) -> Tensor:
         self._attention.begin(inputs.attention)
-        return self._forward(inputs.token_ids, inputs.positions, inputs.rows)
-
-    def _capture(self, inputs: _Inputs, kind: _Kind) -> Tensor:
-        capture = Capture()
-        with capture.capturing():
-            logits = self._through_model(inputs)
-        try:
-            self._graphs[kind] = _Captured(capture.graph(logits, self._pool))
-        except NotCapturable as error:
-            self._give_up(str(error))
-        return logits
+        return self._forward(inputs.token_ids, inputs.positions, inputs.sampled)
 
     def _give_up(self, why: str) -> None:
         self.is_on = False

@@ -91,7 +91,7 @@ def test_drafts_are_replayed_too(small: SmallWorld, monkeypatch: pytest.MonkeyPa
     graphs = core._machine.runner._graphs
     assert graphs is not None
     assert graphs.is_on
-    assert max(num_tokens for num_tokens, _ in graphs._graphs) > 1
+    assert max(kind.num_tokens for kind in graphs._graphs) > 1
 
 
 def test_one_graph_serves_all_sets_of_adapters_as_they_are_evicted(small: SmallWorld) -> None:
@@ -101,6 +101,34 @@ def test_one_graph_serves_all_sets_of_adapters_as_they_are_evicted(small: SmallW
             core.submit(request(name, prompt_of(7, 12), small.adapters[name], max_tokens=8))
             assert tokens(run(core)[name]) == small.oracle.greedy(prompt_of(7, 12), 8, small.adapters[name]), round_
             core.adapters.unload(small.adapters[name].id)
+
+
+def test_short_prompts_are_replayed_too(small: SmallWorld) -> None:
+    """Where they begin and what was in the cache differs; long ones, and all of one that looks far back, are not."""
+    core = make_core(small, max_draft_tokens=0, kv_block_size=4)
+    prompts = [prompt_of(seed, 24) for seed in range(5)]
+    forwards = Forwards(core)
+    for number, prompt in enumerate(prompts):
+        core.submit(request(str(number), prompt, small.adapters["rank-8"], max_tokens=1))
+        assert tokens(run(core)[str(number)]) == small.oracle.greedy(prompt, 1, small.adapters["rank-8"])
+    assert forwards.num == 3  # as it is, captured, checked
+    for number, prompt in enumerate(prompts):
+        core.submit(request(str(number), prompt * 6, small.adapters["rank-8"], max_tokens=1))
+        assert tokens(run(core)[str(number)]) == small.oracle.greedy(prompt * 6, 1, small.adapters["rank-8"])
+    assert forwards.num > 3 + len(prompts)
+
+
+def test_graphs_that_were_not_used_for_longest_are_forgotten(
+    small: SmallWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
+    core = make_core(small, max_draft_tokens=0)
+    for length in (5, 6, 5, 7, 5, 6, 7, 5) * 2:
+        core.submit(request("one", prompt_of(length, length), max_tokens=1))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(prompt_of(length, length), 1, None)
+    graphs = core._machine.runner._graphs
+    assert graphs is not None
+    assert len(graphs._graphs) == 2
 
 
 def test_adapters_that_do_more_than_lora_go_through_the_model(small: SmallWorld) -> None:
@@ -118,7 +146,7 @@ def test_steps_of_many_tokens_go_through_the_model(small: SmallWorld) -> None:
     run(core)
     graphs = core._machine.runner._graphs
     assert graphs is not None
-    assert max((num_tokens for num_tokens, _ in graphs._graphs), default=0) <= MOST_TOKENS
+    assert max((kind.num_tokens for kind in graphs._graphs), default=0) <= MOST_TOKENS
 
 
 def test_replay_that_differs_is_noticed_and_given_up(small: SmallWorld, caplog: pytest.LogCaptureFixture) -> None:
