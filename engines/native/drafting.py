@@ -21,46 +21,47 @@ _LENGTHS = (3, 2)  # of the n-grams that are looked up, longest first
 _PROBE_EVERY = 32  # tokens
 _FIRST_GUESS = 0.7  # of a draft's being right
 _LEARNING_RATE = 0.1
-_MARGIN = 1.2  # by which a draft must be worth more than it costs, for both are guesses
+_MARGIN = 1.1  # by which drafts must gain more than they cost, for both are guesses
 _RECKONED_EVERY = 16  # steps
-_OCTAVES = 2  # by which drafts may make a step grow
-_BESIDE = 1 / 16  # the weight of a size in the line, for each octave that it lies off
+_ENOUGH = 3  # steps of a size whose mean counts by itself
+_NEARNESS = 1 / 8  # the weight of a size in the line, for each octave that it lies off
+_OUTLIER = 2.0  # times the mean: what takes longer was held up by something else
 
 
 class StepCosts:
     """Seconds of a decode step by its number of tokens, as those were lately.
 
     A step grows by pieces: while it reads weights, tokens are nearly free; once it multiplies longer than it reads,
-    each costs what it costs alone. So a line is laid through the sizes that it could grow to; others hardly count.
+    each costs what it costs alone. For a size that was not met, a line is laid through the others, by nearness.
     """
 
     def __init__(self) -> None:
         self._means: dict[int, float] = {}
         self._weights: dict[int, float] = {}
-        self._shares: dict[int, float] = {}
+        self._reckoned: dict[int, float | None] = {}
         self._num_added = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        weight = self._weights.get(num_tokens, 0.0)
         mean = self._means.get(num_tokens, seconds)
-        self._weights[num_tokens] = weight = min(weight + 1, 1 / _LEARNING_RATE)
-        self._means[num_tokens] = mean + (seconds - mean) / weight
+        weight = min(self._weights.get(num_tokens, 0.0) + 1, 1 / _LEARNING_RATE)
+        self._weights[num_tokens] = weight
+        self._means[num_tokens] = mean + (min(seconds, _OUTLIER * mean) - mean) / weight
         self._num_added += 1
         if self._num_added % _RECKONED_EVERY == 1:
-            self._shares.clear()
+            self._reckoned.clear()
 
-    def share_of_one(self, num_tokens: int) -> float:
-        """What one token more costs, of what each of so many costs on average; 0 where it is not known."""
-        if num_tokens not in self._shares:
-            self._shares[num_tokens] = self._share_of_one(num_tokens)
-        return self._shares[num_tokens]
+    def seconds(self, num_tokens: int) -> float | None:
+        """Of a step of so many tokens; None where nothing is known."""
+        if num_tokens not in self._reckoned:
+            is_known = self._weights.get(num_tokens, 0.0) >= _ENOUGH
+            self._reckoned[num_tokens] = self._means[num_tokens] if is_known else self._on_line(num_tokens)
+        return self._reckoned[num_tokens]
 
-    def _share_of_one(self, num_tokens: int) -> float:
-        """By weighted least squares."""
+    def _on_line(self, num_tokens: int) -> float | None:
+        """By weighted least squares; None where all steps had the same size. Never less than 0, nor falling."""
         count = n = nn = t = nt = 0.0
         for size, seconds in self._means.items():
-            octaves_off = max(math.log2(num_tokens / size), math.log2(size / num_tokens) - _OCTAVES, 0.0)
-            weight = self._weights[size] * _BESIDE**octaves_off
+            weight = self._weights[size] * _NEARNESS ** abs(math.log2(num_tokens / size))
             count += weight
             n += weight * size
             nn += weight * size * size
@@ -68,11 +69,9 @@ class StepCosts:
             nt += weight * size * seconds
         spread = count * nn - n * n
         if spread <= 1e-9 * nn * count:
-            return 0.0
+            return None
         per_token = max((count * nt - n * t) / spread, 0.0)
-        fixed = max((t - per_token * n) / count, 0.0)
-        whole = fixed + per_token * num_tokens
-        return per_token * num_tokens / whole if whole else 0.0
+        return max((t - per_token * n) / count + per_token * num_tokens, 0.0)
 
 
 @dataclass(slots=True)
@@ -121,11 +120,22 @@ class Drafter:
             self.costs.add(batch.num_tokens, seconds)
 
     def _length(self, memory: _Memory, num_generated: int, num_in_step: int) -> int:
-        """The i-th draft is kept with probability acceptance^i: it pays while that exceeds its share of the cost."""
-        share, acceptance = _MARGIN * self.costs.share_of_one(num_in_step), memory.acceptance
-        if share <= 0 or acceptance >= 1:
+        """The i-th draft is kept with probability acceptance^i: as many as give most tokens a second.
+
+        As if each sequence of the step had as many.
+        """
+        alone = self.costs.seconds(num_in_step)
+        if alone is None:
             return self.max_tokens
-        length = min(int(math.log(share) / math.log(acceptance)), self.max_tokens) if share < 1 else 0
+        length, best, expected, kept = 0, _MARGIN / max(alone, 1e-9), 1.0, 1.0
+        for more in range(1, self.max_tokens + 1):
+            seconds = self.costs.seconds(num_in_step * (1 + more))
+            if seconds is None:
+                return self.max_tokens
+            kept *= memory.acceptance
+            expected += kept
+            if expected / max(seconds, 1e-9) > best:
+                length, best = more, expected / max(seconds, 1e-9)
         is_due = num_generated - memory.last_tried >= _PROBE_EVERY
         return length or int(is_due)
 

@@ -40,7 +40,7 @@ def drafts_are_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             drafts[place] = 3 + drafts[place] % 100
         return tuple(drafts)
 
-    monkeypatch.setattr(StepCosts, "share_of_one", lambda self, num_tokens: 0.0)
+    monkeypatch.setattr(StepCosts, "seconds", lambda self, num_tokens: None)
     monkeypatch.setattr(Drafter, "propose", spoilt)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -51,8 +51,38 @@ def test_step_costs_recover_a_line(fixed: float, per_token: float, sizes: list[i
     costs = StepCosts()
     for size in sizes:
         costs.add(size, fixed + per_token * size)
-    expected = per_token * 8 / (fixed + per_token * 8) if len(set(sizes)) > 1 else 0.0
-    assert costs.share_of_one(8) == pytest.approx(expected, rel=0.02, abs=0.01)
+    if len(set(sizes)) > 1:
+        assert costs.seconds(8) == pytest.approx(fixed + per_token * 8, rel=0.02, abs=0.01)
+
+
+def test_step_costs_follow_a_bend() -> None:
+    """Tokens are nearly free up to 8 and cost as much as the step from there on: no line goes through all."""
+    costs = StepCosts()
+    for _ in range(5):
+        for size in (1, 2, 4, 8, 16, 32):
+            costs.add(size, 0.01 * max(size, 8) / 8)
+    assert costs.seconds(6) == pytest.approx(0.01, rel=0.1)
+    assert costs.seconds(24) == pytest.approx(0.03, rel=0.1)
+
+
+def test_step_costs_forget_what_held_one_step_up() -> None:
+    costs = StepCosts()
+    for seconds in (0.01, 0.01, 0.01, 5.0):
+        costs.add(4, seconds)
+    assert costs.seconds(4) == pytest.approx(0.0125)
+
+
+def test_drafts_are_as_long_as_gives_most_tokens_a_second() -> None:
+    """A step of one reads weights; eight sequences multiply already, and a draft costs what a token costs."""
+    drafter = Drafter(max_tokens=8)
+    for _ in range(5):
+        for size in range(1, 80):
+            drafter.costs.add(size, 0.01 * max(size, 8) / 8)
+    sequences = [sequence_of(1, 2, 3, 1, 2, 3, 1, 2, 3) for _ in range(2)]
+    drafter.learn(sequences[1], 1, 0)
+    drafter.propose(sequences[1], 8, 1)
+    assert len(drafter.propose(sequences[0], 8, 1)) >= 6
+    assert len(drafter.propose(sequences[1], 8, 8)) == 0
 
 
 def test_drafts_that_are_wrong_stop_where_tokens_cost_and_are_tried_again() -> None:
@@ -71,13 +101,13 @@ def test_drafts_that_are_wrong_stop_where_tokens_cost_and_are_tried_again() -> N
     assert drafter.num_accepted == 0
 
 
-def test_drafts_where_more_tokens_cost_nothing_are_always_made() -> None:
+def test_drafts_where_more_tokens_cost_nothing_are_made_while_some_are_right() -> None:
     drafter, sequence = Drafter(max_tokens=4), sequence_of(1, 2, 3, 1, 2, 3)
     for size in (1, 5, 3):
         drafter.costs.add(size, 0.02)
     for _ in range(50):
         assert len(drafter.propose(sequence, 4, 1)) == 4
-        drafter.learn(sequence, 4, 0)
+        drafter.learn(sequence, 4, 1)
 
 
 def test_drafts_leave_room_for_the_answers_end_and_the_budget() -> None:
