@@ -78,9 +78,9 @@ class StepCosts:
 class _Memory:
     """Of one sequence: where its n-grams last ended, and how its drafts fared."""
 
+    acceptance: float
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     num_indexed: int = 0
-    acceptance: float = _FIRST_GUESS
     last_tried: int = -_PROBE_EVERY
 
 
@@ -91,13 +91,14 @@ class Drafter:
         self.max_tokens = max_tokens
         self.costs = StepCosts()
         self.num_drafted = self.num_accepted = 0
+        self._usual_acceptance = _FIRST_GUESS
         self._memories: weakref.WeakKeyDictionary[Sequence, _Memory] = weakref.WeakKeyDictionary()
 
     def propose(self, sequence: Sequence, room: int, num_in_step: int) -> tuple[int, ...]:
         """At most `room` tokens that may follow, where they pay in a step of so many tokens."""
         if room <= 0 or not self.max_tokens:
             return ()
-        memory = self._memories.setdefault(sequence, _Memory())
+        memory = self._memory(sequence)
         length = self._length(memory, sequence.num_generated, num_in_step)
         if not length:
             return ()
@@ -110,9 +111,14 @@ class Drafter:
         """So many of a sequence's drafts were right; the first wrong one says nothing of those behind it."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
-        memory = self._memories.setdefault(sequence, _Memory())
+        memory = self._memory(sequence)
         for place in range(min(num_accepted + 1, num_drafted)):
             memory.acceptance += _LEARNING_RATE * ((place < num_accepted) - memory.acceptance)
+            self._usual_acceptance += _LEARNING_RATE / 5 * ((place < num_accepted) - self._usual_acceptance)
+
+    def _memory(self, sequence: Sequence) -> _Memory:
+        """A new sequence's drafts are thought to fare as others' did."""
+        return self._memories.setdefault(sequence, _Memory(self._usual_acceptance))
 
     def time(self, batch: Batch, seconds: float) -> None:
         """A step took so long."""

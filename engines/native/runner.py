@@ -123,7 +123,8 @@ class Runner:
             and not any(segment.pooled for segment in segments)
         ):
             self._effects.begin((), (), self._model.device)
-            logits = self._graphs.logits(step, token_ids, positions, owners, sampled)
+            is_even = len(token_ids) == len(segments)
+            logits = self._graphs.logits(step, token_ids, positions, owners, sampled, is_even=is_even)
             self.is_settled = self._graphs.is_settled
             return logits
         self._attention.begin(step)

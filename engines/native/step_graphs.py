@@ -104,9 +104,15 @@ class StepGraphs:
         positions: Sequence[int],
         owners: Sequence[Owners],
         sampled: Sequence[int],
+        *,
+        is_even: bool,
     ) -> Tensor:
-        """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step."""
-        num_tokens, samples_all = padded(len(owners)), len(sampled) == len(owners)
+        """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step.
+
+        `is_even`: one token a sequence, so that many steps will have as many; others are padded.
+        """
+        num_tokens = len(owners) if is_even else padded(len(owners))
+        samples_all = len(sampled) == len(owners)
         kind = _Kind(num_tokens, num_tokens if samples_all else len(sampled), any(owners))
         captured = self._graphs.get(kind)
         inputs = captured.inputs if captured else _Inputs(kind.num_tokens, kind.num_sampled, self._spare_slot)
@@ -156,8 +162,8 @@ class StepGraphs:
 
 
 def padded(num_tokens: int) -> int:
-    """As many, or up to a tenth more, so that drafts of all lengths share a few graphs."""
-    step = 1 if num_tokens <= 16 else 2 if num_tokens <= 32 else 4
+    """As many or a few more, so that drafts and prompts of all lengths share some graphs."""
+    step = 1 if num_tokens <= 8 else 4 if num_tokens <= 32 else 8
     return -(-num_tokens // step) * step
 
 
