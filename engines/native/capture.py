@@ -8,6 +8,7 @@ that depend on values, chance.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraplex.kernels.built import Argument, Kernel, listening
@@ -79,21 +79,33 @@ class _KernelCall:
         return _KernelCall(self.kernel, tuple(map(find, self.arguments)))
 
 
-class _Readings(TorchFunctionMode):
-    """Notices ways in which Python reads a tensor's memory past all operations."""
+@contextmanager
+def _noticing_readings(on_reading: Callable[[str], None]) -> Iterator[None]:
+    """Within it each way is noticed in which this thread reads a tensor's memory past all operations.
 
-    _WAYS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.__array__: "__array__"}
+    torch has a mode for that, which is told of every property as well and makes a capture a third slower.
+    """
+    own, this_thread = vars(Tensor), threading.get_ident()
+    originals = {name: (name in own, getattr(Tensor, name)) for name in ("tolist", "numpy", "__array__")}
 
-    def __init__(self, on_reading: Callable[[str], None]) -> None:
-        super().__init__()
-        self._on_reading = on_reading
+    def noticing(name: str, original: Any) -> Any:
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == this_thread:
+                on_reading(f"Tensor.{name}")
+            return original(tensor, *args, **kwargs)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self._WAYS:
-            self._on_reading(f"Tensor.{self._WAYS[func]}")
-        return func(*args, **(kwargs or {}))
+        return read
+
+    for name, (_, original) in originals.items():
+        setattr(Tensor, name, noticing(name, original))
+    try:
+        yield
+    finally:
+        for name, (was_own, original) in originals.items():
+            if was_own:
+                setattr(Tensor, name, original)
+            else:
+                delattr(Tensor, name)
 
 
 class Pool:
@@ -134,7 +146,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        with listening(self._note_kernel), _Readings(self._note_reading), self:
+        with listening(self._note_kernel), _noticing_readings(self._note_reading), self:
             yield
 
     def __torch_dispatch__(
@@ -145,6 +157,8 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:  # their own are what is noted
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
+        if _is_view(func):
+            return output
         self._kept.append((args, kwargs, output))
         self._refusal = self._refusal or self._note(func, args, kwargs, [*_leaves(output)])
         return output
@@ -214,6 +228,12 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _stands_for_several(function: Any) -> bool:
     """Whether an operation has no kernel of its own but is made of others."""
     return isinstance(function, OpOverload) and function._can_decompose()
+
+
+@cache
+def _is_view(function: Any) -> bool:
+    """Whether an operation computes nothing: what it gives is what it takes, seen otherwise."""
+    return isinstance(function, OpOverload) and function.is_view
 
 
 def _leaves(value: Any) -> Iterator[Any]:
