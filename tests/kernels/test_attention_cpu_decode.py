@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.attention.cpu_decode import WIDEST, DecodeRows, is_available
+from loraplex.kernels.attention.cpu_decode import WIDEST, DecodeRows, is_available, write
 from loraplex.kernels.attention.paged import Form, attend_reference
+from loraplex.kernels.built import Argument, Kernel, listening
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 2, 63, 64, 65, 200)  # about the borders of the kernel's blocks
@@ -56,7 +57,7 @@ class Case:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("key_heads", [1, 4, 12])
+@pytest.mark.parametrize("key_heads", [1, 4, 6, 12])
 @pytest.mark.parametrize(("width", "value_width"), [(64, 64), (24, 17), (5, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_equals_the_formula(
@@ -99,6 +100,34 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     out = case.attend(FORMS["plain"])
     assert torch.isnan(out[2]).all()
     assert torch.isfinite(out[[0, 1, 3, 4, 5]]).all()
+
+
+def test_rows_that_become_others_are_attended_as_these() -> None:
+    """A call that is made again, with what it points to, sees them as well."""
+    case = Case(4, 64, 64, torch.float32)
+    rows = DecodeRows(torch.zeros(len(LENGTHS), 1, dtype=torch.int64), torch.ones(len(LENGTHS), dtype=torch.int64))
+    calls: list[tuple[Kernel, tuple[Argument, ...]]] = []
+    with listening(lambda kernel, arguments: calls.append((kernel, arguments))):
+        out = rows.attend(case.q, case.keys, case.values, FORMS["plain"])
+    rows.become(case.slots, case.lengths)
+    [(kernel, arguments)] = calls
+    kernel(*arguments)
+    torch.testing.assert_close(out, case.expected(FORMS["plain"]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows.attend(case.q, case.keys, case.values, FORMS["plain"]), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_lies_where_it_was_told_to(dtype: torch.dtype) -> None:
+    """Of heads that lie in any order, and of numbers that are not side by side."""
+    slots = torch.tensor([7, 0, 4])
+    numbers = torch.randn(3, 5, 2).to(dtype)
+    for seen in (numbers.transpose(0, 1), numbers.transpose(0, 1).contiguous(), numbers.permute(2, 0, 1)):
+        cache = torch.zeros(9, seen.shape[0], seen.shape[2], dtype=dtype)
+        expected = cache.clone().index_copy_(0, slots, seen.transpose(0, 1))
+        write(seen, cache, slots)
+        assert torch.equal(cache, expected)
+    with pytest.raises(ValueError, match="float64"):
+        write(numbers.double(), cache, slots)
 
 
 def test_kernel_is_for_cpus_types_and_widths_it_knows() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.mixes import MIXES, owners
 
-from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode, is_available
+from loraplex.kernels.built import Argument, Kernel, listening
+from loraplex.kernels.lora.decode import AdapterRows, CurrentStep, DecodeStep, DecodeTable, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_grouped_reference
 
 CPU = torch.device("cpu")
@@ -97,6 +98,28 @@ def test_weights_multiply_the_scale() -> None:
     y = torch.zeros(2, 47)
     add_decode(y, x, 0, DecodeStep(adapters.table, [3, 3], weights=[1.0, -2.0]))
     torch.testing.assert_close(y[1], -2.0 * y[0])
+
+
+def test_current_step_is_the_one_that_it_became() -> None:
+    """Of whichever table; a call that is made again, with what it points to, sees it as well."""
+    current = CurrentStep()
+    calls: list[tuple[Kernel, tuple[Argument, ...]]] = []
+    x, y = torch.randn(3, 33), torch.zeros(3, 47)
+    for seed, owner in enumerate(([3, -1, 1], [-1, 0, 0], [-1, -1, -1])):
+        adapters = Adapters(torch.float32)
+        step = DecodeStep(adapters.table, owner, weights=[1.0, 0.5, -1.0])
+        expected = torch.zeros(3, 47)
+        add_decode(expected, x, 0, step)
+        current.become(step)
+        y.zero_()
+        if seed == 0:
+            with listening(lambda kernel, arguments: calls.append((kernel, arguments))):
+                add_decode(y, x, 0, current)
+        else:
+            [(kernel, arguments)] = calls
+            kernel(*arguments)
+        assert torch.equal(y, expected)
+        assert y.any(dim=1).tolist() == [number >= 0 for number in owner]
 
 
 def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraplex.engines.native.capture import Capture, Graph, NotCapturable, Pool
-from loraplex.kernels.calls import is_available
+from loraplex.kernels.built import Kernel
+from loraplex.kernels.calls import Calls, is_available
 from loraplex.kernels.dense.linear import Linear
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the kernels were not built: no compiler")
@@ -138,6 +139,18 @@ def test_attention_without_dropout_is_not_chance() -> None:
     assert torch.equal(graph.replay(), attend(x, x, x, is_causal=True))
     with pytest.raises(NotCapturable, match="chance"):
         captured(lambda x: attend(x, x, x, dropout_p=0.5), x)
+
+
+def test_calls_of_more_arguments_than_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 8"):
+        Calls([(Kernel(print), range(9))])
+
+
+def test_tensors_read_as_before_when_a_capture_is_over() -> None:
+    before = {name: getattr(Tensor, name) for name in ("tolist", "numpy", "__array__")}
+    captured(lambda x: x + 1, torch.ones(3))
+    assert {name: getattr(Tensor, name) for name in before} == before
+    assert "tolist" not in vars(Tensor)
 
 
 def test_kernels_are_heard_only_within() -> None:
