@@ -59,7 +59,11 @@ class Shape:
     vocab: int
 
 
-SHAPES = {"8b": Shape(4096, 14336, 32, 8, 128, 128256), "1.1b": Shape(2048, 5632, 32, 4, 64, 32000)}
+SHAPES = {
+    "8b": Shape(4096, 14336, 32, 8, 128, 128256),
+    "1.1b": Shape(2048, 5632, 32, 4, 64, 32000),
+    "135m": Shape(576, 1536, 9, 3, 64, 49152),
+}
 
 
 @dataclass(frozen=True)
@@ -227,15 +231,17 @@ def attention_paged(shape: Shape, device: torch.device) -> list[Case]:
 
 
 def attention_cpu_decode(shape: Shape, device: torch.device) -> list[Case]:
+    """One layer's of a step: blocks of 16 in any order, caches of as many layers in turn as the CPU's do not keep."""
     cases = []
-    for batch, length in ((8, 512), (8, 4096)):
-        keys, values, _ = _cache(shape, batch, length, device)
+    for batch, length in ((8, 128), (8, 1024), (8, 4096)):
+        num_bytes = 2 * batch * length * shape.key_heads * shape.width * 2
+        caches = [_cache(shape, batch, length, device)[:2] for _ in range(-(-_BEYOND_CACHES // num_bytes))]
         q = torch.randn(batch, shape.heads, shape.width, dtype=torch.bfloat16, device=device)
-        slots = torch.randperm(batch * length).view(batch, length)
+        blocks = torch.randperm(batch * length // 16)[:, None] * 16
+        slots = (blocks + torch.arange(16)).view(batch, length)
         rows = DecodeRows(slots, torch.full((batch,), length))
-        cases.append(
-            Case(f"{batch} × {length}", partial(rows.attend, q, keys, values, Form(0.1)), 2 * keys.numel() * 2)
-        )
+        run = _in_turn([partial(rows.attend, q, keys, values, Form(0.1)) for keys, values in caches])
+        cases.append(Case(f"{batch} × {length}", run, num_bytes))
     return cases
 
 

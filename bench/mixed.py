@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--eager", action="store_true", help="never replay a captured step")
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
     options = parser.parse_args()
     base = make_base(options.shape, options.models)
@@ -58,7 +59,9 @@ def main() -> None:
     ]
     settings = Settings(
         model=Model(path=str(base), name=options.shape),
-        engine=EngineSettings(num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0),
+        engine=EngineSettings(
+            num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0, enforce_eager=options.eager
+        ),
         adapters=Adapters(device_bytes=4 * 2**30, host_bytes=4 * 2**30),
     )
     core = EngineCore(load_machine(settings, lambda progress: None))

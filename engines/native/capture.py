@@ -169,7 +169,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotCapturable(self._refusal)
         last = self._place(result)
         memory = _laid_out(self._made, self._entries, kept=_memories([last]))
-        taken = pool.take(max((offset + self._made[key] for key, offset in memory.items()), default=0))
+        taken = pool.take(max((offset + _rounded(self._made[key]) for key, offset in memory.items()), default=0))
         find = partial(_found, memory=memory, pool=taken)
         steps: list[Callable[[], object]] = []
         calls: list[Call] = []  # that follow one another
@@ -293,7 +293,7 @@ def _laid_out(sizes: dict[int, int], entries: Iterable[_Operation | _KernelCall]
     taken: list[tuple[int, int, int]] = []  # (first byte, end, last entry) of what is in use, in that order
     for memory in sorted(first, key=first.__getitem__):
         taken = [room for room in taken if room[2] >= first[memory]]
-        size, begin, place = -(-sizes[memory] // _ALIGNMENT) * _ALIGNMENT, 0, 0
+        size, begin, place = _rounded(sizes[memory]), 0, 0
         for place, (start, end, _) in enumerate([*taken, (2**62, 0, 0)]):  # noqa: B007
             if begin + size <= start:
                 break
@@ -303,13 +303,16 @@ def _laid_out(sizes: dict[int, int], entries: Iterable[_Operation | _KernelCall]
     return offsets
 
 
+def _rounded(num_bytes: int) -> int:
+    """Up to what memory is aligned to."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def _found(value: Any, memory: dict[int, int], pool: Tensor) -> Any:
     """The tensor that lies in the pool at a place; anything else is itself."""
     if not isinstance(value, _Place):
         return value
-    begin = memory[value.memory]
-    whole = pool[begin:].view(torch.uint8)
-    whole = whole[: len(whole) // _ALIGNMENT * _ALIGNMENT].view(value.dtype)
+    whole = pool[memory[value.memory] :].view(value.dtype)
     return whole.as_strided(value.size, value.stride, whole.storage_offset() + value.offset)
 
 
