@@ -129,6 +129,7 @@ class Graph:
         self.result = result
 
     def replay(self) -> Tensor:
+        """Compute it again from what its inputs hold now. Result: of the shape and type that the captured pass gave."""
         for step in self._steps:
             step()
         return self.result

@@ -2,7 +2,7 @@
 
 A draft is computed in the same step as the token before it and kept where the token sampled there is the same, so an
 answer does not depend on its drafts; only its speed does. How long drafts are follows from two measurements: how often
-those of this sequence were right, and what one more token costs a step. Where they do not pay there are none, but for
+those of this sequence were right, and how long steps of each size take. Where they do not pay there are none, but for
 a single one now and then, to find out.
 
 The idea: Saxena, "Prompt Lookup Decoding" (2023); PLD is also in transformers as `prompt_lookup_num_tokens`.
@@ -42,6 +42,7 @@ class StepCosts:
         self._num_added = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
         mean = self._means.get(num_tokens, seconds)
         weight = min(self._weights.get(num_tokens, 0.0) + 1, 1 / _LEARNING_RATE)
         self._weights[num_tokens] = weight

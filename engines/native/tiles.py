@@ -2,8 +2,9 @@
 
 The order in which a kernel adds up one row's numbers depends on the shapes it is called with, so a request's logits
 differ in their last bits with whoever shares its batch. With a tile every forward pass has the same number of tokens,
-padded, whatever the step; attention and LoRA, whose shapes cannot be fixed, take each token by itself; and what is
-left, whether a row's place in the tile or its neighbours make a difference, is tried out here at start.
+padded, whatever the step; attention and LoRA, whose shapes cannot be fixed, take each token by itself, or are computed
+by kernels that give a token the same bits in any company; and what is left, whether a row's place in the tile or its
+neighbours make a difference, is tried out here at start.
 """
 
 from __future__ import annotations

@@ -66,7 +66,10 @@ class DecodeRows:
         return out
 
     def become(self, slots: Tensor, lengths: Tensor) -> None:
-        """Other rows from now on, as many: for calls that are repeated with what is current."""
+        """Other rows from now on, as many: for calls that are repeated with what is current.
+
+        slots: Shape [B, L], of any L. lengths: Shape [B]. As for the constructor.
+        """
         self._slots, self._lengths = slots, lengths
         for call, _ in self._calls.values():
             call.longest, call.slots, call.lengths = slots.shape[1], slots.data_ptr(), lengths.data_ptr()
