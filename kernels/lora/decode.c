@@ -5,9 +5,10 @@
 
 #include "dense/tile.h"
 
-#define SHARING 4   /* tokens of one adapter that share a pass over a strip of its B, which stays in the cache */
-#define COLUMNS 256 /* of a strip */
-#define ALIGNED 32  /* columns: the border between two threads' shares */
+#define SHARING 4    /* tokens of one adapter that share a pass over a strip of its B */
+#define COLUMNS 2048 /* of a strip: long stretches of memory, which the CPU foresees */
+#define FREE 4       /* tokens whose products take as long as reading what they are multiplied with */
+#define ALIGNED 32   /* columns: the border between two threads' shares */
 
 /* What the active adapters do to every module: entry [module * num_adapters + adapter]; rank 0: nothing. */
 typedef struct {
@@ -35,7 +36,7 @@ typedef struct {
         for (; j + 4 <= rank; j += 4, b += 4 * out) {                                             \
             float by[SHARING][4];                                                                 \
             for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                 \
-                for (int next = 4; next < 8; next++) READ_AHEAD(b + next * out + c);              \
+                for (int next = 4; next < 8 && j + next < rank; next++) READ_AHEAD(b + next * out + c); \
             UNROLLED for (int k = 0; k < tokens; k++)                                             \
                 UNROLLED for (int i = 0; i < 4; i++) by[k][i] = h[k * stride + j + i];            \
             _Pragma("omp simd") for (int64_t c = 0; c < width; c++) {                             \
@@ -66,6 +67,26 @@ typedef struct {
             y[c] = narrow_##T(widen_##T(y[c]) + scale * sums[c]);                                 \
     }
 
+/* Threads share the adapters out, cutting one where they must: what a thread reads lies together.
+   A group's work: its adapter is read once, and multiplied with each of its tokens. */
+static int64_t work(int rank, int tokens) { return (int64_t)rank * (FREE + tokens); }
+
+static int64_t all_work(const Table *t, int64_t entry, const Step *s) {
+    int64_t all = 0;
+    for (int g = 0; g < s->num_groups; g++)
+        all += work(t->rank[entry + s->adapter[g]], s->begin[g + 1] - s->begin[g]);
+    return all;
+}
+
+/* Where thread `me` begins in a group of `size` pieces, whose work is `own` of the `whole`, with `done` before it. */
+static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int64_t aligned, int me, int all) {
+    int64_t begin = whole * me / all - done;
+    if (begin <= 0) return 0;
+    if (begin >= own) return size;
+    int64_t at = (size * begin / own + aligned / 2) / aligned * aligned;
+    return at < size ? at : size;
+}
+
 /* One thread's part of each of the three passes; the caller keeps them apart. */
 #define DEFINE_PASSES(T)                                                                          \
     static void gather_tokens_##T(const Step *s, const T *x, int64_t in, int widens, int me,      \
@@ -81,10 +102,14 @@ typedef struct {
     static void shrink_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t in,       \
                                   int widens, int me, int all) {                                  \
         float sums[TOKENS_A_PASS * TILE];                                                         \
+        int64_t whole = all_work(t, entry, s), done = 0;                                          \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *a = (const T *)(uintptr_t)t->a[entry + s->adapter[g]];                       \
             int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
-            int first = rank * me / all, last = rank * (me + 1) / all;                            \
+            int64_t own = work(rank, end - s->begin[g]);                                          \
+            int first = share(whole, done, own, rank, 1, me, all);                                \
+            int last = share(whole, done, own, rank, 1, me + 1, all);                             \
+            done += own;                                                                          \
             for (int j = first; j < last; j += TILE) {                                            \
                 int rows = last - j < TILE ? last - j : TILE;                                     \
                 for (int k = s->begin[g]; k < end; k += TOKENS_A_PASS) {                          \
@@ -103,18 +128,21 @@ typedef struct {
     }                                                                                             \
     static void expand_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t out,      \
                                   T *y, int me, int all) {                                        \
-        int64_t share = ((out + all - 1) / all + ALIGNED - 1) / ALIGNED * ALIGNED;                \
-        int64_t first = me * share, last = first + share < out ? first + share : out;             \
+        int64_t whole = all_work(t, entry, s), done = 0;                                          \
         float sums[SHARING][COLUMNS];                                                             \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *b = (const T *)(uintptr_t)t->b[entry + s->adapter[g]];                       \
             int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
             float scale = t->scale[entry + s->adapter[g]];                                        \
+            int64_t own = work(rank, end - s->begin[g]);                                          \
+            int64_t first = share(whole, done, own, out, ALIGNED, me, all);                       \
+            int64_t last = share(whole, done, own, out, ALIGNED, me + 1, all);                    \
+            done += own;                                                                          \
             for (int64_t c = first; rank && c < last; c += COLUMNS) {                             \
                 int64_t width = last - c < COLUMNS ? last - c : COLUMNS;                          \
                 for (int k = s->begin[g]; k < end; k += SHARING) {                                \
                     int n = end - k < SHARING ? end - k : SHARING;                                \
-                    memset(sums, 0, n * sizeof sums[0]);                                          \
+                    for (int i = 0; i < n; i++) memset(sums[i], 0, width * sizeof(float));        \
                     strips_##T(b + c, out, width, s->h + (int64_t)k * s->max_rank, s->max_rank,   \
                                rank, sums, n);                                                    \
                     for (int i = 0; i < n; i++)                                                   \

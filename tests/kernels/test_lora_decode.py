@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 TOKENS = 24
 RANKS = (1, 8, 0, 64, 5, 130)  # 0: an adapter that does not touch the second module
 SCALES = (2.0, 0.5, 1.0, 0.25, 1.5, -1.0)
-WIDTHS = [(33, 47), (256, 688), (64, 31)]  # in, out of the table's modules
+WIDTHS = [(33, 47), (256, 688), (64, 31), (24, 4500)]  # in, out of the table's modules
 
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
 
