@@ -6,10 +6,11 @@ one row an adapter, written when the adapter is first computed with, and again a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor, nn
 
 from loraplex.engines.adapters.arena import Arena
@@ -100,6 +101,7 @@ class DeviceLora:
         self._table: _Table | None = None
         self._step: _Step | None = None
         self._shrunk: tuple[Tensor, Tiles, Tensor] | None = None  # (input, tiles, h) of the last group
+        self._repeated: dict[int, Tiles] = {}  # by number of tokens: what replayed steps read
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """As `LoraLayers.wrap`."""
@@ -122,24 +124,56 @@ class DeviceLora:
 
     def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
         """As `LoraLayers.begin`."""
-        self._shrunk = None
         names = {adapter_id for some in set(owners) for adapter_id, _ in some}
+        slots = self._slots(names, device)
+        self._set(names, _view(owners, slots, device), _view([owners[token] for token in sampled], slots, device))
+
+    def may_repeat(self, owners: Sequence[Owners]) -> bool:
+        """As `LoraLayers.may_repeat`."""
+        kinds = set(owners)
+        return all(len(some) <= 1 for some in kinds) and all(
+            self._arena.plan(adapter_id).why_alone is None for some in kinds for adapter_id, _ in some
+        )
+
+    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int], num_tokens: int) -> Hashable:
+        """As `LoraLayers.begin_repeated`, of a step all of whose tokens are sampled.
+
+        Result: the modules that its adapters touch, and their largest rank, up to a power of two.
+        """
+        assert len(sampled) == len(owners)
+        names = {adapter_id for some in set(owners) for adapter_id, _ in some}
+        device = self._arena.device
+        slots = self._slots(names, device)
+        own = [slots[some[0][0]] if some else NOBODY for some in owners]
+        weights = [some[0][1] if some else 1.0 for some in owners]
+        fresh = Tiles.of(own, weights, _SMALL_TILE, device, room=(num_tokens, num_tokens))
+        tiles = self._repeated.setdefault(num_tokens, fresh)
+        if tiles is not fresh:
+            tiles.become(fresh)
+        view = _View((tiles,))
+        self._set(names, view, view)
+        return self._step and (self._step.touched, self._step.max_rank)
+
+    def _slots(self, names: Set[str], device: torch.device) -> dict[str, int]:
         if not names:
-            self._step = None
-            return
+            return {}
         if self._table is None:
             self._table = _Table(self._arena, len(self._modules))
             self._members = {key: torch.tensor(group, dtype=torch.int32, device=device)
                              for key, group in self._groups.items()}  # fmt: skip
-        slots = self._table.slots(sorted(names))
+        return self._table.slots(sorted(names))
+
+    def _set(self, names: Set[str], tokens: _View, sampled: _View) -> None:
+        """A step of these adapters; ranks are rounded up to a power of two, so that there are few of them."""
+        self._shrunk = None
         plans = [self._arena.plan(name) for name in names]
-        largest = max(plan.rank for plan in plans)
+        largest = max((plan.rank for plan in plans), default=0)
         self._step = _Step(
             touched=frozenset(index for plan in plans for index in plan.entries),
-            max_rank=-(-largest // BLOCK_RANK) * BLOCK_RANK,
-            tokens=_view(owners, slots, device),
-            sampled=_view([owners[token] for token in sampled], slots, device),
-        )
+            max_rank=max(BLOCK_RANK, triton.next_power_of_2(largest)),
+            tokens=tokens,
+            sampled=sampled,
+        ) if names else None  # fmt: skip
 
     def _add(self, y: Tensor, x: Tensor, module: BaseModule, step: _Step, tiles: Tiles, bias: Tensor | None) -> None:
         """y: Shape [T, out], changed in place. x: Shape [..., in]."""

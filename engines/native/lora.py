@@ -203,8 +203,11 @@ class LoraLayers:
             and all(self._arena.plan(adapter_id).why_alone is None for some in kinds for adapter_id, _ in some)
         )
 
-    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int]) -> None:
-        """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have."""
+    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int], num_tokens: int) -> bool:
+        """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have.
+
+        `num_tokens`: padding included. Result: whether there are adapters, without which there are no calls.
+        """
         self.step = None
         names = tuple(sorted({adapter_id for some in owners for adapter_id, _ in some}))
         self._repeats = bool(names)
@@ -216,6 +219,7 @@ class LoraLayers:
             self._repeated_sampled.become(
                 DecodeStep(active.table, [positions[token] for token in sampled], [weights[token] for token in sampled])
             )
+        return self._repeats
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
         """Recent sets are kept: while their adapters come and go, little is made anew."""

@@ -20,16 +20,20 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
+from loraplex.engines.native.cpu_replays import CpuReplays
+from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
+from loraplex.engines.native.replays import Replays
 from loraplex.engines.native.sampler import Row, describe, sample, uniform
 from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
+from loraplex.kernels import calls
 from loraplex.kernels.attention.cpu_decode import DecodeRows
 
 # What is attended token by token, where that costs no copies: a decode and its drafts, and a short prompt, as long as
@@ -82,10 +86,8 @@ class Runner:
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
         self._effects = Effects(model, trial, arena)
-        self._graphs = (
-            StepGraphs(self._through_model, attention, self._lora, self._num_slots + 1)
-            if replays and isinstance(self._lora, LoraLayers) else None
-        )  # fmt: skip
+        possible = self._replays() if replays else None
+        self.graphs = StepGraphs(self._through_model, attention, self._lora, possible) if possible else None
         self.tile: int | None = None
         self.is_settled = True  # whether the last step took as long as others like it will
         for experts in filter(runs_experts, model.modules()):
@@ -93,6 +95,12 @@ class Runner:
         self._hidden: Tensor | None = None
         if trial.decoder is not None:
             trial.decoder.register_forward_hook(self._keep_hidden)
+
+    def _replays(self) -> Replays | None:
+        if self._model.device.type == "cuda" and self._uses_kernels:
+            num_blocks = self._num_slots // self._block_size
+            return CudaReplays(num_blocks, self._block_size, self._model.device, CudaRecorder())
+        return CpuReplays(self._num_slots + 1) if self._attention.reads_in_place and calls.is_available() else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Outcome]:
@@ -116,16 +124,12 @@ class Runner:
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
         step = self._attention_step(segments, self._model.device)
-        if (
-            self._graphs is not None
-            and isinstance(step, AttentionStep)
-            and self._graphs.takes(step, owners)
-            and not any(segment.pooled for segment in segments)
-        ):
+        graphs = self.graphs
+        if graphs and graphs.takes(step, owners, sampled) and not any(segment.pooled for segment in segments):
             self._effects.begin((), (), self._model.device)
             is_even = len(token_ids) == len(segments)
-            logits = self._graphs.logits(step, token_ids, positions, owners, sampled, is_even=is_even)
-            self.is_settled = self._graphs.is_settled
+            logits = graphs.logits(step, token_ids, positions, owners, sampled, is_even=is_even)
+            self.is_settled = graphs.is_settled
             return logits
         self._attention.begin(step)
         return self._forward(token_ids, positions, owners, sampled)

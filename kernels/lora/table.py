@@ -103,6 +103,11 @@ class Tiles:
             block,
         )
 
+    def become(self, other: Tiles) -> None:
+        """Hold what others of the same shapes hold, in the same place."""
+        for name in ("slot", "begin", "size", "token", "weight"):
+            getattr(self, name).copy_(getattr(other, name))
+
     def to(self, device: str) -> Tiles:
         """A copy elsewhere."""
         place = {name: getattr(self, name).to(device) for name in ("slot", "begin", "size", "token", "weight")}

@@ -13,9 +13,9 @@ from torch import nn
 
 from loraplex.engines.native import step_graphs
 from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.cpu_replays import MOST_TOKENS
 from loraplex.engines.native.drafting import Drafter
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.native.step_graphs import MOST_TOKENS
 from loraplex.kernels.calls import is_available
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the kernels were not built: no compiler")
@@ -62,7 +62,7 @@ def traffic(core: EngineCore, small: SmallWorld, names: list[str | None], **samp
 def test_replayed_steps_give_the_bits_of_the_model(small: SmallWorld, names: list[str | None], threads: int) -> None:
     """By one engine with the same prompts in its cache: which layers our kernel computes is measured at its start."""
     core = make_core(small, max_draft_tokens=0, num_threads=threads)
-    graphs = core._machine.runner._graphs
+    graphs = core._machine.runner.graphs
     assert graphs is not None
     graphs.is_on = False
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_drafts_are_replayed_too(small: SmallWorld, monkeypatch: pytest.MonkeyPa
             request(str(number), prompt_of(1, 6), adapter, max_tokens=60, ignore_eos=True, logit_bias={7: 100.0})
         )
         assert tokens(run(core)[str(number)]) == [7] * 60
-    graphs = core._machine.runner._graphs
+    graphs = core._machine.runner.graphs
     assert graphs is not None
     assert graphs.is_on
     assert max(kind.num_tokens for kind in graphs._graphs) > 1
@@ -101,7 +101,7 @@ def test_one_graph_serves_all_sets_of_adapters_as_they_are_evicted(small: SmallW
             core.submit(request(name, prompt_of(7, 12), small.adapters[name], max_tokens=8))
             assert tokens(run(core)[name]) == small.oracle.greedy(prompt_of(7, 12), 8, small.adapters[name]), round_
             core.adapters.unload(small.adapters[name].id)
-    graphs = core._machine.runner._graphs
+    graphs = core._machine.runner.graphs
     assert graphs is not None
     assert [captured.is_checked for kind, captured in graphs._graphs.items() if kind.num_tokens == 1] == [True]
 
@@ -129,7 +129,7 @@ def test_graphs_that_were_not_used_for_longest_are_forgotten(
     for length in (5, 6, 5, 7, 5, 6, 7, 5) * 2:
         core.submit(request("one", prompt_of(length, length), max_tokens=1))
         assert tokens(run(core)["one"]) == small.oracle.greedy(prompt_of(length, length), 1, None)
-    graphs = core._machine.runner._graphs
+    graphs = core._machine.runner.graphs
     assert graphs is not None
     assert len(graphs._graphs) == 2
 
@@ -147,7 +147,7 @@ def test_steps_of_many_tokens_go_through_the_model(small: SmallWorld) -> None:
     for number in range(MOST_TOKENS + 1):
         core.submit(request(str(number), prompt_of(number, 4), max_tokens=6, ignore_eos=True))
     run(core)
-    graphs = core._machine.runner._graphs
+    graphs = core._machine.runner.graphs
     assert graphs is not None
     assert max((kind.num_tokens for kind in graphs._graphs), default=0) <= MOST_TOKENS
 
@@ -170,8 +170,8 @@ def test_replay_that_differs_is_noticed_and_given_up(small: SmallWorld, caplog: 
         found = tokens(run(core)["one"])
     assert found == small.oracle.greedy(prompt_of(1, 8), 12, None)  # what is added to all logits changes no choice
     assert "not replayed" in caplog.text
-    assert core._machine.runner._graphs is not None
-    assert not core._machine.runner._graphs.is_on
+    assert core._machine.runner.graphs is not None
+    assert not core._machine.runner.graphs.is_on
 
 
 def test_model_that_looks_at_numbers_is_computed_as_before(small: SmallWorld, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,4 +186,4 @@ def test_model_that_looks_at_numbers_is_computed_as_before(small: SmallWorld, ca
 
 
 def test_eager_keeps_no_graphs(small: SmallWorld) -> None:
-    assert make_core(small, enforce_eager=True)._machine.runner._graphs is None
+    assert make_core(small, enforce_eager=True)._machine.runner.graphs is None

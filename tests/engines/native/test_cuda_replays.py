@@ -1,0 +1,178 @@
+"""Replayed steps on the Triton kernels, interpreted: what a CUDA graph would read again must lie where it lay.
+
+No GPU is needed: a recording here runs the same Python once more, over what the step's objects were when it was
+recorded. What had been made anew since, and not written into their place, would be missed as a graph misses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.core import make_core, prompt_of, request, run, tokens
+from support.worlds import SmallWorld, make_small_world
+from torch import Tensor, nn
+
+from loraplex.engines.native import step_graphs
+from loraplex.engines.native.capture import NotCapturable
+from loraplex.engines.native.core import EngineCore
+from loraplex.engines.native.cuda_replays import SIZES, CudaReplays
+from loraplex.engines.native.device_lora import DeviceLora
+from loraplex.engines.native.step_graphs import StepGraphs
+
+pytestmark = pytest.mark.timeout(400)  # the interpreter takes milliseconds for what a GPU does in none
+
+ADAPTERS = ["rank-4", "rank-8", "rank-16-rslora", "rank-64-mlp"]
+
+
+class Rerun:
+    """A recording that runs its forward pass once more, with LoRA's step as it was then."""
+
+    def __init__(self, lora: DeviceLora, forward: Callable[[], Tensor]) -> None:
+        self._lora, self._forward, self._step = lora, forward, lora._step
+        self._logits = torch.full_like(forward(), float("nan"))
+        self.num_replays = 0
+
+    def replay(self) -> Tensor:
+        self.num_replays += 1
+        now, self._lora._step, self._lora._shrunk = self._lora._step, self._step, None
+        self._logits.copy_(self._forward())
+        self._lora._step = now
+        return self._logits
+
+
+class Recorder:
+    def __init__(self, core: EngineCore) -> None:
+        runner = core._machine.runner
+        assert isinstance(runner._lora, DeviceLora)
+        self._lora = runner._lora
+        self.recordings: list[Rerun] = []
+        num_blocks = runner._num_slots // runner._block_size
+        replays = CudaReplays(num_blocks, runner._block_size, torch.device("cpu"), self)
+        runner.graphs = StepGraphs(runner._through_model, runner._attention, runner._lora, replays)
+
+    def __call__(self, forward: Callable[[], Tensor]) -> Rerun:
+        self.recordings.append(Rerun(self._lora, forward))
+        return self.recordings[-1]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a kind are captured when the second one comes."""
+    monkeypatch.setattr(step_graphs, "WORTH", 1)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    """One layer: the others would do the same again, at the interpreter's pace."""
+    return make_small_world(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)
+
+
+@pytest.fixture
+def core(shallow: SmallWorld) -> EngineCore:
+    return make_core(shallow, kernels="triton", max_draft_tokens=0, max_batch_tokens=64)
+
+
+def answers(core: EngineCore, shallow: SmallWorld, names: list[str | None], lengths: list[int], first: int) -> None:
+    """Ask for answers of so many tokens and hold them against transformers and PEFT."""
+    prompts = [prompt_of(first + number, 4 + 2 * number) for number in range(len(names))]
+    for number, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        adapter = None if name is None else shallow.adapters[name]
+        core.submit(request(str(number), prompts[number], adapter, max_tokens=length, ignore_eos=True))
+    found = run(core, seconds=300.0)
+    for number, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        adapter = None if name is None else shallow.adapters[name]
+        expected = shallow.oracle.greedy(prompts[number], length, adapter)
+        assert tokens(found[str(number)])[: len(expected)] == expected, name
+
+
+def test_replayed_steps_give_the_tokens_of_peft_for_any_adapters(shallow: SmallWorld, core: EngineCore) -> None:
+    """One adapter after another through the graphs that the first had captured, evicted in between; padded sizes too."""
+    recorder = Recorder(core)
+    answers(core, shallow, ["rank-4", "rank-4", "rank-4"], [9, 9, 9], first=0)  # three of them: padded to four
+    num_recorded = len(recorder.recordings)
+    assert num_recorded > 0
+    for first, name in enumerate(("rank-8", "rank-16-rslora", "rank-4")):
+        before = [recording.num_replays for recording in recorder.recordings]
+        answers(core, shallow, [name] * 3, [9, 9, 9], first=10 * first)
+        assert [recording.num_replays for recording in recorder.recordings[:num_recorded]] != before
+        core.adapters.unload(shallow.adapters[name].id)
+    assert core._machine.runner.graphs is not None
+    assert core._machine.runner.graphs.is_on
+
+
+def test_sequences_come_and_go_between_replays(shallow: SmallWorld, core: EngineCore) -> None:
+    """Every number of rows from five to one, with other block tables and lengths each time; base and adapters."""
+    recorder = Recorder(core)
+    for first in range(3):
+        answers(core, shallow, [None, *ADAPTERS], [4, 8, 12, 16, 20], first=10 * first)
+    assert sum(recording.num_replays for recording in recorder.recordings) > 20
+
+
+def test_base_alone_has_graphs_without_lora(shallow: SmallWorld, core: EngineCore) -> None:
+    recorder = Recorder(core)
+    answers(core, shallow, [None], [8], first=1)
+    graphs = core._machine.runner.graphs
+    assert graphs is not None
+    assert {kind.adapters for kind in graphs._graphs} == {None}
+    assert recorder.recordings[0].num_replays == 5  # a prompt, one as it is, one recorded, one of them checked
+
+
+def test_adapters_that_do_more_than_lora_go_through_the_model(shallow: SmallWorld, core: EngineCore) -> None:
+    recorder = Recorder(core)
+    answers(core, shallow, ["rank-32-dora"], [6], first=2)
+    assert recorder.recordings == []
+
+
+def test_what_cannot_be_captured_goes_through_the_model(
+    shallow: SmallWorld, core: EngineCore, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(core)
+
+    def refuse(forward: Callable[[], Tensor]) -> Rerun:
+        raise NotCapturable("operation not permitted when stream is capturing")
+
+    graphs = core._machine.runner.graphs
+    assert graphs is not None
+    graphs._replays._record = refuse  # type: ignore[attr-defined]
+    with caplog.at_level("INFO", "loraplex.engine"):
+        answers(core, shallow, ["rank-8"], [6], first=3)
+    assert not graphs.is_on
+    assert recorder.recordings == []
+    assert "operation not permitted when stream is capturing" in caplog.text
+
+
+def test_replay_that_differs_is_never_used(
+    shallow: SmallWorld, core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorder(core)
+
+    def wrong(self: Rerun) -> Tensor:
+        return self._logits.zero_()
+
+    monkeypatch.setattr(Rerun, "replay", wrong)
+    answers(core, shallow, ["rank-8"], [6], first=4)
+    graphs = core._machine.runner.graphs
+    assert graphs is not None
+    assert not graphs.is_on
+
+
+def test_model_runs_only_where_nothing_is_replayed(shallow: SmallWorld, core: EngineCore) -> None:
+    """A recording that keeps its numbers: only what went through the model itself is counted."""
+    Recorder(core)
+    calls: list[int] = []
+    model: nn.Module = core._machine.runner._model
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    answers(core, shallow, [None], [4], first=5)
+    num_before = len(calls)
+    answers(core, shallow, [None], [4], first=5)
+    assert len(calls) - num_before == 4  # each replay is one more pass here
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, 1), (3, 4), (9, 16), (33, 48), (256, 256)])
+def test_steps_are_padded_to_few_sizes(num_tokens: int, expected: int) -> None:
+    replays: Any = CudaReplays(4, 16, torch.device("cpu"), lambda forward: None)  # type: ignore[arg-type, return-value]
+    assert replays.padded(num_tokens, is_even=True) == expected
+    assert expected in SIZES
