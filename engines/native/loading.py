@@ -15,6 +15,7 @@ from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.defaults import sampling_defaults
 from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
+from loraplex.engines.native.gates import use_gate_kernel
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.norms import use_norm_kernel
@@ -58,6 +59,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     use_dense_kernel(model)
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)
+    use_gate_kernel(model, uses_kernels=uses_kernels)
     use_rotary_kernel(model)
     if settings.engine.num_threads is None:
         choose_num_threads(model, replays=not settings.engine.enforce_eager and not settings.engine.deterministic)
