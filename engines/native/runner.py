@@ -24,12 +24,13 @@ from loraplex.engines.native.cpu_replays import CpuReplays
 from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
+from loraplex.engines.native.device_sampler import draw_by_thresholds
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.replays import Replays
-from loraplex.engines.native.sampler import Row, describe, sample, uniform
+from loraplex.engines.native.sampler import Draw, Row, describe, draw_by_sorting, sample, uniform
 from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
@@ -70,7 +71,7 @@ class Runner:
         uses_gemms: bool = True,
         replays: bool = True,
     ) -> None:
-        """`uses_kernels`: LoRA and attention are those of Triton. `uses_gemms`: see `LoraLayers`.
+        """`uses_kernels`: LoRA, attention and draws are those of Triton. `uses_gemms`: see `LoraLayers`.
 
         `replays`: steps may be those of `StepGraphs`.
         """
@@ -82,6 +83,7 @@ class Runner:
         self._offsets = np.arange(block_size)
         self._uses_kernels = uses_kernels
         self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, uses_gemms=uses_gemms)
+        self._draw: Draw = draw_by_thresholds if uses_kernels else draw_by_sorting
         self._selects = trial.selects
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
@@ -108,7 +110,8 @@ class Runner:
         with self.stopwatch.phase("forward"):
             logits = self.logits(batch)
         with self.stopwatch.phase("sample"):
-            outcomes = _outcomes(batch.segments, logits) if self.tile is None else _each_outcome(batch, logits)
+            make = _outcomes if self.tile is None else _each_outcome
+            outcomes = make(batch.segments, logits, self._draw)
             return self._with_hidden(batch.segments, outcomes) if any(s.pooled for s in batch.segments) else outcomes
 
     @torch.inference_mode()
@@ -303,7 +306,7 @@ def _owners(segment: Segment) -> list[Owners]:
             for owner in [sequence.adapters_at(begin)] * (stop - begin)]  # fmt: skip
 
 
-def _outcomes(segments: Sequence[Segment], logits: Tensor) -> list[Outcome]:
+def _outcomes(segments: Sequence[Segment], logits: Tensor, draw: Draw) -> list[Outcome]:
     """logits: Shape [N, V], the `rows` of each segment."""
     scored: list[int] = []
     sampled: list[int] = []
@@ -321,18 +324,18 @@ def _outcomes(segments: Sequence[Segment], logits: Tensor) -> list[Outcome]:
         scores = iter(describe(logits[scored], wanted))
         logits = logits[sampled]
     rows = [row for segment in segments if segment.samples for row in _rows(segment)]
-    tokens = iter(sample(logits, rows))
+    tokens = iter(sample(logits, rows, draw))
     return [
         _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
         for segment in segments
     ]
 
 
-def _each_outcome(batch: Batch, logits: Tensor) -> list[Outcome]:
+def _each_outcome(segments: Sequence[Segment], logits: Tensor, draw: Draw) -> list[Outcome]:
     """As `_outcomes`, each segment by itself."""
-    parts: tuple[Tensor, ...] = torch.split(logits, [len(segment.rows) for segment in batch.segments])
-    return [outcome for segment, part in zip(batch.segments, parts, strict=True)
-            for outcome in _outcomes([segment], part)]  # fmt: skip
+    parts: tuple[Tensor, ...] = torch.split(logits, [len(segment.rows) for segment in segments])
+    return [outcome for segment, part in zip(segments, parts, strict=True)
+            for outcome in _outcomes([segment], part, draw)]  # fmt: skip
 
 
 def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs]) -> Outcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +37,16 @@ class Row:
     failure: EngineError | None = None
 
 
+# (logits, those of rows whose temperature is not 0) -> a token a row. Logits: Shape [N, V], float32.
+Draw = Callable[[Tensor, Sequence[Row]], list[int]]
+
+
 def uniform(seed: int, num_generated: int) -> float:
     """The draw for a request's next token, in [0, 1)."""
     return random.Random(f"{seed}:{num_generated}").random()
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
+def sample(logits: Tensor, rows: Sequence[Row], draw: Draw) -> list[Sampled | EngineError]:
     """logits: Shape [N, V], changed in place. A row that is not finite is that row's error alone."""
     if not rows:
         return []
@@ -57,7 +61,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | EngineError]:
     is_finite = [math.isfinite(value) for value in values]
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and is_finite[index]]
     if drawn:
-        picked = _draw(logits[drawn].float(), [rows[index] for index in drawn])
+        picked = draw(logits[drawn].float(), [rows[index] for index in drawn])
         for index, token in zip(drawn, picked, strict=True):
             chosen[index] = token
     logprobs: dict[int, TokenLogprobs] = {}
@@ -129,7 +133,7 @@ def describe(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[TokenLog
     ]
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+def draw_by_sorting(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Inversion over the filtered distribution, most likely token first. logits: Shape [N, V], float32."""
 
     def column(values: Sequence[float]) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
 
 from loraplex.engines.errors import GenerationFailed
 from loraplex.engines.native.batch import Sampled
-from loraplex.engines.native.sampler import Row, sample, uniform
+from loraplex.engines.native.sampler import Row, draw_by_sorting, sample, uniform
 from loraplex.engines.protocol import SamplingParams
 
 VOCAB = 50
@@ -33,7 +33,7 @@ def params(**changes: Any) -> SamplingParams:
 
 
 def tokens(logits: torch.Tensor, *rows: Row) -> list[int]:
-    sampled = sample(logits, rows)
+    sampled = sample(logits, rows, draw_by_sorting)
     return [outcome.token_id for outcome in sampled if isinstance(outcome, Sampled)]
 
 
@@ -107,7 +107,7 @@ def test_sample_logprobs_are_of_the_models_own_distribution() -> None:
     logits = torch.randn(2, VOCAB)
     wanted = torch.log_softmax(logits, dim=-1)
     biased = Row(params(temperature=0.0, logit_bias={9: 100.0}, num_logprobs=3))
-    first, second = sample(logits.clone(), [biased, Row(params(temperature=0.0))])
+    first, second = sample(logits.clone(), [biased, Row(params(temperature=0.0))], draw_by_sorting)
     assert isinstance(first, Sampled)
     assert isinstance(second, Sampled)
     assert first.token_id == 9
@@ -129,7 +129,7 @@ def test_sample_greedy_rows_take_the_largest_beside_drawing_rows() -> None:
 def test_sample_not_finite_row_is_its_own_error() -> None:
     logits = torch.randn(2, VOCAB)
     logits[0, 3] = float("nan")
-    failed, fine = sample(logits, [Row(params(temperature=1.0), draw=0.5)] * 2)
+    failed, fine = sample(logits, [Row(params(temperature=1.0), draw=0.5)] * 2, draw_by_sorting)
     assert isinstance(failed, GenerationFailed)
     assert isinstance(fine, Sampled)
 
