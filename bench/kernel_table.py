@@ -33,6 +33,7 @@ from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.calls import Calls
 from loraplex.kernels.dense.linear import Linear
 from loraplex.kernels.fused import cpu_elementwise as elementwise
+from loraplex.kernels.fused.cpu_gated import Gate
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
 from loraplex.kernels.fused.gated import gated
 from loraplex.kernels.fused.rms_norm import rms_norm
@@ -281,6 +282,21 @@ def fused_gated(shape: Shape, device: torch.device) -> list[Case]:
     return [Case("512 tokens", lambda: gated(gate, up, "silu"), 3 * gate.numel() * 2)]
 
 
+def fused_cpu_gated(shape: Shape, device: torch.device) -> list[Case]:
+    """Beside torch's two operations."""
+    cases = []
+    ours = Gate("silu", torch.bfloat16)
+    for count in (1, 8, 240):
+        gate, up = (torch.randn(count, shape.intermediate, device=device).bfloat16() for _ in range(2))
+        cases.append(Case(f"{count} tokens", partial(ours, gate, up), 3 * gate.nbytes))
+        cases.append(Case(f"{count} tokens, torch", partial(_gate_by_torch, gate, up), 3 * gate.nbytes))
+    return cases
+
+
+def _gate_by_torch(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
 def fused_truncation(shape: Shape, device: torch.device) -> list[Case]:
     logits = torch.randn(32, shape.vocab, device=device)
     k = torch.full((32,), 50, dtype=torch.int32, device=device)
@@ -312,6 +328,7 @@ ON_CPU = {
     "attention/paged": attention_paged,
     "fused/cpu_rms_norm": fused_cpu_rms_norm,
     "fused/cpu_elementwise": fused_cpu_elementwise,
+    "fused/cpu_gated": fused_cpu_gated,
 }
 ON_GPU = {
     "lora/shrink": lora_shrink,

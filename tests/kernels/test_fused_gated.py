@@ -21,3 +21,11 @@ def test_gated_equals_the_formula(activation: Activation, name: str, dtype: torc
     torch.testing.assert_close(found, gated_reference(gate, up, activation), rtol=rtol, atol=1e-5)
     if dtype == torch.float32:
         torch.testing.assert_close(found, ACT2FN[name](gate) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40), (1, 1, 40), (3, 2100)])
+def test_halves_of_one_tensor_are_read_where_they_lie(shape: tuple[int, ...]) -> None:
+    gate, up = torch.randn(*shape[:-1], 2 * shape[-1]).to(DEVICE).chunk(2, dim=-1)
+    found = gated(gate, up, "silu")
+    assert found.is_contiguous()
+    assert torch.equal(found, gated(gate.contiguous(), up.contiguous(), "silu"))
