@@ -1,7 +1,8 @@
 """Draws on a CUDA device, where sorting the vocabulary takes longer than all else that sampling does.
 
-top-k, top-p and min-p are thresholds, which Triton finds; inversion runs over the tokens as they are numbered. It counts
-in integers, whose sums are the same in whatever order a device makes them: what a row draws depends on nothing else.
+top-k, top-p and min-p are thresholds, which Triton finds; inversion runs over the tokens as they are numbered. It
+counts in integers, whose sums are the same in whatever order a device makes them: what a row draws depends on nothing
+else.
 """
 
 from __future__ import annotations

@@ -73,17 +73,18 @@ def _replace_forward(module: nn.Module, model: PreTrainedModel, gatings: dict[Ac
     activation = _activation(module, model.device)
     if activation is None or not _is_equal(module, gatings[activation], model.dtype, model.device):
         return False
-    theirs, ours, dtype, inner = module.forward, gatings[activation], model.dtype, _inner(module)
-    by_torch = _BY_TORCH[activation]
+    theirs, dtype, inner = module.forward, model.dtype, _inner(module)
+    ours, by_torch = gatings[activation], _BY_TORCH[activation]
+    layers: dict[str, Any] = module._modules  # as they are when it is called
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
             return theirs(*args, **kwargs)
         [x] = args
-        given = [module._modules[name](x) for name in inner]  # type: ignore[misc]
+        given = [layers[name](x) for name in inner]
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=-1)
         fits = gate.dtype == up.dtype == dtype and gate.shape == up.shape
-        return module.down_proj((ours if fits else by_torch)(gate, up))
+        return layers[_DOWN]((ours if fits else by_torch)(gate, up))
 
     module.forward = forward
     return True
@@ -117,7 +118,7 @@ class _Layer(nn.Module):
 
 @torch.inference_mode()
 def _is_equal(module: nn.Module, gating: Gating, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the module gives its input to the first layers, the gated result to the last, and returns what that gives."""
+    """Whether the module gives its input to the first layers, what is gated to the last, and returns that one's."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, len(_SCALES), _WIDTH, generator=generator) * torch.tensor(_SCALES)[:, None]
     x, gate, up, y = rows[:, None].to(device, dtype)

@@ -1,4 +1,4 @@
-"""Draws without sorting against transformers' own logits processors, on the kernel, interpreted where there is no GPU."""
+"""Draws without sorting against transformers' own logits processors; the kernel is interpreted where no GPU is."""
 
 from __future__ import annotations
 

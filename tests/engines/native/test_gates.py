@@ -11,9 +11,9 @@ from support.core import make_core
 from support.mixes import DEVICE
 from support.worlds import SmallWorld
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from loraplex.engines.native.capture import Capture, Pool
