@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.device_lora import DeviceLora, _Table
+from loraplex.engines.native.device_sampler import draw_by_thresholds
 from loraplex.engines.protocol import GenerateRequest, SamplingParams, WeightedAdapter
 
 # float32 on both sides, in another order of summation.
@@ -63,6 +64,18 @@ def test_composition_on_the_kernels_equals_the_torch_forms(shallow: SmallWorld, 
         found.append((tokens(emissions["some"]), tokens(emissions["base"])))
     assert found[0] == found[1]
     assert found[0][0] != shallow.oracle.greedy(list(prompt), 3, None)
+
+
+def test_seed_draws_the_same_on_the_kernels_in_any_company(core: EngineCore) -> None:
+    assert core._machine.runner._draw is draw_by_thresholds
+    found = []
+    for others in ((), (0.0, 0.9)):
+        controls: dict[str, Any] = {"max_tokens": 3, "seed": 5, "top_p": 0.9, "top_k": 40, "ignore_eos": True}
+        core.submit(request("one", prompt_of(1, 4), temperature=1.5, **controls))
+        for number, temperature in enumerate(others):
+            core.submit(request(str(number), prompt_of(2 + number, 4), max_tokens=3, temperature=temperature))
+        found.append(tokens(run(core, seconds=300.0)["one"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("architecture", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
