@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
+from loraplex.engines.native import compiled_ops
 from loraplex.engines.native.device_attention import KernelStep
 from loraplex.kernels.attention.cpu_decode import DecodeRows, is_available, write
 from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
@@ -91,7 +94,7 @@ class PagedAttention:
 
     def __init__(self) -> None:
         self.name = f"loraplex_paged_{next(self._numbers)}"
-        AttentionInterface.register(self.name, weakref.proxy(self))  # which lives as long as its runner
+        AttentionInterface.register(self.name, _interface(self))
         self.shapes: list[KvShape] = []
         self.windows: list[int | None] = []
         self.layers: list[int | None] = []
@@ -205,6 +208,38 @@ class PagedAttention:
         k = keys.index_select(0, slots).view(batch, longest, *keys.shape[1:])
         v = values.index_select(0, slots).view(batch, longest, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
+
+
+def _interface(attention: PagedAttention) -> Callable[..., tuple[Tensor, None]]:
+    """What transformers calls: it does not keep the attention alive, which lives as long as its runner."""
+    proxy, handle = weakref.proxy(attention), compiled_ops.handle_of(attention)
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if is_dynamo_compiling():
+            return _attend_in_graph(handle, *args, **kwargs), None
+        out: tuple[Tensor, None] = proxy(*args, **kwargs)
+        return out
+
+    return attend
+
+
+def _attend_in_graph(
+    handle: Tensor,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> Tensor:
+    """The call of the operation; arguments as those of `PagedAttention`."""
+    out: Tensor = compiled_ops.attend(query, key, value, handle, scaling, sliding_window, softcap, s_aux)
+    return out
 
 
 class _Interception(TorchFunctionMode):

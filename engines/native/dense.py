@@ -12,9 +12,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from loraplex.engines.native.compiled_ops import handle_of, map_rows
 from loraplex.kernels.dense.linear import Linear, is_available
 
 _TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
@@ -98,7 +100,11 @@ def _seconds(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
 def _replace_forward(layer: nn.Module, linear: Linear, most: int | None) -> None:
     theirs: Callable[[Tensor], Tensor] = layer.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def compute(x: Tensor) -> Tensor:
         return linear(x) if most is None or x.numel() <= most * linear.in_features else theirs(x)
 
+    def forward(x: Tensor) -> Tensor:
+        return map_rows(x, width, handle) if is_dynamo_compiling() else compute(x)
+
+    handle, width = handle_of(compute), layer.out_features
     layer.forward = forward

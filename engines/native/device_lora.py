@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import AdapterPlan, BaseModule
+from loraplex.engines.native.compiled_ops import add_to_rows, handle_of
 from loraplex.engines.native.lora import Owners
 from loraplex.kernels.lora.expand import expand
 from loraplex.kernels.lora.shrink import BLOCK_RANK, num_splits, shrink
@@ -90,6 +92,24 @@ class _Step:
     sampled: _View
 
 
+@dataclass(frozen=True, slots=True)
+class _Shrunk:
+    """What the layers of one group are given, made smaller: h, as `shrink` gives it. `served` have taken theirs.
+
+    A tensor alone is no proof that its numbers are still those: a compiled layer makes others in the same memory.
+    So each layer of the group takes its own once.
+    """
+
+    group: int
+    x: Tensor
+    tiles: Tiles
+    h: Tensor
+    served: set[int]
+
+    def has(self, module: BaseModule, x: Tensor, tiles: Tiles) -> bool:
+        return self.x is x and self.tiles is tiles and self.group == module.input and module.index not in self.served
+
+
 class DeviceLora:
     """Implements what `LoraLayers` does, with the kernels."""
 
@@ -100,7 +120,7 @@ class DeviceLora:
         self._members: dict[int, Tensor] = {}  # the same, as the kernel wants it
         self._table: _Table | None = None
         self._step: _Step | None = None
-        self._shrunk: tuple[Tensor, Tiles, Tensor] | None = None  # (input, tiles, h) of the last group
+        self._shrunk: _Shrunk | None = None  # of the last group
         self._repeated: dict[int, Tiles] = {}  # by number of tokens: what replayed steps read
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
@@ -111,15 +131,22 @@ class DeviceLora:
         self._modules.append(module)
         self._groups.setdefault(module.input, []).append(module.index)
 
-        def forward_with_lora(x: Tensor) -> Tensor:
-            y = forward(x)
+        def add(y: Tensor, x: Tensor) -> None:
             step = self._step
             if step is not None and module.index in step.touched:
                 view = step.sampled if behind_selection else step.tokens
                 for tiles in view.rounds:
                     self._add(y.view(-1, y.shape[-1]), x, module, step, tiles, bias)
+
+        def forward_with_lora(x: Tensor) -> Tensor:
+            y = forward(x)
+            if is_dynamo_compiling():
+                add_to_rows(y, x, handle)
+            else:
+                add(y, x)
             return y
 
+        handle = handle_of(add)
         layer.forward = forward_with_lora
 
     def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
@@ -180,12 +207,13 @@ class DeviceLora:
         assert self._table is not None
         table, members = self._table.table, self._members[module.input]
         last = self._shrunk
-        if last is None or last[0] is not x or last[1] is not tiles:
+        if last is None or not last.has(module, x, tiles):
             rows = x.reshape(-1, x.shape[-1])
             splits = num_splits(rows.shape[1], tiles.num_tiles, members.shape[0], step.max_rank)
-            last = (x, tiles, shrink(rows, table, members, tiles, step.max_rank, splits))
-            self._shrunk = last
-        expand(y, last[2][self._groups[module.input].index(module.index)], table, module.index, tiles, bias)
+            h = shrink(rows, table, members, tiles, step.max_rank, splits)
+            last = self._shrunk = _Shrunk(module.input, x, tiles, h, set())
+        last.served.add(module.index)
+        expand(y, last.h[self._groups[module.input].index(module.index)], table, module.index, tiles, bias)
 
 
 def _view(owners: Sequence[Owners], slots: dict[str, int], device: torch.device) -> _View:

@@ -15,10 +15,12 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import BaseModule
 from loraplex.engines.native.active_adapters import ActiveAdapters, KnownRows, Layout
+from loraplex.engines.native.compiled_ops import add_to_rows, handle_of
 from loraplex.kernels.lora.decode import CurrentStep, DecodeStep, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 
@@ -154,8 +156,7 @@ class LoraLayers:
         assert index == len(self._modules)
         self._modules.append(module)
 
-        def forward_with_lora(x: Tensor) -> Tensor:
-            y = forward(x)
+        def add(y: Tensor, x: Tensor) -> None:
             step = self.step
             if self._repeats:
                 tokens = self._repeated_sampled if behind_selection else self._repeated
@@ -163,8 +164,16 @@ class LoraLayers:
             elif step is not None and index in step.active.touched:
                 groups = step.sampled if behind_selection else step.tokens
                 self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), index, step.active, groups, bias)
+
+        def forward_with_lora(x: Tensor) -> Tensor:
+            y = forward(x)
+            if is_dynamo_compiling():
+                add_to_rows(y, x, handle)
+            else:
+                add(y, x)
             return y
 
+        handle = handle_of(add)
         layer.forward = forward_with_lora
 
     @cached_property

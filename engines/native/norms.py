@@ -11,8 +11,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedModel
 
+from loraplex.engines.native.compiled_ops import handle_of, map_rows
 from loraplex.kernels.fused import cpu_rms_norm
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
 from loraplex.kernels.fused.rms_norm import rms_norm
@@ -66,9 +68,12 @@ def _replace_forward(
         return False
 
     def forward(x: Tensor) -> Tensor:
-        computed: Tensor = ours(x) if x.dtype == dtype and x.shape[-1] == width else theirs(x)
+        if x.dtype == dtype and x.shape[-1] == width:
+            return map_rows(x, width, handle) if is_dynamo_compiling() else ours(x)
+        computed: Tensor = theirs(x)
         return computed
 
+    handle = handle_of(ours)
     module.forward = forward
     return True
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedModel
 
+from loraplex.engines.native import compiled_ops
 from loraplex.kernels.attention.cpu_rotary import is_available, rotate, takes
 
 _NAME = "apply_rotary_pos_emb"
@@ -72,7 +74,7 @@ def _equals(theirs: Rotary, dtype: torch.dtype) -> bool:
 def _faster(theirs: Rotary) -> Rotary:
     def ours(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 2 and not kwargs and takes(q, k, *args):
-            return rotate(q, k, *args)
+            return compiled_ops.rotate(q, k, *args) if is_dynamo_compiling() else rotate(q, k, *args)
         return theirs(q, k, *args, **kwargs)
 
     return ours

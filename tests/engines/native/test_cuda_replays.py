@@ -68,7 +68,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    """One layer: the others would do the same again, at the interpreter's pace. Three adapters touch the same layers."""
+    """One layer: the others would do the same again, at the interpreter's pace. Three adapters touch the same."""
     directory = tmp_path_factory.mktemp("shallow")
     world = make_small_world(directory, num_hidden_layers=1)
     for name, rank in (("rank-6", 6), ("rank-12", 12)):
