@@ -3,13 +3,15 @@
     python bench/gpu_steps.py --shape 8b [--adapters 0,1,8,32,64,256] [--resident 0] [--json FILE]
 
 No scheduler, gateway or disk: adapters of ranks 8, 16, 32 and 64 in turn are random numbers straight in the arena.
-`floor` is the time that reading the weights once takes at the bandwidth of a plain copy. Medians.
+`floor` is the time that reading the weights once takes at the bandwidth of a plain copy. Decodes are measured as they
+go through the model, and again as CUDA graphs, where they can be captured; `replayed` says which. Medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -30,6 +32,7 @@ from loraplex.engines.native.batch import Batch, Segment
 from loraplex.engines.native.model import Trial, dry_run
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.sequence import Sequence
+from loraplex.engines.native.step_graphs import WORTH
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 RANKS = (8, 16, 32, 64)
@@ -47,6 +50,7 @@ class Figure:
     tokens_per_second: float
     ratio_to_base: float
     times_floor: float
+    replayed: bool
 
 
 class World:
@@ -67,10 +71,22 @@ class World:
         offset = 0
         for plan in plans:
             flat = torch.randn(plan.size, device=device).mul_(0.01).to(self.model.dtype)
-            arena.write(offset, LoadedAdapter(plan, flat))
+            for _ in arena.write(offset, LoadedAdapter(plan, flat)):
+                pass
+            arena.publish(plan, offset)
             offset += plan.size
         self.adapters = [plan.adapter for plan in plans]
         self.runner = Runner(self.model, trial, attention, arena, num_blocks, BLOCK, uses_kernels=device.type == "cuda")
+
+    @property
+    def replays(self) -> bool:
+        """Whether decodes are replayed, once they were captured; not after it has turned out impossible."""
+        return self.runner.graphs is not None and self.runner.graphs.is_on
+
+    @replays.setter
+    def replays(self, wanted: bool) -> None:
+        if self.runner.graphs is not None:
+            self.runner.graphs.is_on = wanted
 
     @property
     def weight_bytes(self) -> int:
@@ -131,15 +147,29 @@ def measure(world: World, shape: str, counts: list[int], floor: float, device: t
 
     def add(phase: str, batch: int, num_adapters: int, num_tokens: int, mixed: Batch, base: Batch) -> None:
         seconds, alone = (seconds_of(partial(world.runner.run, one), device, rounds=20) for one in (mixed, base))
+        replayed = phase == "decode" and world.replays
         figures.append(Figure(shape, phase, batch, num_adapters, len(world.adapters), seconds * 1e3,
-                              num_tokens / seconds, alone / seconds, seconds / floor))  # fmt: skip
+                              num_tokens / seconds, alone / seconds, seconds / floor, replayed))  # fmt: skip
         print(figures[-1], flush=True)
 
+    def decodes(batch: int, count: int) -> None:
+        mixed, base = world.decode(batch, world.adapters[:count]), world.decode(batch, [])
+        could = world.replays
+        world.replays = False
+        add("decode", batch, count, batch, mixed, base)
+        if not could:
+            return
+        world.replays = True
+        for _ in range(WORTH + 2):  # until they are captured and checked
+            world.runner.run(mixed)
+            world.runner.run(base)
+        if world.replays:
+            add("decode", batch, count, batch, mixed, base)
+
     for batch in (1, 8):
-        add("decode", batch, 0, batch, world.decode(batch, []), world.decode(batch, []))
+        decodes(batch, 0)
     for count in counts:
-        batch = max(32, count)
-        add("decode", batch, count, batch, world.decode(batch, world.adapters[:count]), world.decode(batch, []))
+        decodes(max(32, count), count)
     for count in (0, 1):
         add("prefill", 1, count, CHUNK, world.prefill(world.adapters[:count]), world.prefill([]))
     return figures
@@ -152,6 +182,8 @@ def main() -> None:
     parser.add_argument("--resident", type=int, default=0, help="adapters in the arena, if more than those in a step")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    logging.basicConfig()
+    logging.getLogger("loraplex.engine").setLevel(logging.INFO)  # which says why steps are not replayed
     counts = [int(count) for count in options.adapters.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(options.shape, max(options.resident, *counts), max(32, *counts), device)

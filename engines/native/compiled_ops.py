@@ -42,6 +42,18 @@ def _(x: Tensor, width: int, handle: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
 
 
+@torch.library.custom_op("loraplex::combine_rows", mutates_args=())
+def combine_rows(one: Tensor, other: Tensor, handle: Tensor) -> Tensor:
+    """function(one, other). one, other and result: Shape [..., N], of one type."""
+    rows: Tensor = _functions[int(handle)](one, other)
+    return rows.contiguous()
+
+
+@combine_rows.register_fake
+def _(one: Tensor, other: Tensor, handle: Tensor) -> Tensor:
+    return one.new_empty(one.shape)
+
+
 @torch.library.custom_op("loraplex::add_to_rows", mutates_args=("y",))
 def add_to_rows(y: Tensor, x: Tensor, handle: Tensor) -> None:
     """function(y, x), which adds to y what it makes of x. y: Shape [..., M]. x: Shape [..., N]."""

@@ -38,7 +38,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._means: dict[int, float] = {}
         self._weights: dict[int, float] = {}
-        self._reckoned: dict[int, float | None] = {}
+        self._reckoned: dict[int, float] = {}
         self._num_added = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
@@ -53,10 +53,13 @@ class StepCosts:
 
     def seconds(self, num_tokens: int) -> float | None:
         """Of a step of so many tokens; None where nothing is known."""
-        if num_tokens not in self._reckoned:
+        found = self._reckoned.get(num_tokens)
+        if found is None:
             is_known = self._weights.get(num_tokens, 0.0) >= _ENOUGH
-            self._reckoned[num_tokens] = self._means[num_tokens] if is_known else self._on_line(num_tokens)
-        return self._reckoned[num_tokens]
+            found = self._means[num_tokens] if is_known else self._on_line(num_tokens)
+            if found is not None:
+                self._reckoned[num_tokens] = found
+        return found
 
     def _on_line(self, num_tokens: int) -> float | None:
         """By weighted least squares; None where all steps had the same size. Never less than 0, nor falling."""

@@ -14,9 +14,11 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from loraplex.engines.native.compiled_ops import combine_rows, handle_of
 from loraplex.kernels.fused import cpu_gated
 from loraplex.kernels.fused.cpu_gated import Gate
 from loraplex.kernels.fused.gated import Activation, gated
@@ -84,8 +86,11 @@ def _replace_forward(module: nn.Module, model: PreTrainedModel, gatings: dict[Ac
         given = [layers[name](x) for name in inner]
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=-1)
         fits = gate.dtype == up.dtype == dtype and gate.shape == up.shape
+        if fits and is_dynamo_compiling():
+            return layers[_DOWN](combine_rows(gate, up, handle))
         return layers[_DOWN]((ours if fits else by_torch)(gate, up))
 
+    handle = handle_of(ours)
     module.forward = forward
     return True
 

@@ -192,11 +192,12 @@ def test_attention_keeps_its_calls_in_order_though_nothing_else_tells_it() -> No
     assert calls == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("operation", ["map_rows", "add_to_rows", "rotate", "attend"])
+@pytest.mark.parametrize("operation", ["map_rows", "combine_rows", "add_to_rows", "rotate", "attend"])
 def test_operations_are_what_they_say_of_themselves(operation: str) -> None:
     """torch's own check: what is changed, what shapes and strides come out, with shapes known and unknown."""
     functions: dict[str, Any] = {
         "map_rows": lambda x: torch.cat((x, x), -1),
+        "combine_rows": lambda one, other: one * other,
         "add_to_rows": lambda y, x: y.add_(x.sum()),
         "attend": lambda module, query, *others: (query.transpose(1, 2).clone(), None),
         "rotate": None,
@@ -206,6 +207,7 @@ def test_operations_are_what_they_say_of_themselves(operation: str) -> None:
     rows, heads, angles = torch.randn(1, 3, 4), torch.randn(1, 3, 2, 4).transpose(1, 2), torch.randn(1, 3, 4)
     arguments: dict[str, tuple[Any, ...]] = {
         "map_rows": (rows, 8, handle),
+        "combine_rows": (rows, rows.clone(), handle),
         "add_to_rows": (rows, rows.clone(), handle),
         "attend": (heads, heads, heads, handle, 0.5, 3, None, None),
         "rotate": (heads, heads.clone(), angles, angles),

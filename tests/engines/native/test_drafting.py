@@ -72,6 +72,14 @@ def test_step_costs_forget_what_held_one_step_up() -> None:
     assert costs.seconds(4) == pytest.approx(0.0125)
 
 
+def test_step_costs_are_known_as_soon_as_two_sizes_were_met() -> None:
+    costs = StepCosts()
+    costs.add(4, 0.01)
+    assert costs.seconds(6) is None
+    costs.add(8, 0.02)
+    assert costs.seconds(6) == pytest.approx(0.015)
+
+
 def test_drafts_are_as_long_as_gives_most_tokens_a_second() -> None:
     """A step of one reads weights; eight sequences multiply already, and a draft costs what a token costs."""
     drafter = Drafter(max_tokens=8)
