@@ -2,10 +2,9 @@
 
     python bench/compiled.py --shape toy --ranks 8,16,32,64
 
-Each round submits `--requests` prompts that no cache has, `--prompt` tokens altogether, and decodes `--steps` steps,
-with the adapters dealt out in turn: once as the layers are, once compiled by torch's default backend for any number of
-tokens. Nothing is drafted, and no step is replayed. Prints milliseconds of the forward pass (medians over all rounds)
-and what compiling took.
+Each round submits `--requests` prompts that no cache has and answers each with `--tokens`, the adapters dealt out in
+turn: once as the layers are, once compiled by torch's default backend for any number of tokens. Nothing is drafted, and
+no step is replayed. Prints milliseconds of the forward pass (medians over all rounds) and what compiling took.
 """
 
 from __future__ import annotations
@@ -15,15 +14,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, make_adapter, make_base
+from mixed import make_adapters, make_core, options_of
+from shapes import SHAPES
 
-from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
-from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.loading import load_machine
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 
@@ -31,15 +27,7 @@ class Engine:
     """One engine whose forward passes are timed. `compiled` is whether its layers are those that were compiled."""
 
     def __init__(self, options: argparse.Namespace, adapters: list[Adapter | None]) -> None:
-        base = make_base(options.shape, options.models)
-        settings = Settings(
-            model=Model(path=str(base), name=options.shape),
-            engine=EngineSettings(
-                num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0, enforce_eager=True
-            ),
-            adapters=Adapters(device_bytes=2 * 2**30, host_bytes=2 * 2**30),
-        )
-        self._core = EngineCore(load_machine(settings, lambda progress: None))
+        self._core = make_core(options, eager=True)
         self._adapters = adapters
         self._options = options
         self._took: list[float] = []
@@ -60,14 +48,12 @@ class Engine:
     def round(self, seed: int) -> tuple[float, list[float]]:
         """Seconds of the prefill and of each decode step, with prompts of this seed."""
         chance, options = random.Random(seed), self._options
-        sampling = SamplingParams(max_tokens=1 + options.steps, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
         for number in range(options.requests):
             self._core.submit(
                 GenerateRequest(
                     request_id=f"{seed}-{number}",
-                    prompt_token_ids=tuple(
-                        chance.choices(range(2, SHAPES[options.shape].vocab), k=options.prompt // options.requests)
-                    ),
+                    prompt_token_ids=tuple(chance.choices(range(2, SHAPES[options.shape].vocab), k=options.prompt)),
                     sampling=sampling,
                     adapter=self._adapters[number % len(self._adapters)],
                 )
@@ -89,20 +75,10 @@ class Engine:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="toy")
-    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas; 0: the base")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=240, help="tokens of all prompts together")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
+    parser = options_of(__doc__)
+    parser.set_defaults(tokens=17, rounds=7)
     options = parser.parse_args()
-    adapters = [
-        make_adapter(options.shape, int(rank), number, options.models) if rank != "0" else None
-        for number, rank in enumerate(options.ranks.split(","))
-    ]
+    adapters = make_adapters(options)
     engine = Engine(options, adapters)
     ways = {"as it is": engine.uncompile, "compiled": engine.compile}
     first_round: dict[str, float] = {}  # in which adapters are read, and layers compiled
@@ -119,10 +95,11 @@ def main() -> None:
             prefill, steps = engine.round(2 * number + turn)
             prefills[way].append(prefill)
             decodes[way] += steps
-    print(f"{options.shape}, {options.requests} requests, ranks {options.ranks}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"{options.shape}, {options.requests} requests of {options.prompt}, ranks {options.ranks}, {threads} threads")
     for way in ways:
         prefill, decode = statistics.median(prefills[way]), statistics.median(decodes[way])
-        print(f"  {way:9} prefill of {options.prompt} {prefill * 1e3:8.2f} ms, decode step {decode * 1e3:8.2f} ms")
+        print(f"  {way:9} prefill {prefill * 1e3:8.2f} ms, decode step {decode * 1e3:8.2f} ms")
     print(f"  the first round took {first_round['as it is']:.1f} s as it is, {first_round['compiled']:.1f} s compiled")
 
 

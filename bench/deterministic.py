@@ -12,31 +12,17 @@ import argparse
 import statistics
 from pathlib import Path
 
-from mixed import decode
-from shapes import SHAPES, make_adapter, make_base
+from mixed import decode, make_adapters, options_of
+from shapes import make_base
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
-from loraplex.engines.protocol import Adapter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="toy")
-    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
-    options = parser.parse_args()
-    base = make_base(options.shape, options.models)
-    adapters: list[Adapter | None] = [
-        make_adapter(options.shape, int(rank), number, options.models)
-        for number, rank in enumerate(options.ranks.split(","))
-    ]
+    options = options_of(__doc__).parse_args()
+    base, adapters = make_base(options.shape, options.models), make_adapters(options)
     machines = {
         name: load_machine(_settings(base, options, deterministic=name == "deterministic"), lambda progress: None)
         for name in ("usual", "deterministic")

@@ -40,31 +40,44 @@ def decode(core: EngineCore, adapters: list[Adapter | None], options: argparse.N
     return num_tokens / (time.perf_counter() - began)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """What is asked of one engine without a gateway: a shape, adapters, requests, and how often."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="toy")
-    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas")
+    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas; 0: the base")
     parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=32, help="that each request is answered with")
+    parser.add_argument("--prompt", type=int, default=30, help="tokens of each prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--eager", action="store_true", help="never replay a captured step")
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
-    options = parser.parse_args()
-    base = make_base(options.shape, options.models)
-    adapters: list[Adapter | None] = [
-        make_adapter(options.shape, int(rank), number, options.models)
+    return parser
+
+
+def make_adapters(options: argparse.Namespace) -> list[Adapter | None]:
+    return [
+        make_adapter(options.shape, int(rank), number, options.models) if rank != "0" else None
         for number, rank in enumerate(options.ranks.split(","))
     ]
+
+
+def make_core(options: argparse.Namespace, *, eager: bool = False) -> EngineCore:
+    """An engine of the shape that drafts nothing. `eager`: nor does it replay captured steps."""
     settings = Settings(
-        model=Model(path=str(base), name=options.shape),
+        model=Model(path=str(make_base(options.shape, options.models)), name=options.shape),
         engine=EngineSettings(
-            num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0, enforce_eager=options.eager
+            num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0, enforce_eager=eager
         ),
         adapters=Adapters(device_bytes=4 * 2**30, host_bytes=4 * 2**30),
     )
-    core = EngineCore(load_machine(settings, lambda progress: None))
+    return EngineCore(load_machine(settings, lambda progress: None))
+
+
+def main() -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--eager", action="store_true", help="never replay a captured step")
+    options = parser.parse_args()
+    adapters, core = make_adapters(options), make_core(options, eager=options.eager)
     figures: dict[str, list[float]] = {"base": [], "mixed": []}
     for number in range(options.rounds + 1):
         for tag, who in (("base", [None]), ("mixed", adapters)):

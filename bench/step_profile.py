@@ -10,26 +10,18 @@ The engine alone, nothing drafted. Prints medians in milliseconds.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from mixed import decode
-from shapes import SHAPES, make_adapter, make_base
+from mixed import decode, make_adapters, make_core, options_of
 
-from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.loading import load_machine
-from loraplex.engines.protocol import Adapter
 from loraplex.kernels.calls import Calls
-
-ROUNDS = 4  # of decoding: captured, checked, replayed
 
 
 class Phases:
@@ -96,30 +88,14 @@ def profile(graph: Any, passes: int) -> dict[str, tuple[int, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="toy")
-    parser.add_argument("--ranks", default="8,16,32,64", help="of the adapters, separated by commas")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=30)
+    parser = options_of(__doc__)
+    parser.set_defaults(rounds=4)  # in which steps are captured, checked and replayed
     parser.add_argument("--passes", type=int, default=30)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
     options = parser.parse_args()
-    base = make_base(options.shape, options.models)
-    adapters: list[Adapter | None] = [
-        make_adapter(options.shape, int(rank), number, options.models)
-        for number, rank in enumerate(options.ranks.split(","))
-    ]
-    settings = Settings(
-        model=Model(path=str(base), name=options.shape),
-        engine=EngineSettings(num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0),
-        adapters=Adapters(device_bytes=4 * 2**30, host_bytes=4 * 2**30),
-    )
-    core = EngineCore(load_machine(settings, lambda progress: None))
+    adapters, core = make_adapters(options), make_core(options)
     phases = Phases(core, options.requests)
     for tag, who in (("base", [None]), ("mixed", adapters)):
-        for number in range(ROUNDS):
+        for number in range(options.rounds):
             phases.found.clear()
             decode(core, list(who), options, f"{tag}{number}")
         print(f"{options.shape}, {tag}, {options.requests} requests, {torch.get_num_threads()} threads")

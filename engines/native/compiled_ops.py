@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from loraplex.kernels.attention import cpu_rotary
 
@@ -60,6 +61,23 @@ def add_to_rows(y: Tensor, x: Tensor, handle: Tensor) -> None:
     _functions[int(handle)](y, x)
 
 
+def followed_by(
+    forward: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], None]
+) -> Callable[[Tensor], Tensor]:
+    """forward(x), changed by add(y, x). x: Shape [..., N]. y, the result: Shape [..., M]."""
+    handle = handle_of(add)
+
+    def forward_and_add(x: Tensor) -> Tensor:
+        y = forward(x)
+        if is_dynamo_compiling():
+            add_to_rows(y, x, handle)
+        else:
+            add(y, x)
+        return y
+
+    return forward_and_add
+
+
 @torch.library.custom_op("loraplex::rotate", mutates_args=())
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As `cpu_rotary.rotate`."""
@@ -91,14 +109,5 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    handle: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_others: object) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -5,14 +5,14 @@ Steps of one token a sequence have as many tokens as there are sequences; others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from loraplex.engines.native.attention import AttentionStep, Decodes
 from loraplex.engines.native.capture import Capture, Graph, Pool
-from loraplex.engines.native.device_attention import KernelStep
+from loraplex.engines.native.replays import Step
 from loraplex.kernels.attention.cpu_decode import DecodeRows
 
 MOST_TOKENS = 64  # beyond which computing takes far longer than Python, and a graph's memory grows
@@ -34,24 +34,19 @@ class CpuInputs:
         decodes = Decodes(torch.arange(num_tokens), looked_at, self._lengths, self._decodes)
         self.attention = AttentionStep(self._slots, decodes, prefills=())
 
-    def become(
-        self,
-        step: AttentionStep | KernelStep,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        sampled: Sequence[int],
-    ) -> None:
-        """Be this step. `sampled`: as many as told at first, or all tokens."""
-        assert isinstance(step, AttentionStep)
-        assert step.decodes is not None
-        padding = [0] * (self.token_ids.shape[1] - len(token_ids))
-        self.token_ids.numpy()[0] = [*token_ids, *padding]
-        self.positions.numpy()[0] = [*positions, *padding]
-        self._slots.fill_(self._spare_slot)[: len(token_ids)] = step.slots
-        self._lengths.zero_()[: len(token_ids)] = step.decodes.lengths
-        self._decodes.become(step.decodes.slots, self._lengths)
-        if len(sampled) < len(token_ids):
-            self.sampled.numpy()[:] = sampled
+    def become(self, step: Step) -> None:
+        """Be this step. It samples as many tokens as told at first, or all."""
+        attention, count = step.attention, step.num_tokens
+        assert isinstance(attention, AttentionStep)
+        assert attention.decodes is not None
+        padding = [0] * (self.token_ids.shape[1] - count)
+        self.token_ids.numpy()[0] = [*step.token_ids, *padding]
+        self.positions.numpy()[0] = [*step.positions, *padding]
+        self._slots.fill_(self._spare_slot)[:count] = attention.slots
+        self._lengths.zero_()[:count] = attention.decodes.lengths
+        self._decodes.become(attention.decodes.slots, self._lengths)
+        if not step.samples_all:
+            self.sampled.numpy()[:] = step.sampled
 
 
 class CpuReplays:
@@ -62,9 +57,10 @@ class CpuReplays:
         self._spare_slot = spare_slot
         self._pool = Pool()
 
-    def takes(self, step: AttentionStep | KernelStep, num_tokens: int, num_sampled: int) -> bool:
+    def takes(self, step: Step) -> bool:
         """Whether it is a small step, attended token by token."""
-        return isinstance(step, AttentionStep) and not step.prefills and num_tokens <= MOST_TOKENS
+        attention = step.attention
+        return isinstance(attention, AttentionStep) and not attention.prefills and step.num_tokens <= MOST_TOKENS
 
     def padded(self, num_tokens: int, *, is_even: bool) -> int:
         """Drafts and prompts of all lengths share some graphs; many steps of decodes alone have as many tokens."""

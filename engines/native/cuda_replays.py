@@ -8,16 +8,15 @@ looks at nothing, and leaves its key and value in a row of the cache that nobody
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loraplex.engines.native.attention import AttentionStep
 from loraplex.engines.native.capture import NotCapturable
 from loraplex.engines.native.device_attention import KernelDecodes, KernelStep
-from loraplex.engines.native.replays import Recording
+from loraplex.engines.native.replays import Recording, Step
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # tokens of a graph
 # A GEMM may add in another order where its workspace is another: within a unit in the last place of bfloat16, of the
@@ -62,25 +61,19 @@ class CudaInputs:
         decodes = KernelDecodes(self.sampled, tables, rows.lengths[own], longest=tables.shape[1] * block_size)
         self.attention = KernelStep(rows.slots[own], decodes, None, block_size)
 
-    def become(
-        self,
-        step: AttentionStep | KernelStep,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        sampled: Sequence[int],
-    ) -> None:
+    def become(self, step: Step) -> None:
         """Be this step, all of whose tokens are sampled."""
-        assert isinstance(step, KernelStep)
-        assert step.decodes is not None
-        rows, count, device = self._rows, len(token_ids), self._rows.slots.device
-        padding = [0] * (self._num_tokens - count)
-        rows.token_ids[: self._num_tokens] = torch.tensor([*token_ids, *padding], device=device)
-        rows.positions[: self._num_tokens] = torch.tensor([*positions, *padding], device=device)
-        rows.slots[:count] = step.slots
+        attention, rows, count = step.attention, self._rows, step.num_tokens
+        assert isinstance(attention, KernelStep)
+        assert attention.decodes is not None
+        padding, device = [0] * (self._num_tokens - count), rows.slots.device
+        rows.token_ids[: self._num_tokens] = torch.tensor([*step.token_ids, *padding], device=device)
+        rows.positions[: self._num_tokens] = torch.tensor([*step.positions, *padding], device=device)
+        rows.slots[:count] = attention.slots
         rows.slots[count : self._num_tokens] = self._spare_slot
-        rows.lengths[:count] = step.decodes.lengths
+        rows.lengths[:count] = attention.decodes.lengths
         rows.lengths[count : self._num_tokens] = 0
-        tables = step.decodes.block_tables
+        tables = attention.decodes.block_tables
         rows.block_tables[:count, : tables.shape[1]] = tables
 
 
@@ -130,9 +123,11 @@ class CudaReplays:
         self._num_blocks, self._device = num_blocks, device
         self._rows: _Rows | None = None
 
-    def takes(self, step: AttentionStep | KernelStep, num_tokens: int, num_sampled: int) -> bool:
+    def takes(self, step: Step) -> bool:
         """Whether it decodes a token of each sequence, and nothing else."""
-        return isinstance(step, KernelStep) and step.prefills is None and num_sampled == num_tokens <= SIZES[-1]
+        attention = step.attention
+        is_decoding = isinstance(attention, KernelStep) and attention.prefills is None
+        return is_decoding and step.samples_all and step.num_tokens <= SIZES[-1]
 
     def padded(self, num_tokens: int, *, is_even: bool) -> int:
         return SIZES[bisect_left(SIZES, num_tokens)]

@@ -6,17 +6,16 @@ one row an adapter, written when the adapter is first computed with, and again a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import AdapterPlan, BaseModule
-from loraplex.engines.native.compiled_ops import add_to_rows, handle_of
+from loraplex.engines.native.compiled_ops import followed_by
 from loraplex.engines.native.lora import Owners
 from loraplex.kernels.lora.expand import expand
 from loraplex.kernels.lora.shrink import BLOCK_RANK, num_splits, shrink
@@ -125,7 +124,6 @@ class DeviceLora:
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """As `LoraLayers.wrap`."""
-        forward: Callable[[Tensor], Tensor] = layer.forward
         bias = getattr(layer, "bias", None)
         assert module.index == len(self._modules)
         self._modules.append(module)
@@ -138,22 +136,15 @@ class DeviceLora:
                 for tiles in view.rounds:
                     self._add(y.view(-1, y.shape[-1]), x, module, step, tiles, bias)
 
-        def forward_with_lora(x: Tensor) -> Tensor:
-            y = forward(x)
-            if is_dynamo_compiling():
-                add_to_rows(y, x, handle)
-            else:
-                add(y, x)
-            return y
-
-        handle = handle_of(add)
-        layer.forward = forward_with_lora
+        layer.forward = followed_by(layer.forward, add)
 
     def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
         """As `LoraLayers.begin`."""
+        self._step = self._shrunk = None
         names = {adapter_id for some in set(owners) for adapter_id, _ in some}
-        slots = self._slots(names, device)
-        self._set(names, _view(owners, slots, device), _view([owners[token] for token in sampled], slots, device))
+        if names:
+            slots = self._slots(names, device)
+            self._set(names, _view(owners, slots, device), _view([owners[token] for token in sampled], slots, device))
 
     def may_repeat(self, owners: Sequence[Owners]) -> bool:
         """As `LoraLayers.may_repeat`."""
@@ -165,10 +156,13 @@ class DeviceLora:
     def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int], num_tokens: int) -> Hashable:
         """As `LoraLayers.begin_repeated`, of a step all of whose tokens are sampled.
 
-        Result: the modules that its adapters touch, and their largest rank, up to a power of two.
+        Result: the modules that its adapters touch, and their largest rank, up to a power of two; None without.
         """
         assert len(sampled) == len(owners)
+        self._step = self._shrunk = None
         names = {adapter_id for some in set(owners) for adapter_id, _ in some}
+        if not names:
+            return None
         device = self._arena.device
         slots = self._slots(names, device)
         own = [slots[some[0][0]] if some else NOBODY for some in owners]
@@ -178,29 +172,26 @@ class DeviceLora:
         if tiles is not fresh:
             tiles.become(fresh)
         view = _View((tiles,))
-        self._set(names, view, view)
-        return self._step and (self._step.touched, self._step.max_rank)
+        step = self._set(names, view, view)
+        return step.touched, step.max_rank
 
     def _slots(self, names: Set[str], device: torch.device) -> dict[str, int]:
-        if not names:
-            return {}
         if self._table is None:
             self._table = _Table(self._arena, len(self._modules))
             self._members = {key: torch.tensor(group, dtype=torch.int32, device=device)
                              for key, group in self._groups.items()}  # fmt: skip
         return self._table.slots(sorted(names))
 
-    def _set(self, names: Set[str], tokens: _View, sampled: _View) -> None:
+    def _set(self, names: Set[str], tokens: _View, sampled: _View) -> _Step:
         """A step of these adapters; ranks are rounded up to a power of two, so that there are few of them."""
-        self._shrunk = None
         plans = [self._arena.plan(name) for name in names]
-        largest = max((plan.rank for plan in plans), default=0)
         self._step = _Step(
             touched=frozenset(index for plan in plans for index in plan.entries),
-            max_rank=max(BLOCK_RANK, triton.next_power_of_2(largest)),
+            max_rank=max(BLOCK_RANK, triton.next_power_of_2(max(plan.rank for plan in plans))),
             tokens=tokens,
             sampled=sampled,
-        ) if names else None  # fmt: skip
+        )
+        return self._step
 
     def _add(self, y: Tensor, x: Tensor, module: BaseModule, step: _Step, tiles: Tiles, bias: Tensor | None) -> None:
         """y: Shape [T, out], changed in place. x: Shape [..., in]."""

@@ -9,18 +9,17 @@ call was not built, two GEMMs over the active adapters' matrices, stacked (one c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import BaseModule
 from loraplex.engines.native.active_adapters import ActiveAdapters, KnownRows, Layout
-from loraplex.engines.native.compiled_ops import add_to_rows, handle_of
+from loraplex.engines.native.compiled_ops import followed_by
 from loraplex.kernels.lora.decode import CurrentStep, DecodeStep, add_decode, is_available
 from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 
@@ -150,7 +149,6 @@ class LoraLayers:
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
         """Replace the layer's `forward` by one that adds the step's adapters. To be called in the order of `index`."""
-        forward: Callable[[Tensor], Tensor] = layer.forward
         bias = getattr(layer, "bias", None)
         index = module.index
         assert index == len(self._modules)
@@ -165,16 +163,7 @@ class LoraLayers:
                 groups = step.sampled if behind_selection else step.tokens
                 self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), index, step.active, groups, bias)
 
-        def forward_with_lora(x: Tensor) -> Tensor:
-            y = forward(x)
-            if is_dynamo_compiling():
-                add_to_rows(y, x, handle)
-            else:
-                add(y, x)
-            return y
-
-        handle = handle_of(add)
-        layer.forward = forward_with_lora
+        layer.forward = followed_by(layer.forward, add)
 
     @cached_property
     def _long_run(self) -> int | None:

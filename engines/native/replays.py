@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from loraplex.engines.native.attention import AttentionStep
 from loraplex.engines.native.device_attention import KernelStep
+from loraplex.engines.native.lora import Owners
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tokens of one step, packed, and what attention and LoRA need to know of them.
+
+    owners: each token's adapters. sampled: the numbers of those behind which logits are wanted, all of them or fewer.
+    is_even: whether there is one token a sequence.
+    """
+
+    attention: AttentionStep | KernelStep
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    owners: Sequence[Owners]
+    sampled: Sequence[int]
+    is_even: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def samples_all(self) -> bool:
+        return len(self.sampled) == len(self.token_ids)
 
 
 class Inputs(Protocol):
@@ -21,14 +47,8 @@ class Inputs(Protocol):
     @property
     def attention(self) -> AttentionStep | KernelStep: ...
 
-    def become(
-        self,
-        step: AttentionStep | KernelStep,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        sampled: Sequence[int],
-    ) -> None:
-        """Be this step. `sampled`: as many as told at first, or all tokens."""
+    def become(self, step: Step) -> None:
+        """Be this step. It samples as many tokens as told at first, or all."""
 
 
 class Recording(Protocol):
@@ -41,7 +61,7 @@ class Recording(Protocol):
 class Replays(Protocol):
     """What is particular to one kind of device."""
 
-    def takes(self, step: AttentionStep | KernelStep, num_tokens: int, num_sampled: int) -> bool:
+    def takes(self, step: Step) -> bool:
         """Whether such a step may be replayed."""
 
     def padded(self, num_tokens: int, *, is_even: bool) -> int:

@@ -29,7 +29,7 @@ from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
-from loraplex.engines.native.replays import Replays
+from loraplex.engines.native.replays import Replays, Step
 from loraplex.engines.native.sampler import Draw, Row, describe, draw_by_sorting, sample, uniform
 from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
@@ -126,15 +126,14 @@ class Runner:
         owners = [owner for segment in segments for owner in _owners(segment)]
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
-        step = self._attention_step(segments, self._model.device)
-        graphs = self.graphs
-        if graphs and graphs.takes(step, owners, sampled) and not any(segment.pooled for segment in segments):
+        attention, is_even = self._attention_step(segments, self._model.device), len(token_ids) == len(segments)
+        step, graphs = Step(attention, token_ids, positions, owners, sampled, is_even), self.graphs
+        if graphs and graphs.takes(step) and not any(segment.pooled for segment in segments):
             self._effects.begin((), (), self._model.device)
-            is_even = len(token_ids) == len(segments)
-            logits = graphs.logits(step, token_ids, positions, owners, sampled, is_even=is_even)
+            logits = graphs.logits(step)
             self.is_settled = graphs.is_settled
             return logits
-        self._attention.begin(step)
+        self._attention.begin(attention)
         return self._forward(token_ids, positions, owners, sampled)
 
     def _in_tiles(

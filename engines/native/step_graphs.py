@@ -18,11 +18,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from loraplex.engines.native.attention import AttentionStep, PagedAttention
+from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.capture import NotCapturable
-from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.lora import Owners
-from loraplex.engines.native.replays import Inputs, Recording, Replays
+from loraplex.engines.native.replays import Inputs, Recording, Replays, Step
 
 MOST_GRAPHS = 64  # a few megabytes each
 WORTH = 16  # steps of a kind after which it is captured: that takes about as long as they took too long
@@ -69,32 +68,20 @@ class StepGraphs:
         self._graphs: dict[_Kind, _Captured] = {}  # the one that was used last is the last
         self._num_steps: Counter[_Kind] = Counter()  # before each was captured
 
-    def takes(self, step: AttentionStep | KernelStep, owners: Sequence[Owners], sampled: Sequence[int]) -> bool:
+    def takes(self, step: Step) -> bool:
         """Whether it may be replayed: a small step, whose adapters do nothing but LoRA, one a token."""
-        return self.is_on and self._replays.takes(step, len(owners), len(sampled)) and self._lora.may_repeat(owners)
+        return self.is_on and self._replays.takes(step) and self._lora.may_repeat(step.owners)
 
-    def logits(
-        self,
-        step: AttentionStep | KernelStep,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        owners: Sequence[Owners],
-        sampled: Sequence[int],
-        *,
-        is_even: bool,
-    ) -> Tensor:
-        """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step.
-
-        `is_even`: one token a sequence.
-        """
-        num_tokens = self._replays.padded(len(owners), is_even=is_even)
-        num_sampled = num_tokens if len(sampled) == len(owners) else len(sampled)
-        kind = _Kind(num_tokens, num_sampled, self._lora.begin_repeated(owners, sampled, num_tokens))
+    def logits(self, step: Step) -> Tensor:
+        """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step."""
+        num_tokens = self._replays.padded(step.num_tokens, is_even=step.is_even)
+        num_sampled = num_tokens if step.samples_all else len(step.sampled)
+        kind = _Kind(num_tokens, num_sampled, self._lora.begin_repeated(step.owners, step.sampled, num_tokens))
         captured = self._graphs.get(kind)
         inputs = captured.inputs if captured else self._replays.inputs(num_tokens, num_sampled)
-        inputs.become(step, token_ids, positions, sampled)
+        inputs.become(step)
         logits = self._replay(captured, kind) if captured else self._compute(inputs, kind)
-        return logits[: len(sampled)]
+        return logits[: len(step.sampled)]
 
     def _compute(self, inputs: Inputs, kind: _Kind) -> Tensor:
         self._num_steps[kind] += 1

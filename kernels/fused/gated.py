@@ -29,7 +29,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     else:
         rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (gate.flatten(0, -2), up.flatten(0, -2))]
     count, width = rows[0].shape
-    _gated[(count, triton.cdiv(width, BLOCK))](
+    _gated[(triton.cdiv(width, BLOCK), count)](  # in this order: all in one row may be more than the second axis holds
         y, *rows, width, rows[0].stride(0), rows[1].stride(0), ACTIVATION=activation, BLOCK=BLOCK
     )
     return y
@@ -46,8 +46,8 @@ def _sigmoid(z):  # type: ignore[no-untyped-def]
 def _gated(  # type: ignore[no-untyped-def]
     y, gate, up, width, gate_stride, up_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    numbers = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    numbers = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_number = numbers < width
     g = tl.load(gate + row * gate_stride + numbers, mask=is_number, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + numbers, mask=is_number, other=0.0).to(tl.float32)

@@ -108,17 +108,21 @@ def settled(core: EngineCore, world: SmallWorld, traffic: tuple[list[str | None]
     return found
 
 
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """As many steps, and the same bits in each."""
+    assert [torch.equal(*pair) for pair in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
 def test_compiled_layers_give_the_bits_of_the_model_whatever_the_step(world: SmallWorld) -> None:
     core = make_core(world, enforce_eager=True, max_draft_tokens=0)
     expected, others = settled(core, world, FIRST), settled(core, world, OTHERS)
     assert len({len(step) for step in (*expected, *others)}) >= 5
     graphs = compile_layers(core, "aot_eager")
     found = steps(core, world, *FIRST)
-    assert all(map(torch.equal, found, expected))
-    assert len(found) == len(expected)
+    assert_same(found, expected)
     num_compiled = graphs.num
     assert num_compiled <= 5  # one token or several, with a window or without; and torch begins again for a scale
-    assert all(map(torch.equal, steps(core, world, *OTHERS), others))
+    assert_same(steps(core, world, *OTHERS), others)
     assert graphs.num == num_compiled
     ours = {"loraplex.add_to_rows.default", "loraplex.attend.default"}
     if is_available(torch.float32, torch.device("cpu")):  # the kernels were built
@@ -149,10 +153,10 @@ def test_compiled_layers_on_the_kernels_give_the_bits_of_the_model(tmp_path: Pat
     others: tuple[list[str | None], list[int]] = (["rank-64-mlp", "rank-32-dora"], [1, 2])
     expected, expected_others = settled(core, small, traffic), settled(core, small, others)
     graphs = compile_layers(core, "aot_eager")
-    assert all(map(torch.equal, steps(core, small, *traffic), expected))
+    assert_same(steps(core, small, *traffic), expected)
     num_compiled = graphs.num
     assert num_compiled <= 3
-    assert all(map(torch.equal, steps(core, small, *others), expected_others))
+    assert_same(steps(core, small, *others), expected_others)
     assert graphs.num == num_compiled
     assert {"loraplex.add_to_rows.default", "loraplex.attend.default"} <= graphs.operations
 
