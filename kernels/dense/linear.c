@@ -1,7 +1,8 @@
 /* A linear layer of torch's form: y[t][o] = bias[o] + sum_i w[o][i] * x[t][i].
 
-   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h`. */
+   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h` and `amx.h`. */
 
+#include "amx.h"
 #include "tile.h"
 
 typedef struct {
@@ -9,45 +10,59 @@ typedef struct {
     const void *weight, *bias; /* bias: or NULL */
 } Layer;
 
-/* `scratch`, where T is not float: tokens * in floats, and loraplex_linear_tile for each thread behind them. */
-#define DEFINE_ENTRY(T)                                                                           \
-    void loraplex_linear_##T(const Layer *layer, const T *x, T *y, int64_t num_tokens,            \
-                             int num_threads, float *scratch) {                                   \
+/* One thread's outputs, in tiles. `inputs`: x in float32, or as it is for pairs, where `wide` is not needed. */
+#define DEFINE_OUTPUTS(T)                                                                         \
+    static void some_outputs_##T(const Layer *layer, const void *inputs, T *y, int64_t num_tokens, \
+                                 int pairs, float *wide, int64_t me, int64_t all) {               \
         const T *weight = layer->weight, *bias = layer->bias;                                     \
         int64_t in = layer->in, out = layer->out, tiles = (out + TILE - 1) / TILE;                \
-        const float *inputs = sizeof(T) == sizeof(float) ? (const float *)x : scratch;            \
-        int pairs = sizeof(T) == sizeof(bfloat16) && takes_pairs();                               \
-        _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {                   \
-            int64_t me = omp_get_thread_num(), all = omp_get_num_threads();                       \
-            if (sizeof(T) < sizeof(float) && !pairs) {                                            \
-                int64_t end = num_tokens * in * (me + 1) / all;                                   \
-                for (int64_t i = num_tokens * in * me / all; i < end; i++)                        \
-                    scratch[i] = widen_##T(x[i]);                                                 \
-                _Pragma("omp barrier");                                                           \
+        int64_t first = tiles * me / all * TILE, last = tiles * (me + 1) / all * TILE;            \
+        float sums[TOKENS_A_PASS * TILE];                                                         \
+        for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PASS)                       \
+            for (int64_t o = first; o < last && o < out; o += TILE) {                             \
+                int tokens = num_tokens - begin < TOKENS_A_PASS ? num_tokens - begin : TOKENS_A_PASS; \
+                int outputs = out - o < TILE ? out - o : TILE;                                    \
+                memset(sums, 0, tokens * TILE * sizeof(float));                                   \
+                if (pairs)                                                                        \
+                    tile_pairs((const bfloat16 *)(weight + o * in),                               \
+                               (const bfloat16 *)inputs + begin * in, in, outputs, tokens, sums); \
+                else                                                                              \
+                    tile_##T(weight + o * in, (const float *)inputs + begin * in, in, outputs,    \
+                             tokens, sums, wide);                                                 \
+                for (int t = 0; t < tokens; t++)                                                  \
+                    for (int k = 0; k < outputs; k++) {                                           \
+                        float offset = bias ? widen_##T(bias[o + k]) : 0;                         \
+                        y[(begin + t) * out + o + k] = narrow_##T(sums[t * TILE + k] + offset);   \
+                    }                                                                             \
             }                                                                                     \
-            int64_t first = tiles * me / all * TILE, last = tiles * (me + 1) / all * TILE;        \
-            float sums[TOKENS_A_PASS * TILE];                                                     \
-            for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PASS)                   \
-                for (int64_t o = first; o < last && o < out; o += TILE) {                         \
-                    int tokens = num_tokens - begin < TOKENS_A_PASS ? num_tokens - begin : TOKENS_A_PASS; \
-                    int outputs = out - o < TILE ? out - o : TILE;                                \
-                    memset(sums, 0, tokens * TILE * sizeof(float));                               \
-                    if (pairs)                                                                    \
-                        tile_pairs((const bfloat16 *)(weight + o * in),                           \
-                                   (const bfloat16 *)(x + begin * in), in, outputs, tokens, sums); \
-                    else                                                                          \
-                        tile_##T(weight + o * in, inputs + begin * in, in, outputs, tokens, sums, \
-                                 scratch + num_tokens * in + me * DEPTH * TILE);                  \
-                    for (int t = 0; t < tokens; t++)                                              \
-                        for (int k = 0; k < outputs; k++) {                                       \
-                            float offset = bias ? widen_##T(bias[o + k]) : 0;                     \
-                            y[(begin + t) * out + o + k] = narrow_##T(sums[t * TILE + k] + offset); \
-                        }                                                                         \
-                }                                                                                 \
-        }                                                                                         \
     }
 
-DEFINE_ENTRY(float)
-DEFINE_ENTRY(bfloat16)
+DEFINE_OUTPUTS(float)
+DEFINE_OUTPUTS(bfloat16)
+
+void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t num_tokens, int num_threads,
+                           void *scratch) {
+    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")
+        some_outputs_float(layer, x, y, num_tokens, 0, NULL, omp_get_thread_num(), omp_get_num_threads());
+}
+
+/* `scratch`: 64-byte lines; x packed, or in float32 and a widened tile for each thread behind it. */
+void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
+                              void *scratch) {
+    int tiles = takes_tiles(), pairs = takes_pairs();
+    float *wide = scratch;
+    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), size = num_tokens * layer->in;
+        if (tiles) pack_tokens(x, layer->in, num_tokens, scratch, me, all);
+        for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
+            wide[i] = widen_bfloat16(x[i]);
+        _Pragma("omp barrier")
+        if (tiles)
+            linear_tiles(layer->weight, layer->bias, layer->in, layer->out, scratch, y, num_tokens, me, all);
+        else
+            some_outputs_bfloat16(layer, pairs ? (const void *)x : wide, y, num_tokens, pairs,
+                                  wide + size + me * DEPTH * TILE, me, all);
+    }
+}
 
 const int64_t loraplex_linear_tile = DEPTH * TILE;

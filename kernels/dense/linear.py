@@ -44,7 +44,6 @@ class Linear:
         self._dtype = weight.dtype
         self._layer = _Layer(self.in_features, self._out, weight.data_ptr(), None if bias is None else bias.data_ptr())
         self._run = function(__file__, _NAMES[weight.dtype], *_ARGUMENTS)
-        self._widens = weight.dtype != torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once.
@@ -56,9 +55,16 @@ class Linear:
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self._out, dtype=self._dtype)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
-        scratch = torch.empty(x.numel() + num_threads * _tile_size() if self._widens else 0)
+        scratch = torch.empty(self._scratch_size(num_tokens, num_threads))
         self._run(self._layer, x, y, num_tokens, num_threads, scratch)
         return y
+
+    def _scratch_size(self, num_tokens: int, num_threads: int) -> int:
+        """Floats: x widened and a tile for each thread, or x in whole tiles of 16 tokens by 32 inputs, 16 bits each."""
+        if self._dtype == torch.float32:
+            return 0
+        packed = -(-num_tokens // 16) * 16 * -(-self.in_features // 32) * 32 // 2
+        return max(num_tokens * self.in_features + num_threads * _tile_size(), packed)
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:

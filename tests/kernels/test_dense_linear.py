@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 
+from loraplex.kernels.built import library
+from loraplex.kernels.dense import linear as kernel
 from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
 
 CPU = torch.device("cpu")
-FEATURES = [(1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4100, 49)]  # in, out: about the tile's borders
-NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131)
+FEATURES = [(1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4100, 49), (2080, 300)]  # in, out: about the borders
+NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131, 300)
 
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
 
@@ -40,10 +45,10 @@ def test_linear_equals_the_formula(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, threads: int, bfloat16_is: str) -> None:
     linear = Linear(*a_layer(2100, 53, dtype))
-    x = torch.randn(70, 2100).to(dtype)
+    x = torch.randn(280, 2100).to(dtype)
     together = linear(x)
-    for begin in range(70):
-        for end in {begin + 1, begin + 2, begin + 5, begin + 9, 70} & set(range(begin + 1, 71)):
+    for begin in [*range(70), 250, 260]:
+        for end in {begin + 1, begin + 2, begin + 5, begin + 9, 70, 280} & set(range(begin + 1, 281)):
             assert torch.equal(linear(x[begin:end]), together[begin:end])
 
 
@@ -72,3 +77,14 @@ def test_kernel_is_for_cpus_and_types_it_knows() -> None:
 def test_rows_of_another_type_or_width_are_refused(x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"the weight 100 and torch\.bfloat16"):
         Linear(*a_layer(100, 257, torch.bfloat16))(x)
+
+
+def test_what_a_cpu_has_is_used() -> None:
+    """By what Linux says of the CPU; compilers before GCC 12 know no tile registers."""
+    told = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "amx_bf16" not in told:
+        pytest.skip("this CPU has no AMX")
+    Linear(*a_layer(100, 257, torch.bfloat16))(torch.zeros(1, 100).bfloat16())
+    built = library(kernel.__file__)
+    assert built is not None
+    assert ctypes.c_int.in_dll(built, "loraplex_tiles").value == 1
