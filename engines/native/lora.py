@@ -2,8 +2,9 @@
 
 Each linear layer's `forward` is wrapped once, at start; the layer itself, its weight (quantised or not) and its
 name stay as they are. The wrapper asks the current step what to add. Long runs of one adapter's tokens take two GEMMs
-each. All other tokens of a step together take one call that reads the adapters where they lie in the arena; where that
-call was not built, two GEMMs over the active adapters' matrices, stacked (one copy a set of adapters) and masked.
+each, or one call for all of them where the CPU has tile registers. All other tokens of a step together take one call
+that reads the adapters where they lie in the arena; where that call was not built, two GEMMs over the active adapters'
+matrices, stacked (one copy a set of adapters) and masked.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import BaseModule
 from loraplex.engines.native.active_adapters import ActiveAdapters, KnownRows, Layout
 from loraplex.engines.native.compiled_ops import followed_by
-from loraplex.kernels.lora.decode import CurrentStep, DecodeStep, add_decode, is_available
+from loraplex.kernels.lora.decode import CurrentStep, DecodeStep, add_decode, has_tiles, is_available
 from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 
 # Products with A and B of a run of tokens, from which on a pair of GEMMs beats the decode kernel: a pair costs some
 # 80 µs however short the run. What counts is a layer of average width, and this rank.
 _LONG_RUN = 2**22
 _TYPICAL_RANK = 24
+_LONG_RUN_IN_TILES = 8  # tokens, from which on tiles beat the form for few (`bench/kernel_table.py --ops lora/decode`)
 # Without the decode kernel: tokens of a step beyond which a GEMM pair for each run beats one masked pair over all rows.
 MASKED_MAX_TOKENS = 64
 # The adapters of one token, with their weights: none for the base, several for a composition.
@@ -48,14 +50,17 @@ class TokenGroups:
         device: torch.device,
         *,
         long_run: int | None = None,
+        has_tiles: bool = False,
         one_by_one: bool = False,
     ) -> None:
-        """`long_run`: tokens from which on a run of one adapter's tokens is a pair of GEMMs of its own; None: never.
+        """`long_run`: tokens from which on a run of one adapter's tokens is computed as such; None: never.
 
+        `has_tiles`: the long runs share one call, instead of a pair of GEMMs for each.
         `one_by_one`: nothing of one token may depend on which others there are.
         """
         self.one_by_one = one_by_one
         self._long_run = long_run
+        self._has_tiles = has_tiles
         self.is_composed = any(len(some) > 1 or (some and some[0][1] != 1.0) for some in set(parts))
         self.owners = [some[0][0] if some else -1 for some in parts]  # the only ones, unless it is composed
         self.parts = parts
@@ -85,12 +90,23 @@ class TokenGroups:
         return [(begin, end, owner) for begin, end, owner in self.runs if end - begin >= self._long_run]
 
     @cached_property
-    def rest(self) -> DecodeStep | None:
-        """The tokens outside of long runs."""
-        owners = list(self.owners)
-        for begin, end, _ in self.long_runs:
+    def calls(self) -> list[DecodeStep]:
+        """The tokens outside of long runs; and those of the long runs, where there are tiles for them."""
+        owners, long = list(self.owners), [-1] * len(self.owners)
+        for begin, end, owner in self.long_runs:
             owners[begin:end] = [-1] * (end - begin)
-        return DecodeStep(self._active.table, owners) if max(owners, default=-1) >= 0 else None
+            long[begin:end] = [owner] * (end - begin)
+        kinds = [(owners, False), (long, True)] if self._has_tiles else [(owners, False)]
+        return [
+            DecodeStep(self._active.table, some, in_tiles=in_tiles)
+            for some, in_tiles in kinds
+            if max(some, default=-1) >= 0
+        ]
+
+    @property
+    def gemm_runs(self) -> list[tuple[int, int, int]]:
+        """The long runs that `calls` leave out."""
+        return [] if self._has_tiles else self.long_runs
 
     @cached_property
     def taken_apart(self) -> list[DecodeStep]:
@@ -140,6 +156,7 @@ class LoraLayers:
         self._arena = arena
         self._uses_gemms = uses_gemms
         self._has_kernel = is_available(arena.dtype, arena.device)
+        self._has_tiles = has_tiles(arena.dtype, arena.device)
         self._modules: list[BaseModule] = []
         self._known_rows: dict[str, KnownRows] = {}
         self._recent: list[ActiveAdapters] = []
@@ -167,6 +184,8 @@ class LoraLayers:
 
     @cached_property
     def _long_run(self) -> int | None:
+        if self._has_tiles:
+            return _LONG_RUN_IN_TILES
         if not self._uses_gemms or not self._modules:
             return None
         width = sum(module.in_features + module.out_features for module in self._modules) / len(self._modules)
@@ -189,7 +208,10 @@ class LoraLayers:
         active = self._active(names)
         known = {some: tuple((active.positions[name], weight) for name, weight in some) for some in kinds}
         parts = [known[some] for some in owners]
-        groups = partial(TokenGroups, active=active, device=device, long_run=self._long_run, one_by_one=one_by_one)
+        groups = partial(
+            TokenGroups, active=active, device=device,
+            long_run=self._long_run, has_tiles=self._has_tiles, one_by_one=one_by_one,
+        )  # fmt: skip
         self.step = LoraStep(active, tokens=groups(parts), sampled=groups([parts[token] for token in sampled]))
 
     def may_repeat(self, owners: Sequence[Owners]) -> bool:
@@ -257,11 +279,11 @@ class LoraLayers:
         elif groups.is_composed:
             _add_composed(y, x, index, active, groups)
         elif self._has_kernel or groups.prefers_runs or not self._may_stack(index, active):
-            for begin, end, owner in groups.long_runs if self._has_kernel else groups.runs:
+            for begin, end, owner in groups.gemm_runs if self._has_kernel else groups.runs:
                 if (factors := active.factors(index, owner)) is not None:
                     add_run(y[begin:end], x[begin:end], *factors)
-            if self._has_kernel and (rest := groups.rest) is not None:
-                add_decode(y, x.contiguous(), index, rest)
+            for call in groups.calls if self._has_kernel else []:
+                add_decode(y, x.contiguous(), index, call)
         else:
             stack = active.stack(index)
             add_masked(y, x, stack.a, stack.b, groups.mask(stack.layout))

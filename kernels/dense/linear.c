@@ -1,9 +1,9 @@
 /* A linear layer of torch's form: y[t][o] = bias[o] + sum_i w[o][i] * x[t][i].
 
-   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h` and `amx.h`. */
+   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h` and `linear_amx.h`. */
 
-#include "amx.h"
-#include "tile.h"
+#include "dense/linear_amx.h"
+#include "dense/tile.h"
 
 typedef struct {
     int64_t in, out;

@@ -1,4 +1,5 @@
-/* Adds many adapters' LoRA to one linear layer's output, for steps of few tokens. The formula stands in grouped.py.
+/* Adds many adapters' LoRA to one linear layer's output, for steps of few tokens, and of many where a CPU has tiles for
+   them (decode_amx.h). The formula stands in grouped.py.
 
    Each adapter's bytes are read where they lie, once for all of its tokens; sums are made in float32 and rounded once.
    What a token gets does not depend on the others. */
@@ -21,10 +22,11 @@ typedef struct {
 
 /* Whose tokens a step has: group g are the rows token[begin[g]] ... token[begin[g + 1] - 1] of x and y. */
 typedef struct {
-    int32_t num_groups, num_threads, max_rank;
+    int32_t num_groups, num_threads, max_rank, in_tiles;
     const int32_t *adapter, *begin, *token;
     const float *weight; /* by place in `token`: multiplies the adapter's scale */
-    float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank] */
+    float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank]; rows of x may be padded by 32 */
+    void *own;           /* in tiles: loraplex_lora_decode_own bytes for each thread */
 } Step;
 
 /* sums[k][c] += sum_j h[k * stride + j] * b[j * out + c] for c < width <= COLUMNS and k < tokens, a constant <= SHARING. */
@@ -86,6 +88,8 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
     int64_t at = (size * begin / own + aligned / 2) / aligned * aligned;
     return at < size ? at : size;
 }
+
+#include "decode_amx.h"
 
 /* One thread's part of each of the three passes; the caller keeps them apart. */
 #define DEFINE_PASSES(T)                                                                          \
@@ -159,11 +163,33 @@ static int is_touched(const Table *t, int64_t entry, const Step *s) {
     return 0;
 }
 
+/* 0: there are no tiles. */
+int64_t loraplex_lora_decode_own(int64_t num_tokens, int64_t max_rank) {
+    return takes_tiles() ? own_size(num_tokens, max_rank) * sizeof(bfloat16) : 0;
+}
+
+static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const bfloat16 *x, bfloat16 *y) {
+    int64_t entry = module * t->num_adapters, in = t->in[module], out = t->out[module];
+    _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {
+        int me = omp_get_thread_num(), all = omp_get_num_threads();
+        gather_inputs(s, x, in, me, all);
+        _Pragma("omp barrier");
+        shrink_in_tiles(t, entry, s, x, in, me, all);
+        _Pragma("omp barrier");
+        expand_in_tiles(t, entry, s, out, y, me, all);
+        free_tiles();
+    }
+}
+
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_lora_decode_##T(const Table *t, int64_t module, const Step *s, const T *x, T *y) { \
         int64_t entry = module * t->num_adapters, in = t->in[module], out = t->out[module];       \
         int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
         if (!is_touched(t, entry, s)) return;                                                     \
+        if (sizeof(T) == sizeof(bfloat16) && s->in_tiles) {                                       \
+            decode_in_tiles(t, module, s, (const bfloat16 *)x, (bfloat16 *)y);                    \
+            return;                                                                               \
+        }                                                                                         \
         _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {             \
             int me = omp_get_thread_num(), all = omp_get_num_threads();                           \
             gather_tokens_##T(s, x, in, widens, me, all);                                         \

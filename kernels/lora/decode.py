@@ -1,6 +1,7 @@
-"""The grouped LoRA of `grouped.py` for steps of few tokens on a CPU, in C (`decode.c`): nothing is stacked or copied.
+"""The grouped LoRA of `grouped.py` on a CPU, in C (`decode.c`): nothing is stacked or copied.
 
-`is_available` tells where it was built.
+`is_available` tells where it was built. It is for few tokens of an adapter, reading which is most of the work; for many
+there is a second form on CPUs with tile registers (`decode_amx.h`, `has_tiles`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from loraplex.kernels.built import function, library
 
 _NAMES = {torch.float32: "loraplex_lora_decode_float", torch.bfloat16: "loraplex_lora_decode_bfloat16"}
+_PADDING = 32  # numbers that a row of the scratch for x may have more
 _ARGUMENTS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -30,8 +32,8 @@ class _Table(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("num_groups", "num_threads", "max_rank")),
-        *((name, ctypes.c_void_p) for name in ("adapter", "begin", "token", "weight", "x", "h")),
+        *((name, ctypes.c_int32) for name in ("num_groups", "num_threads", "max_rank", "in_tiles")),
+        *((name, ctypes.c_void_p) for name in ("adapter", "begin", "token", "weight", "x", "h", "own")),
     )
 
 
@@ -74,8 +76,19 @@ class DecodeTable:
 class DecodeStep:
     """The tokens of one step that belong to adapters, those of an adapter together."""
 
-    def __init__(self, table: DecodeTable, owners: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        """`owners[t]` is token t's adapter in the table, −1 for none; `weights[t]` multiplies its scale."""
+    def __init__(
+        self,
+        table: DecodeTable,
+        owners: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        in_tiles: bool = False,
+    ) -> None:
+        """`owners[t]` is token t's adapter in the table, −1 for none; `weights[t]` multiplies its scale.
+
+        `in_tiles`: by the form for many tokens, which x and y of bfloat16 may take where `has_tiles`. What a token gets
+        depends on the form, in its last bits, and on nothing else.
+        """
         groups: dict[int, list[int]] = {}
         for token, owner in enumerate(owners):
             if owner >= 0:
@@ -83,8 +96,10 @@ class DecodeStep:
         tokens = [token for group in groups.values() for token in group]
         ends = np.cumsum([0, *(len(group) for group in groups.values())])
         self._table = table
-        self._scratch = torch.empty(len(tokens) * (table.widest_input + table.max_rank))
-        x = self._scratch.data_ptr()
+        num_threads = torch.get_num_threads()
+        sizes = [len(tokens) * (table.widest_input + _PADDING) * 4, len(tokens) * table.max_rank * 4]
+        sizes += [num_threads * _own_bytes(len(tokens), table.max_rank) if in_tiles else 0]
+        self._scratch = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self._kept = [
             np.array(list(groups), dtype=np.int32),
             ends.astype(np.int32),
@@ -92,8 +107,8 @@ class DecodeStep:
             np.array([1.0 if weights is None else weights[token] for token in tokens], dtype=np.float32),
         ]
         self.structures = table.structure, _Step(
-            len(groups), torch.get_num_threads(), table.max_rank, *(_address(array) for array in self._kept),
-            x, x + len(tokens) * table.widest_input * 4,
+            len(groups), num_threads, table.max_rank, in_tiles, *(_address(array) for array in self._kept),
+            *(scratch.data_ptr() for scratch in self._scratch),
         )  # fmt: skip
 
 
@@ -116,6 +131,11 @@ def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
 
 
+def has_tiles(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a `DecodeStep` for these may be computed in tiles."""
+    return dtype == torch.bfloat16 and is_available(dtype, device) and _own_bytes(1, 1) > 0
+
+
 def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep) -> None:
     """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens. x: Shape [T, in]. y: Shape [T, out], both contiguous.
 
@@ -123,6 +143,14 @@ def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep
     """
     table, tokens = step.structures
     function(__file__, _NAMES[x.dtype], *_ARGUMENTS)(table, module, tokens, x, y)
+
+
+def _own_bytes(num_tokens: int, max_rank: int) -> int:
+    """Scratch of one thread in tiles; 0 where the CPU has none."""
+    built = library(__file__)
+    assert built is not None
+    built.loraplex_lora_decode_own.restype = ctypes.c_int64
+    return int(built.loraplex_lora_decode_own(ctypes.c_int64(num_tokens), ctypes.c_int64(max_rank)))
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -26,8 +26,10 @@ def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
     """A CPU that multiplies bfloat16 by itself, in tile registers or in pairs, is kept from both in turn."""
     one = torch.zeros(1, 1, dtype=torch.bfloat16)
     linear.Linear(one)(one)  # which asks the CPU
-    tiles, *pairs = _flag(linear, "loraplex_tiles"), _flag(linear, "loraplex_pairs"), _flag(decode, "loraplex_pairs")
-    flags = {"as the CPU can": [], "in pairs": [tiles], "widened": [tiles, *pairs]}[request.param]
+    tiles, pairs = (
+        [_flag(module, name) for module in (linear, decode)] for name in ("loraplex_tiles", "loraplex_pairs")
+    )
+    flags = {"as the CPU can": [], "in pairs": tiles, "widened": [*tiles, *pairs]}[request.param]
     before = [flag.value for flag in flags]
     for flag in flags:
         flag.value = 0

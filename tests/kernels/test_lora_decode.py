@@ -8,15 +8,26 @@ import torch
 from support.mixes import MIXES, owners
 
 from loraplex.kernels.built import Argument, Kernel, listening
-from loraplex.kernels.lora.decode import AdapterRows, CurrentStep, DecodeStep, DecodeTable, add_decode, is_available
+from loraplex.kernels.lora.decode import (
+    AdapterRows,
+    CurrentStep,
+    DecodeStep,
+    DecodeTable,
+    add_decode,
+    has_tiles,
+    is_available,
+)
 from loraplex.kernels.lora.grouped import add_grouped_reference
 
 CPU = torch.device("cpu")
 TOKENS = 24
 RANKS = (1, 8, 0, 64, 5, 130)  # 0: an adapter that does not touch the second module
 SCALES = (2.0, 0.5, 1.0, 0.25, 1.5, -1.0)
-WIDTHS = [(33, 47), (256, 688), (64, 31), (24, 4500)]  # in, out of the table's modules
+WIDTHS = [(33, 47), (256, 688), (64, 31), (24, 4500), (2080, 96)]  # in, out of the table's modules
 
+MANY = 150  # tokens: whole tiles of sixteen and parts of one, and more than threads share by ranks
+
+needs_tiles = pytest.mark.skipif(not has_tiles(torch.bfloat16, CPU), reason="the CPU has no tile registers")
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
 
 
@@ -82,6 +93,47 @@ def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype, module: int, 
         assert torch.equal(alone[0], together[token])
 
 
+@needs_tiles
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("module", range(len(WIDTHS)))
+@pytest.mark.parametrize("lies", ["together", "apart"])
+def test_tiles_equal_the_formula(mix: str, module: int, lies: str, threads: int) -> None:
+    """One rounding of y; what A gives keeps 16 bits, which is 2⁻¹⁷ of it. With weights, and each adapter's tokens in a
+    row or not."""
+    adapters = Adapters(torch.bfloat16)
+    generator = torch.Generator().manual_seed(8)
+    x, y = (torch.randn(MANY, width, generator=generator).bfloat16() for width in WIDTHS[module])
+    owner = owners(mix, len(RANKS), MANY)
+    if lies == "together":
+        owner = sorted(owner)
+    expected = y.double()
+    first = [sum(RANKS[:group]) for group in range(len(RANKS) + 1)]
+    add_grouped_reference(expected, x.double(), *adapters.stacked(module), torch.tensor(owner), first, SCALES)
+    weights = [1.0 if token % 2 else -0.5 for token in range(MANY)]
+    expected[::2] = y.double()[::2] - 0.5 * (expected[::2] - y.double()[::2])
+    add_decode(y, x, module, DecodeStep(adapters.table, owner, weights, in_tiles=True))
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+@needs_tiles
+@pytest.mark.parametrize("module", range(len(WIDTHS)))
+def test_what_a_token_gets_in_tiles_depends_on_no_other(module: int, threads: int) -> None:
+    """Not in its last bit: alone, or beside others of its adapter and of other adapters."""
+    adapters = Adapters(torch.bfloat16)
+    generator = torch.Generator().manual_seed(9)
+    x, before = (torch.randn(MANY, width, generator=generator).bfloat16() for width in WIDTHS[module])
+    owner = owners("skewed", len(RANKS), MANY)
+    together = before.clone()
+    add_decode(together, x, module, DecodeStep(adapters.table, owner, in_tiles=True))
+    assert not torch.equal(together, before)
+    for token in range(0, MANY, 7):
+        alone = before[token : token + 1].clone()
+        add_decode(
+            alone, x[token : token + 1].clone(), module, DecodeStep(adapters.table, [owner[token]], in_tiles=True)
+        )
+        assert torch.equal(alone[0], together[token])
+
+
 def test_token_without_an_adapter_is_not_touched() -> None:
     adapters = Adapters(torch.float32)
     x, y = torch.randn(3, 33), torch.full((3, 47), float("nan"))
@@ -122,11 +174,12 @@ def test_current_step_is_the_one_that_it_became() -> None:
         assert y.any(dim=1).tolist() == [number >= 0 for number in owner]
 
 
-def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone() -> None:
+@pytest.mark.parametrize("in_tiles", [False, pytest.param(True, marks=needs_tiles)])
+def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone(in_tiles: bool) -> None:
     adapters = Adapters(torch.bfloat16)
     adapters.flats[3].fill_(float("nan"))
     x, y = torch.randn(2, 33).bfloat16(), torch.zeros(2, 47).bfloat16()
-    add_decode(y, x, 0, DecodeStep(adapters.table, [3, 1]))
+    add_decode(y, x, 0, DecodeStep(adapters.table, [3, 1], in_tiles=in_tiles))
     assert torch.isnan(y[0]).all()
     assert torch.isfinite(y[1]).all()
 

@@ -1,81 +1,22 @@
-/* A linear layer in a CPU's tile registers (AMX): sixteen outputs by sixteen tokens, thirty-two inputs an instruction.
+/* A linear layer in tile registers: sixteen outputs by sixteen tokens at a time.
 
-   Weights are the first operand as they lie. The second wants pairs of inputs with the tokens side by side: x is packed
-   so, once for all threads. Each sum is made in the order of its inputs, whatever the tokens beside it. */
+   Weights are the first operand, as they lie; the tokens are packed, once for all threads. */
 
-#ifndef LORAPLEX_AMX_H
-#define LORAPLEX_AMX_H
+#include "amx.h"
 
-#include "floats.h"
-
-#define SIDE 16              /* outputs or tokens of a tile of sums */
-#define INPUTS 32            /* of a tile that is multiplied */
-#define PACKED (SIDE * INPUTS) /* numbers in it */
+#if HAS_TILES
 
 /* How much stays in the second cache while it is multiplied. */
 #define BLOCK_OUTPUTS 128
 #define BLOCK_TOKENS 256
 #define BLOCK_INPUTS 2048
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define FOR_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define WRITTEN __asm__ volatile("" ::: "memory") /* before tiles are loaded: the compiler does not know what they read */
-
-#define ARCH_REQ_XCOMP_PERM 0x1023 /* of Linux: tile registers are had by asking */
-#define XFEATURE_XTILEDATA 18
-
-static int multiplies_tiles(void) {
-    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
-}
-
-/* The instruction's own layout: eight registers of sixteen rows of 64 bytes. */
-static const struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} all_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-/* Sixteen rows of sixteen words become columns. */
-FOR_AMX INLINED void transpose(__m512i rows[SIDE]) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    UNROLLED for (int half = SIDE / 2; half; half /= 2) {
-        /* Two rows exchange the halves of each stretch of 2 * half lanes; from 16 on, lanes are the second row's. */
-        __mmask16 later = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(half));
-        __m512i upper = _mm512_mask_add_epi32(lane, later, lane, _mm512_set1_epi32(SIDE - half));
-        __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(half)), later, lane,
-                                              _mm512_set1_epi32(SIDE));
-        _Pragma("GCC unroll 16") for (int i = 0; i < SIDE; i++) {
-            if (i & half) continue;
-            __m512i one = rows[i], other = rows[i + half];
-            rows[i] = _mm512_permutex2var_epi32(one, upper, other);
-            rows[i + half] = _mm512_permutex2var_epi32(one, lower, other);
-        }
-    }
-}
-
-static int64_t tiles_of(int64_t size, int64_t side) { return (size + side - 1) / side; }
-
-FOR_AMX INLINED __mmask32 first_of(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
-
-/* One thread's part of packed[t / SIDE][i / INPUTS]: a tile of pairs of inputs by tokens each; zeros beyond both. */
+/* One thread's part of packed[t / SIDE][i / INPUTS]. */
 FOR_AMX static void pack_tokens(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {
     int64_t across = tiles_of(in, INPUTS), tiles = tiles_of(num_tokens, SIDE) * across;
     for (int64_t n = tiles * me / all; n < tiles * (me + 1) / all; n++) {
         int64_t t = n / across * SIDE, i = n % across * INPUTS;
-        __m512i rows[SIDE];
-        _Pragma("GCC unroll 16") for (int k = 0; k < SIDE; k++)
-            rows[k] = t + k < num_tokens ? _mm512_maskz_loadu_epi16(first_of(in - i), x + (t + k) * in + i)
-                                         : _mm512_setzero_si512();
-        transpose(rows);
-        _Pragma("GCC unroll 16") for (int k = 0; k < SIDE; k++)
-            _mm512_store_si512(packed + n * PACKED + k * INPUTS, rows[k]);
+        pack_tile(x + t * in + i, in, num_tokens - t, in - i, packed + n * PACKED);
     }
 }
 
@@ -186,7 +127,7 @@ FOR_AMX static void linear_tiles(const bfloat16 *weight, const bfloat16 *bias, i
     int64_t first = tiles * me / all * SIDE, last = tiles * (me + 1) / all * SIDE;
     if (last > out) last = out;
     WRITTEN;
-    _tile_loadconfig(&all_tiles);
+    _tile_loadconfig(&whole_tiles);
     for (int64_t t = 0; t < num_tokens; t += BLOCK_TOKENS)
         for (int64_t o = first; o < last; o += BLOCK_OUTPUTS)
             for (int64_t i = 0; i < in; i += BLOCK_INPUTS)
@@ -209,18 +150,8 @@ FOR_AMX static void linear_tiles(const bfloat16 *weight, const bfloat16 *bias, i
 
 #else
 
-static int multiplies_tiles(void) { return 0; }
 static void pack_tokens(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {}
 static void linear_tiles(const bfloat16 *weight, const bfloat16 *bias, int64_t in, int64_t out, const bfloat16 *packed,
                          bfloat16 *y, int64_t num_tokens, int me, int all) {}
-
-#endif
-
-int loraplex_tiles = -1; /* whether tile registers are used: -1 not asked yet */
-
-static int takes_tiles(void) {
-    if (loraplex_tiles < 0) loraplex_tiles = multiplies_tiles();
-    return loraplex_tiles;
-}
 
 #endif
