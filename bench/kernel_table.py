@@ -38,14 +38,14 @@ from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
 from loraplex.kernels.fused.gated import gated
 from loraplex.kernels.fused.rms_norm import rms_norm
 from loraplex.kernels.fused.truncation import truncate_logits
-from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode
+from loraplex.kernels.lora.decode import AdapterRows, DecodeStep, DecodeTable, add_decode, has_tiles
 from loraplex.kernels.lora.expand import expand
-from loraplex.kernels.lora.grouped import add_masked, owner_mask
+from loraplex.kernels.lora.grouped import add_masked, add_run, owner_mask
 from loraplex.kernels.lora.shrink import num_splits, shrink
 from loraplex.kernels.lora.table import AdapterTable, Tiles
 
 _BEYOND_CACHES = 384 * 2**20  # bytes of layers in turn, so that each is read from memory, as in a step
-_ADDRESSED: list[object] = []  # whose memory a table points to
+_ADDRESSED: list[Tensor] = []  # whose memory a table points to
 RANKS = (8, 16, 32, 64)
 COPY_BYTES = 2**30
 
@@ -144,6 +144,32 @@ def lora_decode(shape: Shape, device: torch.device) -> list[Case]:
             run = _in_turn([partial(add_decode, y, x, module, step) for module in range(number)])
             name = f"{count} adapters x {each} tokens, {str(dtype).removeprefix('torch.')}"
             cases.append(Case(name, run, num_bytes))
+    for count, each in ((4, 8), (32, 14), (4, 112), (1, 448)):
+        cases += _lora_prompts(count, each, shape.hidden)
+    return cases
+
+
+def _lora_prompts(count: int, each: int, width: int) -> list[Case]:
+    """Runs of tokens in bfloat16, by whatever can compute them."""
+    table, num_bytes, number = _decode_table(count, width, torch.bfloat16)
+    flats, ranks = _ADDRESSED[-count:], [int(rank) for rank in table.rank[0]]
+    x, y = (torch.randn(count * each, width).bfloat16() for _ in range(2))
+    owners = [token // each for token in range(count * each)]
+    name = f"{count} runs of {each} tokens"
+
+    def gemms(module: int) -> None:
+        for group, (flat, rank) in enumerate(zip(flats, ranks, strict=True)):
+            a, b = flat.view(-1, rank, width)[2 * module : 2 * module + 2]
+            rows = slice(group * each, (group + 1) * each)
+            add_run(y[rows], x[rows], a, b, 1.0)
+
+    cases = [Case(f"{name}, GEMMs", _in_turn([partial(gemms, module) for module in range(number)]), num_bytes)]
+    for form, in_tiles in (("few", False), ("tiles", True)):
+        if in_tiles and not has_tiles(x.dtype, x.device):
+            continue
+        step = DecodeStep(table, owners, in_tiles=in_tiles)
+        run = _in_turn([partial(add_decode, y, x, module, step) for module in range(number)])
+        cases.append(Case(f"{name}, {form}", run, num_bytes))
     return cases
 
 
@@ -169,7 +195,7 @@ def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
         num_bytes = shape.intermediate * shape.hidden * dtype.itemsize
         number = -(-_BEYOND_CACHES // num_bytes)
         weights = [torch.randn(shape.intermediate, shape.hidden).to(dtype) for _ in range(number)]
-        for count in (1, 4, 8, 16, 32, 256):
+        for count in (1, 4, 8, 16, 32, 64, 256, 448):
             x = torch.randn(count, shape.hidden).to(dtype)
             name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
             ours = _in_turn([partial(Linear(weight), x) for weight in weights])
