@@ -97,7 +97,10 @@ class DecodeStep:
         ends = np.cumsum([0, *(len(group) for group in groups.values())])
         self._table = table
         num_threads = torch.get_num_threads()
-        sizes = [len(tokens) * (table.widest_input + _PADDING) * 4, len(tokens) * table.max_rank * 4]
+        sizes = [
+            len(tokens) * (table.widest_input + _PADDING) * (2 if in_tiles else 4),
+            len(tokens) * table.max_rank * 4,
+        ]
         sizes += [num_threads * _own_bytes(len(tokens), table.max_rank) if in_tiles else 0]
         self._scratch = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self._kept = [
