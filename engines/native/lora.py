@@ -50,17 +50,17 @@ class TokenGroups:
         device: torch.device,
         *,
         long_run: int | None = None,
-        has_tiles: bool = False,
+        in_tiles: bool = False,
         one_by_one: bool = False,
     ) -> None:
         """`long_run`: tokens from which on a run of one adapter's tokens is computed as such; None: never.
 
-        `has_tiles`: the long runs share one call, instead of a pair of GEMMs for each.
+        `in_tiles`: the long runs share one call, instead of a pair of GEMMs for each.
         `one_by_one`: nothing of one token may depend on which others there are.
         """
         self.one_by_one = one_by_one
         self._long_run = long_run
-        self._has_tiles = has_tiles
+        self._in_tiles = in_tiles
         self.is_composed = any(len(some) > 1 or (some and some[0][1] != 1.0) for some in set(parts))
         self.owners = [some[0][0] if some else -1 for some in parts]  # the only ones, unless it is composed
         self.parts = parts
@@ -96,7 +96,7 @@ class TokenGroups:
         for begin, end, owner in self.long_runs:
             owners[begin:end] = [-1] * (end - begin)
             long[begin:end] = [owner] * (end - begin)
-        kinds = [(owners, False), (long, True)] if self._has_tiles else [(owners, False)]
+        kinds = [(owners, False), (long, True)] if self._in_tiles else [(owners, False)]
         return [
             DecodeStep(self._active.table, some, in_tiles=in_tiles)
             for some, in_tiles in kinds
@@ -106,7 +106,7 @@ class TokenGroups:
     @property
     def gemm_runs(self) -> list[tuple[int, int, int]]:
         """The long runs that `calls` leave out."""
-        return [] if self._has_tiles else self.long_runs
+        return [] if self._in_tiles else self.long_runs
 
     @cached_property
     def taken_apart(self) -> list[DecodeStep]:
@@ -210,7 +210,7 @@ class LoraLayers:
         parts = [known[some] for some in owners]
         groups = partial(
             TokenGroups, active=active, device=device,
-            long_run=self._long_run, has_tiles=self._has_tiles, one_by_one=one_by_one,
+            long_run=self._long_run, in_tiles=self._has_tiles, one_by_one=one_by_one,
         )  # fmt: skip
         self.step = LoraStep(active, tokens=groups(parts), sampled=groups([parts[token] for token in sampled]))
 

@@ -38,21 +38,26 @@ typedef struct {
 
 static int64_t gathered_row(int64_t in) { return tiles_of(in, INPUTS) * INPUTS; }
 
+static int is_gathered(const Step *s, int g, int64_t in) {
+    int begin = s->begin[g], last = s->begin[g + 1] - 1;
+    return in % INPUTS || s->token[last] - s->token[begin] != last - begin;
+}
+
 static Inputs inputs_of(const Step *s, int g, const bfloat16 *x, int64_t in) {
-    int begin = s->begin[g], last = s->begin[g + 1] - 1, first = s->token[begin];
-    if (in % INPUTS == 0 && s->token[last] - first == last - begin) return (Inputs){x + first * in, in};
+    int begin = s->begin[g];
+    if (!is_gathered(s, g, in)) return (Inputs){x + s->token[begin] * in, in};
     return (Inputs){(const bfloat16 *)s->x + begin * gathered_row(in), gathered_row(in)};
 }
 
 /* One thread's part of what is gathered. */
 static void gather_inputs(const Step *s, const bfloat16 *x, int64_t in, int me, int all) {
+    int64_t wide = gathered_row(in);
     for (int g = 0; g < s->num_groups; g++) {
-        Inputs inputs = inputs_of(s, g, x, in);
-        for (int k = s->begin[g]; inputs.first != x + s->token[s->begin[g]] * in && k < s->begin[g + 1]; k++) {
-            bfloat16 *row = (bfloat16 *)s->x + k * inputs.row;
-            if (k % all != me) continue;
+        if (!is_gathered(s, g, in)) continue;
+        for (int k = s->begin[g] + me; k < s->begin[g + 1]; k += all) {
+            bfloat16 *row = (bfloat16 *)s->x + k * wide;
             memcpy(row, x + s->token[k] * in, in * sizeof(bfloat16));
-            memset(row + in, 0, (inputs.row - in) * sizeof(bfloat16));
+            memset(row + in, 0, (wide - in) * sizeof(bfloat16));
         }
     }
 }

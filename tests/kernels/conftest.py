@@ -29,6 +29,7 @@ def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
     tiles, pairs = (
         [_flag(module, name) for module in (linear, decode)] for name in ("loraplex_tiles", "loraplex_pairs")
     )
+    assert all(flag.value in (0, 1) for flag in (tiles[0], pairs[0]))
     flags = {"as the CPU can": [], "in pairs": tiles, "widened": [*tiles, *pairs]}[request.param]
     before = [flag.value for flag in flags]
     for flag in flags:
