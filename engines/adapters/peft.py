@@ -21,8 +21,8 @@ from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
+from loraplex.kernels.lora.table import ALIGNMENT_BYTES
 
-ALIGNMENT_BYTES = 64  # each matrix starts on a cache line
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
 _PREFIX = "base_model.model."
 UNUSED = "is not used"

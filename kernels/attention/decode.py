@@ -48,12 +48,12 @@ def attend_paged_decode(
     )  # fmt: skip
     _combine[(batch, heads)](
         out, partial, maxima, totals, form.sinks if form.sinks is not None else maxima, heads, value_width, num_splits,
-        HAS_SINKS=form.sinks is not None, BLOCK_SPLITS=padded(num_splits, 1), BLOCK_VALUE=padded(value_width),
+        HAS_SINKS=form.sinks is not None, BLOCK_SPLITS=padded(num_splits), BLOCK_VALUE=padded(value_width),
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("window", "num_splits", "table_stride"))
 def _attend_split(  # type: ignore[no-untyped-def]
     partial, maxima, totals, q, keys, values, block_tables, lengths, scale, window, softcap, heads, key_heads, width,
     value_width, num_splits, block_size, table_stride, q_batch, q_head, k_row, k_head, v_row, v_head,
@@ -114,7 +114,7 @@ def _attend_split(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_splits",))
 def _combine(  # type: ignore[no-untyped-def]
     out, partial, maxima, totals, sinks, heads, value_width, num_splits,
     HAS_SINKS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_VALUE: tl.constexpr,

@@ -3,7 +3,7 @@
 The formula is that of `paged.py`: a token at position p looks at positions 0 … p of its own sequence (within the
 window), its chunk's own keys included, which are in the cache already.
 
-Queries are cut into tiles of at most `BLOCK_QUERIES` tokens of one sequence:
+Queries are cut into tiles of at most `TILE` tokens of one sequence:
 
     tile n: tokens row[n] … row[n] + size[n] − 1 of the step, at positions position[n] …, of sequence[n].
     sequence, row, size, position: Shape [N], int32. A size of 0 makes the tile empty.
@@ -24,8 +24,9 @@ from torch import Tensor
 from loraplex.kernels.attention.paged import Form, attend, causal_mask
 from loraplex.kernels.triton_support import padded, upcasts
 
-BLOCK_QUERIES = 64
-BLOCK_KEYS = 64
+TILE = 64
+# What a program's registers hold of it, as (queries, keys, warps): products in float32 have no tensor cores.
+_NARROW, _WIDE, _WIDEST, _FLOAT32 = (64, 64, 4), (64, 64, 8), (64, 32, 8), (16, 32, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class QueryTiles:
     def of(cls, chunks: Iterable[tuple[int, int, int, int]], device: torch.device) -> QueryTiles:
         """Chunks are (sequence, first row, number of tokens, first position)."""
         tiles = [
-            (sequence, row + begin, min(BLOCK_QUERIES, size - begin), position + begin)
+            (sequence, row + begin, min(TILE, size - begin), position + begin)
             for sequence, row, size, position in chunks
-            for begin in range(0, size, BLOCK_QUERIES)
+            for begin in range(0, size, TILE)
         ]
         return cls(*torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device).unbind())
 
@@ -53,32 +54,42 @@ def attend_paged_prefill(
     """Writes out, in its own type."""
     heads, width = q.shape[1:]
     key_heads, value_width = keys.shape[1], values.shape[2]
-    _attend_tile[(tiles.row.shape[0], heads)](
+    block_queries, block_keys, num_warps = _sizes(max(width, value_width), q.dtype)
+    _attend_tile[(tiles.row.shape[0], heads, TILE // block_queries)](
         out, q, keys, values, block_tables, form.sinks if form.sinks is not None else q,
         tiles.sequence, tiles.row, tiles.size, tiles.position, form.scale, form.window or 0, form.softcap or 0.0,
         width, value_width, block_size, block_tables.stride(0), q.stride(0), q.stride(1), keys.stride(0),
         keys.stride(1), values.stride(0), values.stride(1), out.stride(0), out.stride(1),
         HAS_CAP=form.softcap is not None, HAS_SINKS=form.sinks is not None, GROUP=heads // key_heads,
-        BLOCK_QUERIES=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS, BLOCK_WIDTH=padded(width),
-        BLOCK_VALUE=padded(value_width), UPCAST=upcasts(q, keys),
+        BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys, BLOCK_WIDTH=padded(width),
+        BLOCK_VALUE=padded(value_width), UPCAST=upcasts(q, keys), num_warps=num_warps,
     )  # fmt: skip
 
 
-@triton.jit
+def _sizes(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _NARROW if width <= 64 else _WIDE if width <= 128 else _WIDEST
+
+
+@triton.jit(
+    do_not_specialize=("window", "table_stride"),
+    do_not_specialize_on_alignment=("tile_sequence", "tile_row", "tile_size", "tile_position"),
+)
 def _attend_tile(  # type: ignore[no-untyped-def]
     out, q, keys, values, block_tables, sinks, tile_sequence, tile_row, tile_size, tile_position, scale, window,
     softcap, width, value_width, block_size, table_stride, q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
     HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1)
-    size = tl.load(tile_size + tile)
-    if size == 0:
+    tile, head, before = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_QUERIES
+    size = tl.load(tile_size + tile) - before
+    if size <= 0:
         return
     key_head = head // GROUP
-    first = tl.load(tile_position + tile)
+    first = tl.load(tile_position + tile) + before
     is_query = tl.arange(0, BLOCK_QUERIES) < size
-    tokens = (tl.load(tile_row + tile) + tl.arange(0, BLOCK_QUERIES)).to(tl.int64)
+    tokens = (tl.load(tile_row + tile) + before + tl.arange(0, BLOCK_QUERIES)).to(tl.int64)
     query_positions = first + tl.arange(0, BLOCK_QUERIES)
     numbers, value_numbers = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_VALUE)
     query = tl.load(
@@ -93,7 +104,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         most = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32) + tl.load(sinks + head).to(tl.float32)
         total += 1.0
     result = tl.zeros((BLOCK_QUERIES, BLOCK_VALUE), dtype=tl.float32)
-    last = first + size
+    last = first + tl.minimum(size, BLOCK_QUERIES)
     for begin in range(oldest, last, BLOCK_KEYS):
         positions = begin + tl.arange(0, BLOCK_KEYS)
         is_key = positions < last

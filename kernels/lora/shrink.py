@@ -23,18 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.lora.table import NOBODY, AdapterTable, Tiles
-from loraplex.kernels.triton_support import upcasts
+from loraplex.kernels.triton_support import padded, upcasts
 
-BLOCK_RANK = 16
-BLOCK_IN = 128
+# Numbers of a row that a program takes at a time, by the tokens of a tile and the bytes of a number: as many as its
+# registers and its shared memory hold without spilling (`tests/kernels/test_device_code.py`).
+_BLOCK_IN = {(16, 2): 256, (32, 2): 128, (64, 2): 128, (16, 4): 128, (32, 4): 64, (64, 4): 32}
+# The most splits, by the tokens of a tile: `expand` holds all of them at once.
+MOST_SPLITS = {16: 8, 32: 4, 64: 2}
 # Programs beyond which splitting the input gives a GPU nothing more to do at once (H100: 132 processors).
-ENOUGH_PROGRAMS = 512
+ENOUGH_PROGRAMS = 1024
 
 
-def num_splits(width: int, num_tiles: int, num_modules: int, max_rank: int) -> int:
+def num_splits(width: int, tiles: Tiles, num_modules: int, max_rank: int) -> int:
     """How many parts to cut an input of that width into."""
-    programs = num_tiles * num_modules * triton.cdiv(max_rank, BLOCK_RANK)
-    return int(max(1, min(triton.cdiv(width, 4 * BLOCK_IN), ENOUGH_PROGRAMS // max(programs, 1))))
+    programs = tiles.num_tiles * num_modules * triton.cdiv(max_rank, tiles.block)
+    long_enough = triton.cdiv(width, 4 * _BLOCK_IN[tiles.block, 2])
+    return int(max(1, min(long_enough, ENOUGH_PROGRAMS // max(programs, 1), MOST_SPLITS[tiles.block])))
 
 
 def shrink(x: Tensor, table: AdapterTable, modules: Tensor, tiles: Tiles, max_rank: int, splits: int) -> Tensor:
@@ -47,38 +51,46 @@ def shrink(x: Tensor, table: AdapterTable, modules: Tensor, tiles: Tiles, max_ra
 
 def shrink_into(h: Tensor, x: Tensor, table: AdapterTable, modules: Tensor, tiles: Tiles) -> None:
     num_modules, splits, num_pairs, max_rank = h.shape
-    width = x.shape[1]
-    part = triton.cdiv(triton.cdiv(width, splits), BLOCK_IN) * BLOCK_IN
-    _shrink[(tiles.num_tiles, triton.cdiv(max_rank, BLOCK_RANK) * splits, num_modules)](
+    width, itemsize = x.shape[1], max(x.element_size(), table.buffer.element_size())
+    block_in = _BLOCK_IN[tiles.block, itemsize]
+    block_rank = min(padded(max_rank), tiles.block)  # each program reads the tile's tokens anew
+    part = triton.cdiv(triton.cdiv(width, splits), block_in) * block_in
+    _shrink[(tiles.num_tiles, triton.cdiv(max_rank, block_rank) * splits, num_modules)](
         h, x, table.buffer, table.a, table.rank, modules, tiles.slot, tiles.begin, tiles.size, tiles.token,
         table.num_modules, num_pairs, max_rank, width, x.stride(0), splits, part,
-        BLOCK_TOKENS=tiles.block, BLOCK_RANK=BLOCK_RANK, BLOCK_IN=BLOCK_IN, UPCAST=upcasts(x, table.buffer),
+        BLOCK_TOKENS=tiles.block, BLOCK_RANK=block_rank, BLOCK_IN=block_in, ALIGNMENT=table.alignment,
+        UPCAST=upcasts(x, table.buffer), num_warps=tiles.num_warps,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_modules", "num_pairs", "splits"),
+    do_not_specialize_on_alignment=("tile_slot", "tile_begin", "tile_size"),
+)
 def _shrink(  # type: ignore[no-untyped-def]
     h, x, buffer, table_a, table_rank, modules, tile_slot, tile_begin, tile_size, pair_token,
     num_modules, num_pairs, max_rank, width, x_stride, splits, part,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_IN: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_IN: tl.constexpr, ALIGNMENT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1) % splits
     first_rank = (tl.program_id(1) // splits) * BLOCK_RANK
     group = tl.program_id(2)
     slot = tl.load(tile_slot + tile)
+    module = tl.load(modules + group)
+    pairs = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_TOKENS)
+    is_pair = tl.arange(0, BLOCK_TOKENS) < tl.load(tile_size + tile)
     if slot < 0:
         return
-    entry = slot.to(tl.int64) * num_modules + tl.load(modules + group)
+    entry = slot.to(tl.int64) * num_modules + module
     rank = tl.load(table_rank + entry)
-    size = tl.load(tile_size + tile)
-    pairs = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_TOKENS)
-    is_pair = tl.arange(0, BLOCK_TOKENS) < size
+    first_number = tl.load(table_a + entry)
+    tokens = tl.load(pair_token + pairs, mask=is_pair, other=0).to(tl.int64)
     ranks = first_rank + tl.arange(0, BLOCK_RANK)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_RANK), dtype=tl.float32)
     if first_rank < rank:
-        tokens = tl.load(pair_token + pairs, mask=is_pair, other=0).to(tl.int64)
-        a = buffer + tl.load(table_a + entry)
+        a = buffer + tl.multiple_of(first_number, ALIGNMENT)
         last = tl.minimum((split + 1) * part, width)
         for begin in range(split * part, last, BLOCK_IN):
             inputs = begin + tl.arange(0, BLOCK_IN)

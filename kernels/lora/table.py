@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NOBODY = -1  # the slot of a tile that pads
+ALIGNMENT_BYTES = 64  # each matrix starts on a cache line, and where a thread reads 16 bytes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class AdapterTable:
 
     buffer: Shape [capacity], the adapters' type.
     a, b, gain: Shape [S, M], int64. Where A, Shape [rank, in], Bᵀ, Shape [rank, out], and DoRA's gain, Shape [out],
-        begin in the buffer, in elements; gain is −1 without DoRA.
+        begin in the buffer, in elements, at multiples of ALIGNMENT_BYTES; gain is −1 without DoRA.
     rank: Shape [S, M], int32. 0 where the adapter leaves the module alone.
     scale: Shape [S, M], float32.
     """
@@ -53,6 +54,11 @@ class AdapterTable:
     @property
     def num_modules(self) -> int:
         return self.rank.shape[1]
+
+    @property
+    def alignment(self) -> int:
+        """Where matrices begin is a multiple of so many elements."""
+        return ALIGNMENT_BYTES // self.buffer.element_size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,11 @@ class Tiles:
         """A copy elsewhere."""
         place = {name: getattr(self, name).to(device) for name in ("slot", "begin", "size", "token", "weight")}
         return Tiles(**place, block=self.block)
+
+    @property
+    def num_warps(self) -> int:
+        """Of 32 threads, that compute a tile."""
+        return 8 if self.block == 64 else 4
 
     @property
     def num_tiles(self) -> int:

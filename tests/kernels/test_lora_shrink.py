@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.mixes import DEVICE, MIXES, owners, random_table
 
-from loraplex.kernels.lora.shrink import num_splits, shrink, shrink_into, shrink_reference
+from loraplex.kernels.lora.shrink import MOST_SPLITS, num_splits, shrink, shrink_into, shrink_reference
 from loraplex.kernels.lora.table import Tiles
 
 RANKS = [(1, 8), (256, 0), (0, 16), (5, 130), (64, 64), (16, 4)]  # of each slot, in two modules
@@ -59,7 +59,9 @@ def test_what_lies_beside_an_adapter_is_not_used() -> None:
     assert torch.isnan(h[1, 0, 1, :9]).all()
 
 
-def test_wide_launches_are_not_split() -> None:
-    assert num_splits(4096, 1, 3, 64) > 1
-    assert num_splits(4096, 512, 3, 64) == 1
-    assert num_splits(64, 1, 1, 16) == 1
+@pytest.mark.parametrize("block", MOST_SPLITS)
+def test_wide_launches_are_not_split(block: int) -> None:
+    one, many = (Tiles.of(range(count), None, block, DEVICE) for count in (1, 512))
+    assert 1 < num_splits(4096, one, 1, 64) <= MOST_SPLITS[block]
+    assert num_splits(4096, many, 3, 64) == 1
+    assert num_splits(64, one, 1, 16) == 1

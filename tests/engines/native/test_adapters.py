@@ -16,7 +16,7 @@ from support.worlds import SmallWorld
 from loraplex.config.settings import Adapters
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.arena import Arena
-from loraplex.engines.adapters.peft import ALIGNMENT_BYTES, load_adapter
+from loraplex.engines.adapters.peft import load_adapter
 from loraplex.engines.errors import AdapterError, AdapterInvalid
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.core import EngineCore
@@ -25,6 +25,7 @@ from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import Adapter
 from loraplex.engines.stats import AdapterTierStats, TierStats
+from loraplex.kernels.lora.table import ALIGNMENT_BYTES
 
 ITEMSIZE = 4
 RANK_4_SIZE = 4 * 3 * 448  # elements of a rank 4 on the small base's attention: three layers of q, k, v and o
