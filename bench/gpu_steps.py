@@ -3,8 +3,9 @@
     python bench/gpu_steps.py --shape 8b [--adapters 0,1,8,32,64,256] [--resident 0] [--json FILE]
 
 No scheduler, gateway or disk: adapters of ranks 8, 16, 32 and 64 in turn are random numbers straight in the arena.
-`floor` is the time that reading the weights once takes at the bandwidth of a plain copy. Decodes are measured as they
-go through the model, and again as CUDA graphs, where they can be captured; `replayed` says which. Medians.
+`floor` is the time in which a plain copy reads and writes as many bytes together as the weights have. Decodes are
+measured as they go through the model, and again as CUDA graphs, where they can be captured; `replayed` says which.
+Medians.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from loraplex.engines.adapters.extras import ExtraPlan
 from loraplex.engines.adapters.peft import AdapterPlan, LoadedAdapter, ModuleEntry
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.batch import Batch, Segment
+from loraplex.engines.native.gates import use_gate_kernel
 from loraplex.engines.native.model import Trial, dry_run
+from loraplex.engines.native.norms import use_norm_kernel
+from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.native.step_graphs import WORTH
@@ -56,7 +60,9 @@ class Figure:
 class World:
     """A model of random weights over its cache, and an arena full of adapters of random numbers."""
 
-    def __init__(self, shape: str, num_adapters: int, max_batch: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: str, num_adapters: int, max_batch: int, device: torch.device, *, uses_kernels: bool
+    ) -> None:
         attention = PagedAttention()
         with torch.device(device):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -64,6 +70,8 @@ class World:
             )
         self.model.eval().requires_grad_(False)
         trial = dry_run(self.model, attention)
+        for use_kernel in (use_norm_kernel, use_gate_kernel, use_rotary_kernel):
+            use_kernel(self.model, uses_kernels=uses_kernels)
         num_blocks = max_batch * (CONTEXT // BLOCK + 1) + CHUNK // BLOCK
         attention.allocate(num_blocks * BLOCK, self.model.dtype, device)
         plans = [_plan(number, RANKS[number % len(RANKS)], trial) for number in range(num_adapters)]
@@ -76,7 +84,7 @@ class World:
             arena.publish(plan, offset)
             offset += plan.size
         self.adapters = [plan.adapter for plan in plans]
-        self.runner = Runner(self.model, trial, attention, arena, num_blocks, BLOCK, uses_kernels=device.type == "cuda")
+        self.runner = Runner(self.model, trial, attention, arena, num_blocks, BLOCK, uses_kernels=uses_kernels)
 
     @property
     def replays(self) -> bool:
@@ -186,8 +194,10 @@ def main() -> None:
     logging.getLogger("loraplex.engine").setLevel(logging.INFO)  # which says why steps are not replayed
     counts = [int(count) for count in options.adapters.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(options.shape, max(options.resident, *counts), max(32, *counts), device)
-    floor = 2 * world.weight_bytes / copy_bandwidth(device)
+    world = World(
+        options.shape, max(options.resident, *counts), max(32, *counts), device, uses_kernels=device.type == "cuda"
+    )
+    floor = world.weight_bytes / copy_bandwidth(device)
     figures = measure(world, options.shape, counts, floor, device)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures]))

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from loraplex.kernels.attention import cpu_rotary, rotary
+from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.cpu_decode import DecodeRows
-from loraplex.kernels.attention.cpu_rotary import rotate
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_decode
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
@@ -40,6 +41,7 @@ from loraplex.kernels.fused.rms_norm import rms_norm
 from loraplex.kernels.fused.truncation import truncate_logits
 
 COPY_BYTES = 2**30
+_IN_A_ROW = 24  # calls of a graph
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,36 @@ def fused_cpu_rms_norm(shape: Shape, device: torch.device) -> list[Case]:
     return cases
 
 
-def attention_cpu_rotary(shape: Shape, device: torch.device) -> list[Case]:
+def attention_rotary(shape: Shape, device: torch.device) -> list[Case]:
+    """Beside transformers' function."""
+    rotate = (cpu_rotary if device.type == "cpu" else rotary).rotate
     cases = []
     for count in (1, 8, 512):
         q, k = (
-            torch.randn(1, count, heads, shape.width).bfloat16().transpose(1, 2)
+            torch.randn(1, count, heads, shape.width, device=device).bfloat16().transpose(1, 2)
             for heads in (shape.heads, shape.key_heads)
         )
-        cos, sin = (torch.randn(1, count, shape.width).bfloat16() for _ in range(2))
+        cos, sin = (torch.randn(1, count, shape.width, device=device).bfloat16() for _ in range(2))
         num_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
         cases.append(Case(f"{count} tokens", partial(rotate, q, k, cos, sin), num_bytes))
         cases.append(Case(f"{count} tokens, transformers", partial(apply_rotary_pos_emb, q, k, cos, sin), num_bytes))
+    return cases
+
+
+def attention_cache_write(shape: Shape, device: torch.device) -> list[Case]:
+    """Beside torch's two operations."""
+    keys, values, _ = _cache(shape, 32, 128, device)
+    cases = []
+    for count in (32, 2048):
+        x = torch.randn(count, shape.key_heads, shape.width, device=device).bfloat16()
+        key, slots = x.transpose(0, 1), torch.randperm(len(keys), device=device)[:count]
+
+        def by_torch(x: Tensor = x, slots: Tensor = slots) -> None:
+            for cache in (keys, values):
+                cache.index_copy_(0, slots, x)
+
+        cases.append(Case(f"{count} tokens", partial(write_paged, keys, values, key, key, slots), 4 * x.nbytes))
+        cases.append(Case(f"{count} tokens, torch", by_torch, 4 * x.nbytes))
     return cases
 
 
@@ -197,7 +218,7 @@ ON_CPU = {
     "lora/decode": lora_decode,
     "lora/grouped": lora_grouped,
     "attention/cpu_decode": attention_cpu_decode,
-    "attention/cpu_rotary": attention_cpu_rotary,
+    "attention/cpu_rotary": attention_rotary,
     "attention/paged": attention_paged,
     "fused/cpu_rms_norm": fused_cpu_rms_norm,
     "fused/cpu_elementwise": fused_cpu_elementwise,
@@ -208,6 +229,8 @@ ON_GPU = {
     "lora/expand": lora_expand,
     "attention/decode": attention_decode,
     "attention/prefill": attention_prefill,
+    "attention/rotary": attention_rotary,
+    "attention/cache_write": attention_cache_write,
     "fused/rms_norm": fused_rms_norm,
     "fused/gated": fused_gated,
     "fused/truncation": fused_truncation,
@@ -234,6 +257,18 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 50
     return statistics.median(found)
 
 
+def kernel_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of a call in a row of calls. On a GPU they are one CUDA graph: launching each would take longer than it runs."""
+    if device.type != "cuda":
+        return seconds_of(run, device)
+    run()  # which compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_IN_A_ROW):
+            run()
+    return seconds_of(graph.replay, device, rounds=9) / _IN_A_ROW
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a plain copy."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
@@ -254,7 +289,7 @@ def main() -> None:
     figures = []
     for op in options.ops.split(",") if options.ops else ops:
         for case in ops[op](SHAPES[options.shape], device):
-            seconds = seconds_of(case.run, device)
+            seconds = kernel_seconds(case.run, device)
             rate = case.num_bytes / seconds
             figures.append(Figure(op, case.name, seconds * 1e6, rate / 1e9, 100 * rate / bandwidth))
             speed = f"{seconds * 1e6:10.1f} µs {rate / 1e9:8.1f} GB/s {100 * rate / bandwidth:5.0f} %"

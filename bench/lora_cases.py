@@ -40,32 +40,38 @@ class Adapters:
         return sum(self.ranks) * self.widths[side] * 2
 
 
-def _adapter_counts(shape: Shape, device: torch.device) -> Iterator[tuple[str, Adapters, Tiles, int]]:
-    """(name, adapters, a token of each, bytes of one side without padding), with mixed ranks and padded ones."""
+def _adapter_counts(shape: Shape, device: torch.device) -> Iterator[tuple[str, list[Adapters], Tiles, int]]:
+    """(name, layers of adapters to take in turn, a token of each, bytes of one side without padding).
+
+    With mixed ranks and with padded ones; as many layers as a GPU's cache does not keep, where they are not tiny.
+    """
     for count in (1, 8, 32, 256):
-        mixed = Adapters(count, (shape.hidden, shape.hidden), RANKS, device)
-        padded = Adapters(count, (shape.hidden, shape.hidden), (max(RANKS),), device)
         tiles = Tiles.of(range(count), None, 16, device)
-        yield f"{count} adapters, mixed", mixed, tiles, mixed.num_bytes(0)
-        yield f"{count} adapters, padded", padded, tiles, mixed.num_bytes(0)
+        for kind, ranks in (("mixed", RANKS), ("padded", (max(RANKS),))):
+            first = Adapters(count, (shape.hidden, shape.hidden), ranks, device)
+            more = min(BEYOND_CACHES // first.num_bytes(0), 24)
+            layers = [first, *(Adapters(count, first.widths, ranks, device) for _ in range(more))]
+            num_bytes = sum(RANKS[number % len(RANKS)] for number in range(count)) * shape.hidden * 2
+            yield f"{count} adapters, {kind}", layers, tiles, num_bytes
 
 
 def lora_shrink(shape: Shape, device: torch.device) -> list[Case]:
     cases = []
-    for name, adapters, tiles, num_bytes in _adapter_counts(shape, device):
+    for name, layers, tiles, num_bytes in _adapter_counts(shape, device):
         x = torch.randn(tiles.num_pairs, shape.hidden, dtype=torch.bfloat16, device=device)
-        splits = num_splits(shape.hidden, tiles.num_tiles, 1, max(RANKS))
-        run = partial(shrink, x, adapters.table, adapters.module, tiles, max(RANKS), splits)
+        splits = num_splits(shape.hidden, tiles, 1, max(RANKS))
+        run = in_turn([partial(shrink, x, own.table, own.module, tiles, max(RANKS), splits) for own in layers])
         cases.append(Case(name, run, num_bytes))
     return cases
 
 
 def lora_expand(shape: Shape, device: torch.device) -> list[Case]:
     cases = []
-    for name, adapters, tiles, num_bytes in _adapter_counts(shape, device):
+    for name, layers, tiles, num_bytes in _adapter_counts(shape, device):
         y = torch.zeros(tiles.num_pairs, shape.hidden, dtype=torch.bfloat16, device=device)
         h = torch.randn(2, tiles.num_pairs, max(RANKS), device=device)
-        cases.append(Case(name, partial(expand, y, h, adapters.table, 0, tiles), num_bytes))
+        run = in_turn([partial(expand, y, h, own.table, 0, tiles) for own in layers])
+        cases.append(Case(name, run, num_bytes))
     return cases
 
 

@@ -163,13 +163,13 @@ class PagedAttention:
         step, call = self._step, self._call
         self._call += 1
         keys, values = self._keys[call], self._values[call]
+        if isinstance(step, KernelStep):
+            return step.attend(query, key, value, keys, values, form)[None], None
         for numbers, cache in ((key, keys), (value, values)):
             if self.reads_in_place:
                 write(numbers[0], cache, step.slots)
             else:
                 cache.index_copy_(0, step.slots, numbers[0].transpose(0, 1))
-        if isinstance(step, KernelStep):
-            return step.attend(query, keys, values, form)[None], None
         if step.each is not None:
             return step.each.attend(query[0].transpose(0, 1), keys, values, form)[None], None
         if step.one_by_one:

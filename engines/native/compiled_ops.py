@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from loraplex.kernels.attention import cpu_rotary
+from loraplex.kernels.attention import cpu_rotary, rotary
 
 _functions: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 _NO_MODULE = nn.Module()
@@ -80,8 +80,8 @@ def followed_by(
 
 @torch.library.custom_op("loraplex::rotate", mutates_args=())
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `cpu_rotary.rotate`."""
-    return cpu_rotary.rotate(q, k, cos, sin)
+    """As `rotary.rotate`."""
+    return cpu_rotary.rotate(q, k, cos, sin) if q.device.type == "cpu" else rotary.rotate(q, k, cos, sin)
 
 
 @rotate.register_fake

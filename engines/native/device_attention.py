@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex.engines.native.batch import Segment
+from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
@@ -64,8 +65,13 @@ class KernelStep:
             block_size,
         )
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, form: Form) -> Tensor:
-        """query: Shape [1, H, T, D], keys and values the whole cache, written already. Result: Shape [T, H, Dv]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, form: Form) -> Tensor:
+        """Each token's attention, its own key and value written to the cache, `keys` and `values`, before.
+
+        query, key, value: Shape [1, H or Hk, T, D or Dv]. Result: Shape [T, H, Dv].
+        """
+        own, own_values = (x[0] if x.stride(3) == 1 else x[0].contiguous() for x in (key, value))
+        write_paged(keys, values, own, own_values, self.slots)
         rows = query[0].transpose(0, 1)
         if self.prefills is None:
             return self._decode(rows, keys, values, form)

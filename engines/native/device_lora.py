@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from loraplex.engines.adapters.arena import Arena
@@ -18,8 +17,9 @@ from loraplex.engines.adapters.peft import AdapterPlan, BaseModule
 from loraplex.engines.native.compiled_ops import followed_by
 from loraplex.engines.native.lora import Owners
 from loraplex.kernels.lora.expand import expand
-from loraplex.kernels.lora.shrink import BLOCK_RANK, num_splits, shrink
+from loraplex.kernels.lora.shrink import num_splits, shrink
 from loraplex.kernels.lora.table import NOBODY, AdapterTable, Tiles
+from loraplex.kernels.triton_support import padded
 
 NUM_SLOTS = 4096  # adapters whose rows are kept, some tens of bytes a module each
 # Tokens in one tile: few where most adapters have one or two, as in decoding, many where they have long runs.
@@ -114,6 +114,7 @@ class DeviceLora:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
+        self._layers: list[nn.Module] = []
         self._modules: list[BaseModule] = []
         self._groups: dict[int, list[int]] = {}  # input -> the modules that are given it
         self._members: dict[int, Tensor] = {}  # the same, as the kernel wants it
@@ -126,6 +127,7 @@ class DeviceLora:
         """As `LoraLayers.wrap`."""
         bias = getattr(layer, "bias", None)
         assert module.index == len(self._modules)
+        self._layers.append(layer)
         self._modules.append(module)
         self._groups.setdefault(module.input, []).append(module.index)
 
@@ -137,6 +139,25 @@ class DeviceLora:
                     self._add(y.view(-1, y.shape[-1]), x, module, step, tiles, bias)
 
         layer.forward = followed_by(layer.forward, add)
+
+    def compile_kernels(self, max_rank: int) -> None:
+        """Have compiled now what adapters of up to that rank want: launches for tokens that are nobody's."""
+        device, dtype = self._arena.device, self._arena.dtype
+        self._slots(frozenset(), device)
+        assert self._table is not None
+        table, known = self._table.table, set[tuple[int, int, bool]]()
+        for layer, module in zip(self._layers, self._modules, strict=True):
+            bias = getattr(layer, "bias", None)
+            sizes = (module.in_features, module.out_features, bias is not None)
+            if sizes in known:
+                continue
+            known.add(sizes)
+            x, y = (torch.zeros(1, width, dtype=dtype, device=device) for width in sizes[:2])
+            for block in (_SMALL_TILE, _LARGE_TILE):
+                tiles = Tiles.of([NOBODY], None, block, device)
+                for rank in {min(padded(max_rank), rank) for rank in (16, 32, 64)}:
+                    h = shrink(x, table, self._members[module.input], tiles, rank, splits=1)
+                expand(y, h[0], table, module.index, tiles, bias)
 
     def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
         """As `LoraLayers.begin`."""
@@ -187,7 +208,7 @@ class DeviceLora:
         plans = [self._arena.plan(name) for name in names]
         self._step = _Step(
             touched=frozenset(index for plan in plans for index in plan.entries),
-            max_rank=max(BLOCK_RANK, triton.next_power_of_2(max(plan.rank for plan in plans))),
+            max_rank=padded(max(plan.rank for plan in plans)),
             tokens=tokens,
             sampled=sampled,
         )
@@ -200,7 +221,7 @@ class DeviceLora:
         last = self._shrunk
         if last is None or not last.has(module, x, tiles):
             rows = x.reshape(-1, x.shape[-1])
-            splits = num_splits(rows.shape[1], tiles.num_tiles, members.shape[0], step.max_rank)
+            splits = num_splits(rows.shape[1], tiles, members.shape[0], step.max_rank)
             h = shrink(rows, table, members, tiles, step.max_rank, splits)
             last = self._shrunk = _Shrunk(module.input, x, tiles, h, set())
         last.served.add(module.index)

@@ -34,6 +34,12 @@ def draw_by_thresholds(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     return [tokens[place] for place in range(len(rows))]
 
 
+def compile_draws(vocab_size: int, device: torch.device) -> None:
+    """Have compiled what draws of that many tokens want."""
+    off, none = torch.ones(1, device=device), torch.zeros(1, device=device)
+    truncate_logits(torch.zeros(1, vocab_size, device=device), none.int(), off, none)
+
+
 def _draw_in_order(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Inversion over the filtered distribution, lowest token first."""
     probs = torch.softmax(_truncated(logits, rows), dim=-1)

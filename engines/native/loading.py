@@ -60,7 +60,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)
     use_gate_kernel(model, uses_kernels=uses_kernels)
-    use_rotary_kernel(model)
+    use_rotary_kernel(model, uses_kernels=uses_kernels)
     if settings.engine.num_threads is None:
         choose_num_threads(model, replays=not settings.engine.enforce_eager and not settings.engine.deterministic)
     max_len = _max_model_len(settings, model)
@@ -95,6 +95,9 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         uses_kernels=uses_kernels, uses_gemms=multiplies_well(model.dtype, device),
         replays=not settings.engine.enforce_eager,
     )  # fmt: skip
+    if uses_kernels:
+        on_progress(Progress(stage="compiling kernels", fraction=0.9))
+        runner.compile_kernels(settings.adapters.max_rank)
     if settings.engine.deterministic:
         runner.tile = choose_tile(model, trial, runner, block_size, num_blocks)
     compare_with_reference(model, trial, runner, block_size, num_blocks)

@@ -1,4 +1,4 @@
-"""Which of the base's attention layers turn queries and keys by our own kernel: those whose function it equals.
+"""Which of the base's attention layers turn queries and keys by our own kernels: those whose function they equal.
 
 Such layers call a function of their module by name, so there is nothing to register and nothing to derive from. Each
 gets its `forward` anew with our function under that name. The module, and other models of its class, stay as they are.
@@ -7,7 +7,7 @@ gets its `forward` anew with our function under that name. The module, and other
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedModel
 
 from loraplex.engines.native import compiled_ops
-from loraplex.kernels.attention.cpu_rotary import is_available, rotate, takes
+from loraplex.kernels.attention import cpu_rotary, rotary
 
 _NAME = "apply_rotary_pos_emb"
 _WIDTH, _TOKENS = 8, 3  # of what is tried
@@ -24,13 +24,14 @@ _WIDTH, _TOKENS = 8, 3  # of what is tried
 Rotary = Callable[..., Any]
 
 
-def use_rotary_kernel(model: PreTrainedModel) -> int:
-    """Let the kernel compute rotary embeddings where it gives the same numbers; in how many layers it does.
+def use_rotary_kernel(model: PreTrainedModel, *, uses_kernels: bool) -> int:
+    """Let a kernel compute rotary embeddings where it gives the same numbers; in how many layers it does.
 
-    Leaves everything as it is where the kernel is not available.
+    `uses_kernels`: Triton's, or the one in C. Leaves everything as it is where no kernel is available.
     """
-    if not is_available(model.dtype, model.device):
+    if not uses_kernels and not cpu_rotary.is_available(model.dtype, model.device):
         return 0
+    kernel = rotary if uses_kernels else cpu_rotary
     ours: dict[Rotary, Rotary | None] = {}
     replaced = 0
     for module in model.modules():
@@ -39,9 +40,9 @@ def use_rotary_kernel(model: PreTrainedModel) -> int:
         if theirs is None or "forward" in vars(module):
             continue
         if theirs not in ours:
-            ours[theirs] = _faster(theirs) if _equals(theirs, model.dtype) else None
-        if (rotary := ours[theirs]) is not None:
-            module.forward = _with(forward, rotary).__get__(module)
+            ours[theirs] = _faster(theirs, kernel) if _equals(theirs, kernel, model) else None
+        if (faster := ours[theirs]) is not None:
+            module.forward = _with(forward, faster).__get__(module)
             replaced += 1
     return replaced
 
@@ -56,25 +57,32 @@ def _named(forward: object) -> Rotary | None:
 
 
 @torch.inference_mode()
-def _equals(theirs: Rotary, dtype: torch.dtype) -> bool:
+def _equals(theirs: Rotary, kernel: ModuleType, model: PreTrainedModel) -> bool:
     """Whether the kernel computes what the function does, to the last bit."""
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (
-        torch.randn(1, *heads, _TOKENS, _WIDTH, generator=generator).to(dtype) for heads in ((2,), (1,), (), ())
+        torch.randn(1, *heads, _TOKENS, _WIDTH, generator=generator).to(model.device, model.dtype)
+        for heads in ((2,), (1,), (), ())
     )
     try:
         expected = theirs(q, k, cos, sin)
     except Exception:  # noqa: BLE001  a model's own code, which may want other arguments, or other shapes
         return False
     return (
-        isinstance(expected, tuple) and len(expected) == 2 and all(map(torch.equal, expected, rotate(q, k, cos, sin)))
+        isinstance(expected, tuple)
+        and len(expected) == 2
+        and all(map(torch.equal, expected, kernel.rotate(q, k, cos, sin)))
     )
 
 
-def _faster(theirs: Rotary) -> Rotary:
+def _faster(theirs: Rotary, kernel: ModuleType) -> Rotary:
     def ours(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 2 and not kwargs and takes(q, k, *args):
-            return compiled_ops.rotate(q, k, *args) if is_dynamo_compiling() else rotate(q, k, *args)
+        if len(args) == 2 and not kwargs:
+            if is_dynamo_compiling():  # which cannot follow `kernel`: by its name the function is transformers'
+                if rotary.takes(q, k, *args):
+                    return compiled_ops.rotate(q, k, *args)
+            elif kernel.takes(q, k, *args):
+                return kernel.rotate(q, k, *args)
         return theirs(q, k, *args, **kwargs)
 
     return ours

@@ -24,7 +24,7 @@ from loraplex.engines.native.cpu_replays import CpuReplays
 from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
-from loraplex.engines.native.device_sampler import draw_by_thresholds
+from loraplex.engines.native.device_sampler import compile_draws, draw_by_thresholds
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
@@ -103,6 +103,13 @@ class Runner:
             num_blocks = self._num_slots // self._block_size
             return CudaReplays(num_blocks, self._block_size, self._model.device, CudaRecorder())
         return CpuReplays(self._num_slots + 1) if self._attention.reads_in_place and calls.is_available() else None
+
+    @torch.inference_mode()
+    def compile_kernels(self, max_rank: int) -> None:
+        """Have Triton compile what LoRA of up to that rank and draws want: the first requests would wait for it."""
+        if isinstance(self._lora, DeviceLora):
+            self._lora.compile_kernels(max_rank)
+            compile_draws(self._model.config.get_text_config().vocab_size, self._model.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Outcome]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from loraplex.kernels.attention.cpu_rotary import is_available, rotate, rotate_reference, takes
+from loraplex.kernels.attention.cpu_rotary import is_available, rotate, takes
+from loraplex.kernels.attention.rotary import rotate_reference
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 9, 3, 64), (8, 32, 4, 64), (5, 3, 1, 6), (0, 2, 1, 8), (300, 9, 3, 62)]  # tokens, heads, key heads, width

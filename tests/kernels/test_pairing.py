@@ -23,14 +23,14 @@ def operations() -> set[str]:
 
 def test_every_operation_has_its_reference() -> None:
     lacking = {op for op in operations() if "_reference(" not in (ROOT / "kernels" / f"{op}.py").read_text()}
-    # whose formulas and references are those of lora/grouped and attention/paged
-    assert lacking == {"lora/decode", "attention/cpu_decode"}
+    # whose formulas and references are those of lora/grouped, attention/paged and attention/rotary
+    assert lacking == {"lora/decode", "attention/cpu_decode", "attention/cpu_rotary"}
     assert operations() >= {"lora/shrink", "lora/expand", "attention/decode", "attention/prefill"}
 
 
 def test_every_operation_has_its_test() -> None:
     tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    assert tests - {"test_pairing"} == {f"test_{op.replace('/', '_')}" for op in operations()}
+    assert tests - {"test_pairing", "test_device_code"} == {f"test_{op.replace('/', '_')}" for op in operations()}
 
 
 def test_every_operation_has_its_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
