@@ -6,6 +6,7 @@ few tokens at a time waste most of what a library for large matrices does (`benc
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,23 +23,24 @@ from loraplex.kernels.dense.linear import Linear, is_available
 _TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
 _ENOUGH = 64 * 2**20  # bytes of weights: more than caches keep, for a step reads each weight once
 _REPEATS = 3
+_TIE = 1.1  # times torch's seconds that ours may take: a token alone reads weights and little else, whoever multiplies
 _MANY, _WIDTH = 96, 1024  # tokens and features of a GEMM by which a type is judged
 _SLOWER = 2.0  # than float32, which takes twice the bytes
 
 
-def use_dense_kernel(model: PreTrainedModel) -> int | None:
-    """Let the kernel compute plain linear layers for up to as many tokens as it is faster for: 0 never, None always.
+def use_dense_kernel(model: PreTrainedModel) -> range:
+    """Let the kernel compute plain linear layers for as many tokens as torch is not faster for. Result: those numbers.
 
     To be called before anything else wraps the layers. Leaves everything as it is where the kernel is not available.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
     if not layers:
-        return 0
-    most = _most_tokens(_sample(layers))
-    if most != 0:
+        return range(0)
+    numbers = _numbers_of_tokens(_sample(layers))
+    if numbers:
         for layer in layers:
-            _replace_forward(layer, Linear(layer.weight, layer.bias), most)
-    return most
+            _replace_forward(layer, Linear(layer.weight, layer.bias), numbers)
+    return numbers
 
 
 def multiplies_well(dtype: torch.dtype, device: torch.device) -> bool:
@@ -74,16 +76,20 @@ def _sample(layers: list[nn.Linear]) -> list[Tensor]:
     return sample
 
 
-def _most_tokens(weights: list[Tensor]) -> int | None:
-    """The largest of the numbers that are tried, upwards, until torch is faster."""
+def _numbers_of_tokens(weights: list[Tensor]) -> range:
+    """Those that the kernel is for: upwards until torch is faster, which it may be for a token alone."""
     kernels = [Linear(weight) for weight in weights]
-    most = 0
+    theirs = [partial(functional.linear, weight=weight) for weight in weights]
+    least, most = _TRIED[0], 0
     for num_tokens in _TRIED:
         x = torch.randn(num_tokens, weights[0].shape[1]).to(weights[0].dtype)
-        if _seconds(kernels, x) >= _seconds([partial(functional.linear, weight=weight) for weight in weights], x):
-            return most
-        most = num_tokens
-    return None
+        if _seconds(kernels, x) <= _TIE * _seconds(theirs, x):
+            most = num_tokens
+        elif num_tokens == _TRIED[0]:
+            least = num_tokens + 1
+        else:
+            return range(least, most + 1)
+    return range(least, sys.maxsize)
 
 
 @torch.inference_mode()
@@ -97,11 +103,11 @@ def _seconds(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
     return min(timings)
 
 
-def _replace_forward(layer: nn.Module, linear: Linear, most: int | None) -> None:
+def _replace_forward(layer: nn.Module, linear: Linear, numbers: range) -> None:
     theirs: Callable[[Tensor], Tensor] = layer.forward
 
     def compute(x: Tensor) -> Tensor:
-        return linear(x) if most is None or x.numel() <= most * linear.in_features else theirs(x)
+        return linear(x) if x.numel() // linear.in_features in numbers else theirs(x)
 
     def forward(x: Tensor) -> Tensor:
         return map_rows(x, width, handle) if is_dynamo_compiling() else compute(x)
