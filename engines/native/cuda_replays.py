@@ -1,6 +1,6 @@
 """What is captured and replayed of a step on a GPU: a CUDA graph of decodes, for any adapters.
 
-Its inputs are rows of the same few tensors for every number of tokens, so that a graph costs no tables of its own.
+Its block tables are rows of the same tensor for every number of tokens, so that a graph costs none of its own.
 Steps are padded to a few sizes: a GPU's decode reads the weights once, however many rows there are. A row that pads
 looks at nothing, and leaves its key and value in a row of the cache that nobody reads.
 """
@@ -24,57 +24,34 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # tokens 
 _TOLERANCE = 2**-7
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The inputs of the largest step. token_ids, positions, slots: Shape [T], int64. block_tables: Shape [T, W], int32.
-
-    lengths: Shape [T], int32.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    block_tables: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def empty(cls, num_blocks: int, device: torch.device) -> _Rows:
-        """`num_blocks`: the longest table."""
-        numbers = torch.zeros(3, SIZES[-1], dtype=torch.int64, device=device)
-        tables = torch.zeros(SIZES[-1], num_blocks, dtype=torch.int32, device=device)
-        token_ids, positions, slots = numbers.unbind()
-        return cls(token_ids, positions, slots, tables, torch.zeros_like(tables[:, 0]))
-
-
 class CudaInputs:
-    """The first rows of the inputs, as one step sees them."""
+    """Of steps of so many tokens, on the device: tables, and all other numbers in one tensor, which takes one copy."""
 
-    def __init__(self, rows: _Rows, num_tokens: int, block_size: int, spare_slot: int) -> None:
-        """`spare_slot`: the row of the cache where padding leaves its keys and values."""
-        self._rows = rows
-        self._num_tokens = num_tokens
+    def __init__(self, tables: Tensor, num_tokens: int, block_size: int, spare_slot: int) -> None:
+        """`tables`: of the largest step, Shape [T, W]. `spare_slot`: where padding leaves its keys and values."""
+        self._numbers = torch.zeros(4, num_tokens, dtype=torch.int64, device=tables.device)
+        self._tables = tables
         self._spare_slot = spare_slot
-        own = slice(0, num_tokens)
-        self.token_ids, self.positions = rows.token_ids[None, own], rows.positions[None, own]
-        self.sampled = torch.arange(num_tokens, device=rows.slots.device)
-        tables = rows.block_tables[own]
-        decodes = KernelDecodes(self.sampled, tables, rows.lengths[own], longest=tables.shape[1] * block_size)
-        self.attention = KernelStep(rows.slots[own], decodes, None, block_size)
+        token_ids, positions, slots, lengths = self._numbers.unbind()
+        self.token_ids, self.positions = token_ids[None], positions[None]
+        self.sampled = torch.arange(num_tokens, device=tables.device)
+        longest = tables.shape[1] * block_size
+        decodes = KernelDecodes(self.sampled, tables[:num_tokens], lengths, longest)
+        self.attention = KernelStep(slots, decodes, None, block_size)
 
     def become(self, step: Step) -> None:
         """Be this step, all of whose tokens are sampled."""
-        attention, rows, count = step.attention, self._rows, step.num_tokens
+        attention, count = step.attention, step.num_tokens
         assert isinstance(attention, KernelStep)
         assert attention.decodes is not None
-        padding, device = [0] * (self._num_tokens - count), rows.slots.device
-        rows.token_ids[: self._num_tokens] = torch.tensor([*step.token_ids, *padding], device=device)
-        rows.positions[: self._num_tokens] = torch.tensor([*step.positions, *padding], device=device)
-        rows.slots[:count] = attention.slots
-        rows.slots[count : self._num_tokens] = self._spare_slot
-        rows.lengths[:count] = attention.decodes.lengths
-        rows.lengths[count : self._num_tokens] = 0
+        numbers = torch.zeros(self._numbers.shape, dtype=torch.int64)
+        numbers[2] = self._spare_slot
+        numbers[:, :count] = torch.stack((
+            torch.tensor(step.token_ids), torch.tensor(step.positions), attention.slots, attention.decodes.lengths
+        ))  # fmt: skip
+        self._numbers.copy_(numbers)
         tables = attention.decodes.block_tables
-        rows.block_tables[:count, : tables.shape[1]] = tables
+        self._tables[:count, : tables.shape[1]] = tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +98,7 @@ class CudaReplays:
         self._block_size = block_size
         self._spare_slot = num_blocks * block_size + 1
         self._num_blocks, self._device = num_blocks, device
-        self._rows: _Rows | None = None
+        self._tables: Tensor | None = None
 
     def takes(self, step: Step) -> bool:
         """Whether it decodes a token of each sequence, and nothing else."""
@@ -133,9 +110,9 @@ class CudaReplays:
         return SIZES[bisect_left(SIZES, num_tokens)]
 
     def inputs(self, num_tokens: int, num_sampled: int) -> CudaInputs:
-        if self._rows is None:
-            self._rows = _Rows.empty(self._num_blocks, self._device)
-        return CudaInputs(self._rows, num_tokens, self._block_size, self._spare_slot)
+        if self._tables is None:
+            self._tables = torch.zeros(SIZES[-1], self._num_blocks, dtype=torch.int32, device=self._device)
+        return CudaInputs(self._tables, num_tokens, self._block_size, self._spare_slot)
 
     def record(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]:
         """Computed first: capturing computes nothing, and must not be what compiles a kernel. Raises NotCapturable."""

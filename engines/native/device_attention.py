@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ _KEYS_PER_SPLIT = 256
 
 @dataclass(frozen=True, slots=True)
 class KernelDecodes:
-    """The B one-token segments. rows: Shape [B], int64. block_tables: Shape [B, W], lengths: Shape [B], int32."""
+    """The B one-token segments. rows, lengths: Shape [B], int64. block_tables: Shape [B, W], int32."""
 
     rows: Tensor
     block_tables: Tensor
@@ -47,7 +48,8 @@ class KernelStep:
     block_size: int
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], block_size: int, device: torch.device) -> KernelStep:
+    def of(cls, segments: Sequence[Segment], block_size: int) -> KernelStep:
+        """On the host, as yet."""
         decodes: list[tuple[int, Segment]] = []
         chunks: list[tuple[int, Segment]] = []
         slots: list[int] = []
@@ -59,11 +61,21 @@ class KernelStep:
                 slots.append(table[position // block_size] * block_size + position % block_size)
             row += segment.num_tokens
         return cls(
-            torch.tensor(slots, device=device),
-            _decodes(decodes, device) if decodes else None,
-            _prefills(chunks, device) if chunks else None,
+            torch.tensor(slots),
+            _decodes(decodes) if decodes else None,
+            _prefills(chunks) if chunks else None,
             block_size,
         )
+
+    def to(self, device: torch.device) -> KernelStep:
+        """A copy elsewhere."""
+        decodes, prefills = self.decodes, self.prefills
+        if decodes is not None:
+            rows, tables, lengths = (x.to(device) for x in (decodes.rows, decodes.block_tables, decodes.lengths))
+            decodes = KernelDecodes(rows, tables, lengths, decodes.longest)
+        if prefills is not None:
+            prefills = KernelPrefills(prefills.tiles.to(device), prefills.block_tables.to(device))
+        return KernelStep(self.slots.to(device), decodes, prefills, self.block_size)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, form: Form) -> Tensor:
         """Each token's attention, its own key and value written to the cache, `keys` and `values`, before.
@@ -93,22 +105,25 @@ class KernelStep:
         )
 
 
-def _decodes(segments: Sequence[tuple[int, Segment]], device: torch.device) -> KernelDecodes:
+def _decodes(segments: Sequence[tuple[int, Segment]]) -> KernelDecodes:
     lengths = [segment.start + 1 for _, segment in segments]
     return KernelDecodes(
-        rows=torch.tensor([row for row, _ in segments], device=device),
-        block_tables=_block_tables([segment for _, segment in segments], device),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        rows=torch.tensor([row for row, _ in segments]),
+        block_tables=_block_tables([segment for _, segment in segments]),
+        lengths=torch.tensor(lengths),
         longest=max(lengths),
     )
 
 
-def _prefills(segments: Sequence[tuple[int, Segment]], device: torch.device) -> KernelPrefills:
+def _prefills(segments: Sequence[tuple[int, Segment]]) -> KernelPrefills:
     chunks = [(number, row, segment.num_tokens, segment.start) for number, (row, segment) in enumerate(segments)]
-    return KernelPrefills(QueryTiles.of(chunks, device), _block_tables([segment for _, segment in segments], device))
+    tiles = QueryTiles.of(chunks, torch.device("cpu"))
+    return KernelPrefills(tiles, _block_tables([segment for _, segment in segments]))
 
 
-def _block_tables(segments: Sequence[Segment], device: torch.device) -> Tensor:
+def _block_tables(segments: Sequence[Segment]) -> Tensor:
     tables = [segment.sequence.block_table for segment in segments]
-    longest = max(len(table) for table in tables)
-    return torch.tensor([table + [0] * (longest - len(table)) for table in tables], dtype=torch.int32, device=device)
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return torch.from_numpy(padded)

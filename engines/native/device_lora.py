@@ -6,7 +6,7 @@ one row an adapter, written when the adapter is first computed with, and again a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,18 @@ from loraplex.kernels.lora.table import NOBODY, AdapterTable, Tiles
 from loraplex.kernels.triton_support import padded
 
 NUM_SLOTS = 4096  # adapters whose rows are kept, some tens of bytes a module each
+_MOST_KNOWN = 256  # sets of adapters
 # Tokens in one tile: few where most adapters have one or two, as in decoding, many where they have long runs.
 _SMALL_TILE, _LARGE_TILE = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Some adapters: each one's slot, the modules that they touch, and their largest rank, up to a power of two."""
+
+    slots: dict[str, int]
+    touched: frozenset[int]
+    max_rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,25 @@ class _Table:
         self._arena = arena
         self._rows: dict[str, _Row] = {}
         self._free = list(range(NUM_SLOTS))
+        self._known: dict[frozenset[str], _Together] = {}  # as long as the arena and the rows stay as they are
+        self._version = arena.version
         self.table = AdapterTable.empty(arena.buffer, NUM_SLOTS, num_modules)
+
+    def together(self, adapter_ids: frozenset[str]) -> _Together:
+        """Of the adapters of a step, written where they are not what the arena has by now."""
+        if self._version != self._arena.version:
+            self._known.clear()
+            self._version = self._arena.version
+        found = self._known.get(adapter_ids)
+        if found is None:
+            slots = self.slots(sorted(adapter_ids))
+            plans = [self._arena.plan(adapter_id) for adapter_id in adapter_ids]
+            touched = frozenset(index for plan in plans for index in plan.entries)
+            found = _Together(slots, touched, padded(max(plan.rank for plan in plans)))
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[adapter_ids] = found
+        return found
 
     def slots(self, adapter_ids: Iterable[str]) -> dict[str, int]:
         """The slot of each, written where it is not what the arena has by now. At most NUM_SLOTS at a time."""
@@ -61,6 +89,7 @@ class _Table:
         return self._free.pop() if self._free else self._rows.pop(next(iter(self._rows))).slot
 
     def _write(self, row: _Row) -> None:
+        self._known.clear()
         table = self.table
         columns = {name: getattr(table, name)[row.slot] for name in ("a", "b", "gain", "rank", "scale")}
         fresh = {name: torch.zeros_like(column, device="cpu") for name, column in columns.items()}
@@ -85,8 +114,7 @@ class _View:
 class _Step:
     """`sampled` is the view of the layers behind the selection of tokens (lm_head)."""
 
-    touched: frozenset[int]
-    max_rank: int
+    adapters: _Together
     tokens: _View
     sampled: _View
 
@@ -133,7 +161,7 @@ class DeviceLora:
 
         def add(y: Tensor, x: Tensor) -> None:
             step = self._step
-            if step is not None and module.index in step.touched:
+            if step is not None and module.index in step.adapters.touched:
                 view = step.sampled if behind_selection else step.tokens
                 for tiles in view.rounds:
                     self._add(y.view(-1, y.shape[-1]), x, module, step, tiles, bias)
@@ -143,9 +171,7 @@ class DeviceLora:
     def compile_kernels(self, max_rank: int) -> None:
         """Have compiled now what adapters of up to that rank want: launches for tokens that are nobody's."""
         device, dtype = self._arena.device, self._arena.dtype
-        self._slots(frozenset(), device)
-        assert self._table is not None
-        table, known = self._table.table, set[tuple[int, int, bool]]()
+        table, known = self._made_table().table, set[tuple[int, int, bool]]()
         for layer, module in zip(self._layers, self._modules, strict=True):
             bias = getattr(layer, "bias", None)
             sizes = (module.in_features, module.out_features, bias is not None)
@@ -162,10 +188,10 @@ class DeviceLora:
     def begin(self, owners: Sequence[Owners], sampled: Sequence[int], device: torch.device) -> None:
         """As `LoraLayers.begin`."""
         self._step = self._shrunk = None
-        names = {adapter_id for some in set(owners) for adapter_id, _ in some}
-        if names:
-            slots = self._slots(names, device)
-            self._set(names, _view(owners, slots, device), _view([owners[token] for token in sampled], slots, device))
+        if names := _names(owners):
+            some = self._made_table().together(names)
+            sampled_owners = [owners[token] for token in sampled]
+            self._step = _Step(some, *(_view(own, some.slots, device) for own in (owners, sampled_owners)))
 
     def may_repeat(self, owners: Sequence[Owners]) -> bool:
         """As `LoraLayers.may_repeat`."""
@@ -181,38 +207,28 @@ class DeviceLora:
         """
         assert len(sampled) == len(owners)
         self._step = self._shrunk = None
-        names = {adapter_id for some in set(owners) for adapter_id, _ in some}
+        names = _names(owners)
         if not names:
             return None
-        device = self._arena.device
-        slots = self._slots(names, device)
-        own = [slots[some[0][0]] if some else NOBODY for some in owners]
+        together = self._made_table().together(names)
+        own = [together.slots[some[0][0]] if some else NOBODY for some in owners]
         weights = [some[0][1] if some else 1.0 for some in owners]
-        fresh = Tiles.of(own, weights, _SMALL_TILE, device, room=(num_tokens, num_tokens))
-        tiles = self._repeated.setdefault(num_tokens, fresh)
-        if tiles is not fresh:
+        fresh = Tiles.of(own, weights, _SMALL_TILE, torch.device("cpu"), room=(num_tokens, num_tokens))
+        tiles = self._repeated.get(num_tokens)
+        if tiles is None:
+            tiles = self._repeated[num_tokens] = fresh.to(self._arena.device)
+        else:
             tiles.become(fresh)
         view = _View((tiles,))
-        step = self._set(names, view, view)
-        return step.touched, step.max_rank
+        self._step = _Step(together, view, view)
+        return together.touched, together.max_rank
 
-    def _slots(self, names: Set[str], device: torch.device) -> dict[str, int]:
+    def _made_table(self) -> _Table:
         if self._table is None:
             self._table = _Table(self._arena, len(self._modules))
-            self._members = {key: torch.tensor(group, dtype=torch.int32, device=device)
+            self._members = {key: torch.tensor(group, dtype=torch.int32, device=self._arena.device)
                              for key, group in self._groups.items()}  # fmt: skip
-        return self._table.slots(sorted(names))
-
-    def _set(self, names: Set[str], tokens: _View, sampled: _View) -> _Step:
-        """A step of these adapters; ranks are rounded up to a power of two, so that there are few of them."""
-        plans = [self._arena.plan(name) for name in names]
-        self._step = _Step(
-            touched=frozenset(index for plan in plans for index in plan.entries),
-            max_rank=padded(max(plan.rank for plan in plans)),
-            tokens=tokens,
-            sampled=sampled,
-        )
-        return self._step
+        return self._table
 
     def _add(self, y: Tensor, x: Tensor, module: BaseModule, step: _Step, tiles: Tiles, bias: Tensor | None) -> None:
         """y: Shape [T, out], changed in place. x: Shape [..., in]."""
@@ -221,11 +237,16 @@ class DeviceLora:
         last = self._shrunk
         if last is None or not last.has(module, x, tiles):
             rows = x.reshape(-1, x.shape[-1])
-            splits = num_splits(rows.shape[1], tiles, members.shape[0], step.max_rank)
-            h = shrink(rows, table, members, tiles, step.max_rank, splits)
+            max_rank = step.adapters.max_rank
+            splits = num_splits(rows.shape[1], tiles, members.shape[0], max_rank)
+            h = shrink(rows, table, members, tiles, max_rank, splits)
             last = self._shrunk = _Shrunk(module.input, x, tiles, h, set())
         last.served.add(module.index)
         expand(y, last.h[self._groups[module.input].index(module.index)], table, module.index, tiles, bias)
+
+
+def _names(owners: Sequence[Owners]) -> frozenset[str]:
+    return frozenset(adapter_id for some in set(owners) for adapter_id, _ in some)
 
 
 def _view(owners: Sequence[Owners], slots: dict[str, int], device: torch.device) -> _View:

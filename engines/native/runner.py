@@ -140,7 +140,7 @@ class Runner:
             logits = graphs.logits(step)
             self.is_settled = graphs.is_settled
             return logits
-        self._attention.begin(attention)
+        self._attention.begin(attention.to(self._model.device) if isinstance(attention, KernelStep) else attention)
         return self._forward(token_ids, positions, owners, sampled)
 
     def _in_tiles(
@@ -241,7 +241,7 @@ class Runner:
 
     def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep | KernelStep:
         if self._uses_kernels:
-            return KernelStep.of(segments, self._block_size, device)
+            return KernelStep.of(segments, self._block_size)
         new_slots: list[int] = []
         prefills: list[Prefill] = []
         decodes: list[_Decode] = []

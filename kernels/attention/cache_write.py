@@ -25,7 +25,7 @@ def write_paged(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots",))
 def _write(  # type: ignore[no-untyped-def]
     keys, values, key, value, slots, heads, width, value_width, k_head, k_token, v_head, v_token,
     BLOCK_HEADS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,

@@ -9,7 +9,7 @@ a softmax of its own; their results are then weighed by what each softmax was di
 
     q: Shape [B, H, D].   keys: Shape [S, Hk, D].   values: Shape [S, Hk, Dv].
     block_tables: Shape [B, W], int32. Position j of sequence b is row block_tables[b, j // size] · size + j % size.
-    lengths: Shape [B], int32: positions to look at, the token's own included; 0 for a row that pads.
+    lengths: Shape [B], int64: positions to look at, the token's own included; 0 for a row that pads.
     out: Shape [B, H, Dv]; zeros where the length is 0.
 """
 
@@ -53,7 +53,10 @@ def attend_paged_decode(
     return out
 
 
-@triton.jit(do_not_specialize=("window", "num_splits", "table_stride"))
+@triton.jit(
+    do_not_specialize=("window", "num_splits", "table_stride"),
+    do_not_specialize_on_alignment=("block_tables", "lengths"),
+)
 def _attend_split(  # type: ignore[no-untyped-def]
     partial, maxima, totals, q, keys, values, block_tables, lengths, scale, window, softcap, heads, key_heads, width,
     value_width, num_splits, block_size, table_stride, q_batch, q_head, k_row, k_head, v_row, v_head,
@@ -61,7 +64,7 @@ def _attend_split(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     batch, key_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + batch)
+    length = tl.load(lengths + batch).to(tl.int32)
     oldest = tl.maximum(length - window, 0) if window > 0 else length * 0
     part = tl.cdiv(tl.cdiv(length - oldest, num_splits), BLOCK_KEYS) * BLOCK_KEYS
     first = oldest + split * part

@@ -31,10 +31,9 @@ _NARROW, _WIDE, _WIDEST, _FLOAT32 = (64, 64, 4), (64, 64, 8), (64, 32, 8), (16, 
 
 @dataclass(frozen=True, slots=True)
 class QueryTiles:
-    sequence: Tensor
-    row: Tensor
-    size: Tensor
-    position: Tensor
+    """packed: Shape [4, N], int32: sequence, row, size and position of each tile."""
+
+    packed: Tensor
 
     @classmethod
     def of(cls, chunks: Iterable[tuple[int, int, int, int]], device: torch.device) -> QueryTiles:
@@ -44,7 +43,11 @@ class QueryTiles:
             for sequence, row, size, position in chunks
             for begin in range(0, size, TILE)
         ]
-        return cls(*torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device).unbind())
+        return cls(torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device))
+
+    def to(self, device: torch.device) -> QueryTiles:
+        """A copy elsewhere."""
+        return QueryTiles(self.packed.to(device))
 
 
 def attend_paged_prefill(
@@ -55,9 +58,9 @@ def attend_paged_prefill(
     heads, width = q.shape[1:]
     key_heads, value_width = keys.shape[1], values.shape[2]
     block_queries, block_keys, num_warps = _sizes(max(width, value_width), q.dtype)
-    _attend_tile[(tiles.row.shape[0], heads, TILE // block_queries)](
+    _attend_tile[(tiles.packed.shape[1], heads, TILE // block_queries)](
         out, q, keys, values, block_tables, form.sinks if form.sinks is not None else q,
-        tiles.sequence, tiles.row, tiles.size, tiles.position, form.scale, form.window or 0, form.softcap or 0.0,
+        *tiles.packed.unbind(), form.scale, form.window or 0, form.softcap or 0.0,
         width, value_width, block_size, block_tables.stride(0), q.stride(0), q.stride(1), keys.stride(0),
         keys.stride(1), values.stride(0), values.stride(1), out.stride(0), out.stride(1),
         HAS_CAP=form.softcap is not None, HAS_SINKS=form.sinks is not None, GROUP=heads // key_heads,
@@ -74,7 +77,7 @@ def _sizes(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 @triton.jit(
     do_not_specialize=("window", "table_stride"),
-    do_not_specialize_on_alignment=("tile_sequence", "tile_row", "tile_size", "tile_position"),
+    do_not_specialize_on_alignment=("block_tables", "tile_sequence", "tile_row", "tile_size", "tile_position"),
 )
 def _attend_tile(  # type: ignore[no-untyped-def]
     out, q, keys, values, block_tables, sinks, tile_sequence, tile_row, tile_size, tile_position, scale, window,
@@ -150,8 +153,7 @@ def attend_paged_prefill_reference(
     form: Form,
 ) -> None:  # fmt: skip
     """The formula, tile by tile."""
-    columns = (tiles.sequence, tiles.row, tiles.size, tiles.position)
-    for sequence, row, size, position in zip(*(column.tolist() for column in columns), strict=True):
+    for sequence, row, size, position in tiles.packed.T.tolist():
         if size:
             positions = torch.arange(position + size, device=q.device)
             slots = block_tables[sequence, positions // block_size].long() * block_size + positions % block_size

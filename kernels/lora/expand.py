@@ -43,7 +43,7 @@ def expand(y: Tensor, h: Tensor, table: AdapterTable, module: int, tiles: Tiles,
 
 @triton.jit(
     do_not_specialize=("module", "num_modules", "num_pairs", "splits"),
-    do_not_specialize_on_alignment=("tile_slot", "tile_begin", "tile_size"),
+    do_not_specialize_on_alignment=("tile_slot", "tile_begin", "tile_size", "pair_token", "pair_weight"),
 )
 def _expand(  # type: ignore[no-untyped-def]
     y, h, bias, buffer, table_b, table_gain, table_rank, table_scale,

@@ -65,7 +65,7 @@ def shrink_into(h: Tensor, x: Tensor, table: AdapterTable, modules: Tensor, tile
 
 @triton.jit(
     do_not_specialize=("num_modules", "num_pairs", "splits"),
-    do_not_specialize_on_alignment=("tile_slot", "tile_begin", "tile_size"),
+    do_not_specialize_on_alignment=("tile_slot", "tile_begin", "tile_size", "pair_token"),
 )
 def _shrink(  # type: ignore[no-untyped-def]
     h, x, buffer, table_a, table_rank, modules, tile_slot, tile_begin, tile_size, pair_token,

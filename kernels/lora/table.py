@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,22 +62,23 @@ class AdapterTable:
         return ALIGNMENT_BYTES // self.buffer.element_size()
 
 
-@dataclass(frozen=True, slots=True)
 class Tiles:
     """The tokens of adapters, an adapter's together, cut into tiles of at most `block` of them.
 
     Tile n has the pairs begin[n] … begin[n] + size[n] − 1 and belongs to slot[n]; pair p is token[p] of the step, with
     weight[p] as a factor of the adapter's scale. No token is in two pairs. A slot of −1 makes its tile empty.
 
-    slot, begin, size: Shape [N], int32.   token: Shape [P], int32.   weight: Shape [P], float32.
+    slot, begin, size: Shape [N], int32.   token: Shape [P], int32.   weight: Shape [P], float32. All lie in one tensor,
+    which goes to a device as one copy.
     """
 
-    slot: Tensor
-    begin: Tensor
-    size: Tensor
-    token: Tensor
-    weight: Tensor
-    block: int
+    def __init__(self, packed: Tensor, num_tiles: int, block: int) -> None:
+        """`packed`: Shape [3 · N + 2 · P], int32: slot, begin, size, token, and the bits of weight."""
+        self._packed = packed
+        self.num_tiles, self.block = num_tiles, block
+        self.slot, self.begin, self.size = packed[: 3 * num_tiles].view(3, num_tiles).unbind()
+        self.token, weight = packed[3 * num_tiles :].view(2, -1).unbind()
+        self.weight = weight.view(torch.float32)
 
     @classmethod
     def of(
@@ -96,37 +98,25 @@ class Tiles:
                 tiles.append((slot, len(tokens) + first, size))
             tokens += group
         factors = [1.0 if weights is None else weights[token] for token in tokens]
-        tiles += [(NOBODY, 0, 0)] * (room[0] - len(tiles))
-        padding = max(room[1] - len(tokens), 0)
-        columns = torch.tensor(tiles or [(NOBODY, 0, 0)], dtype=torch.int32).T.contiguous().to(device)
-        slots, begins, sizes = columns.unbind()
-        return cls(
-            slots,
-            begins,
-            sizes,
-            torch.tensor(tokens + [0] * padding, dtype=torch.int32, device=device),
-            torch.tensor(factors + [0.0] * padding, dtype=torch.float32, device=device),
-            block,
-        )
+        tiles += [(NOBODY, 0, 0)] * max(room[0] - len(tiles), not tiles)
+        padding = [0] * max(room[1] - len(tokens), 0)
+        columns = np.array(tiles, dtype=np.int32).T.reshape(-1)
+        bits = np.array([*factors, *padding], dtype=np.float32).view(np.int32)
+        packed = np.concatenate((columns, np.array([*tokens, *padding], dtype=np.int32), bits))
+        return cls(torch.from_numpy(packed).to(device), len(tiles), block)
 
     def become(self, other: Tiles) -> None:
-        """Hold what others of the same shapes hold, in the same place."""
-        for name in ("slot", "begin", "size", "token", "weight"):
-            getattr(self, name).copy_(getattr(other, name))
+        """Hold what others of the same shapes hold, on any device, in the same place."""
+        self._packed.copy_(other._packed)
 
-    def to(self, device: str) -> Tiles:
+    def to(self, device: str | torch.device) -> Tiles:
         """A copy elsewhere."""
-        place = {name: getattr(self, name).to(device) for name in ("slot", "begin", "size", "token", "weight")}
-        return Tiles(**place, block=self.block)
+        return Tiles(self._packed.to(device), self.num_tiles, self.block)
 
     @property
     def num_warps(self) -> int:
         """Of 32 threads, that compute a tile."""
         return 8 if self.block == 64 else 4
-
-    @property
-    def num_tiles(self) -> int:
-        return self.slot.shape[0]
 
     @property
     def num_pairs(self) -> int:
