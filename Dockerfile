@@ -16,6 +16,7 @@ COPY --from=build /opt/loraplex /opt/loraplex
 RUN useradd --create-home --uid 10001 loraplex
 USER loraplex
 WORKDIR /home/loraplex
+RUN mkdir .triton
 EXPOSE 8000
 HEALTHCHECK --start-period=60s --interval=10s --timeout=3s \
     CMD python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"
