@@ -18,13 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
+from loraplex.kernels.triton_support import padded
+
+MOST_AT_ONCE = 16384  # logits that a program looks at together: it goes through the row some sixty times
 
 
 def truncate_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """y."""
     y = torch.empty_like(logits)
-    _truncate[(logits.shape[0],)](y, logits, top_k, top_p, min_p, logits.shape[1], BLOCK=BLOCK)
+    block = min(padded(logits.shape[1]), MOST_AT_ONCE)
+    _truncate[(logits.shape[0],)](
+        y, logits, top_k, top_p, min_p, logits.shape[1], BLOCK=block, num_warps=min(max(block // 512, 1), 32)
+    )
     return y
 
 
@@ -40,10 +45,11 @@ def _truncate(y, logits, top_k, top_p, min_p, width, BLOCK: tl.constexpr):  # ty
     row = tl.program_id(0)
     own = logits + row.to(tl.int64) * width
     numbers = tl.arange(0, BLOCK)
-    most = tl.full((), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for begin in range(0, width, BLOCK):
         x = tl.load(own + begin + numbers, mask=begin + numbers < width, other=float("-inf"))
-        most = tl.maximum(most, tl.max(x, axis=0))
+        largest = tl.maximum(largest, x)
+    most = tl.max(largest, axis=0)
     highest = _order(most)
     lowest = _order(most * 0.0 + float("-inf"))
     threshold = lowest
@@ -52,29 +58,30 @@ def _truncate(y, logits, top_k, top_p, min_p, width, BLOCK: tl.constexpr):  # ty
         low, high = lowest, highest
         while low < high:
             middle = low + (high - low + 1) // 2
-            count = tl.zeros((), tl.int32)
+            counts = tl.zeros((BLOCK,), tl.int32)  # added up once: meanwhile no thread waits for another
             for begin in range(0, width, BLOCK):
                 x = tl.load(own + begin + numbers, mask=begin + numbers < width, other=float("-inf"))
-                count += tl.sum(((_order(x) >= middle) & (begin + numbers < width)).to(tl.int32), axis=0)
-            if count >= k:
+                counts += ((_order(x) >= middle) & (begin + numbers < width)).to(tl.int32)
+            if tl.sum(counts, axis=0) >= k:
                 low = middle
             else:
                 high = middle - 1
         threshold = low
     p = tl.load(top_p + row)
     if p < 1.0:  # the largest threshold whose logits have that much of what top-k has kept
-        total = tl.zeros((), tl.float32)
+        masses = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, width, BLOCK):
             x = tl.load(own + begin + numbers, mask=begin + numbers < width, other=float("-inf"))
-            total += tl.sum(tl.where(_order(x) >= threshold, tl.exp(x - most), 0.0), axis=0)
+            masses += tl.where(_order(x) >= threshold, tl.exp(x - most), 0.0)
+        wanted = p * tl.sum(masses, axis=0)
         low, high = threshold, highest
         while low < high:
             middle = low + (high - low + 1) // 2
-            mass = tl.zeros((), tl.float32)
+            masses = tl.zeros((BLOCK,), tl.float32)
             for begin in range(0, width, BLOCK):
                 x = tl.load(own + begin + numbers, mask=begin + numbers < width, other=float("-inf"))
-                mass += tl.sum(tl.where(_order(x) >= middle, tl.exp(x - most), 0.0), axis=0)
-            if mass >= p * total:
+                masses += tl.where(_order(x) >= middle, tl.exp(x - most), 0.0)
+            if tl.sum(masses, axis=0) >= wanted:
                 low = middle
             else:
                 high = middle - 1

@@ -7,6 +7,7 @@ import torch
 from support.mixes import DEVICE
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from loraplex.kernels.fused import truncation
 from loraplex.kernels.fused.truncation import truncate_logits, truncate_logits_reference
 
 WIDTH = 2500
@@ -26,7 +27,10 @@ def logits() -> torch.Tensor:
     return torch.randn(len(CASES), WIDTH, generator=torch.Generator().manual_seed(1)).mul(3).to(DEVICE)
 
 
-def test_truncation_equals_sorting() -> None:
+@pytest.mark.parametrize("at_once", [512, 16384])
+def test_truncation_equals_sorting(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are looked at in one piece, and in several, the last one cut short."""
+    monkeypatch.setattr(truncation, "MOST_AT_ONCE", at_once)
     given, filters = logits(), columns(CASES)
     found = truncate_logits(given, *filters)
     expected = truncate_logits_reference(given.cpu(), *(column.cpu() for column in filters))
