@@ -6,6 +6,7 @@ GPTQ and AWQ are left out where `gptqmodel` and `optimum` are not: CI does not r
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +35,7 @@ from loraplex.engines.protocol import Adapter
 
 COMPRESSED = ("compressed_tensors",)
 GPTQMODEL = ("gptqmodel", "optimum")
+_MOSTLY = 0.05  # of most answers, whose numbers do not round the other way
 
 
 def _torchao(kind: str, *options: Any) -> Any:
@@ -89,10 +91,11 @@ FORMS = (
     Form("compressed-tensors-int4", compressed_tensors("W4A16"), COMPRESSED),
     Form("compressed-tensors-int4-asymmetric", compressed_tensors("W4A16_ASYM"), COMPRESSED),
     Form("compressed-tensors-int8", compressed_tensors("W8A16"), COMPRESSED),
-    # activations in 8 bits by the token, then in E4M3, which has steps of 1/8
+    # activations in 8 bits by the token, then in E4M3, which has steps of 1/8: one number of a prompt that rounds the
+    # other way moves every answer to it by up to a tenth; the other answers are the same to the last bit
     Form("compressed-tensors-w8a8", compressed_tensors("W8A8"), COMPRESSED, tolerance=0.2, exactly=0.05),
-    Form("compressed-tensors-fp8", compressed_tensors("FP8"), COMPRESSED, tolerance=0.4, exactly=0.05),
-    Form("compressed-tensors-fp8-dynamic", compressed_tensors("FP8_DYNAMIC"), COMPRESSED, tolerance=0.4, exactly=0.05),
+    Form("compressed-tensors-fp8", compressed_tensors("FP8"), COMPRESSED, tolerance=0.4, exactly=0.15),
+    Form("compressed-tensors-fp8-dynamic", compressed_tensors("FP8_DYNAMIC"), COMPRESSED, tolerance=0.4, exactly=0.15),
     Form("fp8-blocks", fp8_blocks),
     Form("mxfp4-experts", mxfp4_experts, architecture="gpt_oss"),
     # bfloat16, scales too, whatever the model's type
@@ -147,12 +150,15 @@ def test_quantised_base_with_adapters_gives_what_its_dequantised_weights_give(fo
         if form.exactly is None:
             assert expected.argmax(-1).tolist() == answers[one.name].tokens
     if form.exactly is not None:
+        errors = []
         for adapter in (None, trained[0].adapter):
             model = _over_quantised(quantised, tmp_path / adapter.name if adapter else None)
             for one in asked:
                 if one.adapter == adapter:
                     expected = expected_logprobs(model, one, answers[one.name].tokens)
-                    assert relative_error(answers[one.name], expected) <= form.exactly, one.name
+                    errors.append(relative_error(answers[one.name], expected))
+        assert max(errors) <= form.exactly, errors
+        assert statistics.median(errors) <= _MOSTLY, errors
 
 
 @pytest.mark.filterwarnings("ignore")
