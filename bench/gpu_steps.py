@@ -150,11 +150,13 @@ def _sequence(number: int, length: int, blocks: range, adapter: Adapter | None) 
     return sequence
 
 
-def measure(world: World, shape: str, counts: list[int], floor: float, device: torch.device) -> list[Figure]:
+def measure(
+    world: World, shape: str, counts: list[int], floor: float, device: torch.device, rounds: int
+) -> list[Figure]:
     figures = []
 
     def add(phase: str, batch: int, num_adapters: int, num_tokens: int, mixed: Batch, base: Batch) -> None:
-        seconds, alone = (seconds_of(partial(world.runner.run, one), device, rounds=20) for one in (mixed, base))
+        seconds, alone = (seconds_of(partial(world.runner.run, one), device, rounds) for one in (mixed, base))
         replayed = phase == "decode" and world.replays
         figures.append(Figure(shape, phase, batch, num_adapters, len(world.adapters), seconds * 1e3,
                               num_tokens / seconds, alone / seconds, seconds / floor, replayed))  # fmt: skip
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--adapters", default="0,1,8,32,64,256", help="distinct ones in a step, separated by commas")
     parser.add_argument("--resident", type=int, default=0, help="adapters in the arena, if more than those in a step")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     logging.basicConfig()
@@ -198,7 +201,7 @@ def main() -> None:
         options.shape, max(options.resident, *counts), max(32, *counts), device, uses_kernels=device.type == "cuda"
     )
     floor = world.weight_bytes / copy_bandwidth(device)
-    figures = measure(world, options.shape, counts, floor, device)
+    figures = measure(world, options.shape, counts, floor, device, options.rounds)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures]))
 
