@@ -98,7 +98,7 @@ class Tiles:
                 tiles.append((slot, len(tokens) + first, size))
             tokens += group
         factors = [1.0 if weights is None else weights[token] for token in tokens]
-        tiles += [(NOBODY, 0, 0)] * max(room[0] - len(tiles), not tiles)
+        tiles += [(NOBODY, 0, 0)] * (max(room[0], 1) - len(tiles))
         padding = [0] * max(room[1] - len(tokens), 0)
         columns = np.array(tiles, dtype=np.int32).T.reshape(-1)
         bits = np.array([*factors, *padding], dtype=np.float32).view(np.int32)

@@ -51,7 +51,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Compiled:
     """shared: bytes a program wants of a processor. stack: bytes of registers that a thread has to spill to memory.
 
-    copies: bytes of each kind of copy to shared memory that does not wait. loads: bytes of each kind of load.
+    copies: bytes of each kind of copy to shared memory that does not wait. narrow_loads: how many loads of two bytes.
     """
 
     kernel: str
@@ -60,7 +60,7 @@ class Compiled:
     registers: int
     stack: int
     copies: list[int]
-    loads: list[int]
+    narrow_loads: int
 
 
 class _Utils:
@@ -163,7 +163,6 @@ def _told(kernel: Any, case: str) -> Compiled:
     ptx: str = kernel.asm["ptx"]
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _resource_usage(kernel.asm["cubin"])))
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x\w+)", ptx)
-    loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
     return Compiled(
         kernel.name,
         case,
@@ -171,7 +170,7 @@ def _told(kernel: Any, case: str) -> Compiled:
         int(usage["REG"]),
         int(usage["STACK"]),
         sorted({int(size, 16) for size in copies}),
-        sorted({int(vector or 1) * int(bits) // 8 for vector, bits in loads}),
+        len(re.findall(r"ld\.global(?:\.L\w+)*(?:::\w+)*\.b16\b", ptx)),
     )
 
 
