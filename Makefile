@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/loraplex demo
 
 test: .venv/installed-test lint types contracts
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

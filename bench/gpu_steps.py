@@ -1,6 +1,7 @@
 """Whole forward steps of random weights on a GPU: decode and prefill with ever more adapters, against base alone.
 
-    python bench/gpu_steps.py --shape 8b [--adapters 0,1,8,32,64,256] [--resident 0] [--json FILE]
+    python bench/gpu_steps.py --shape 8b [--adapters 0,1,8,32,64,256] [--resident 0] [--context 512] [--chunk 2048]
+        [--json FILE]
 
 No scheduler, gateway or disk: adapters of ranks 8, 16, 32 and 64 in turn are random numbers straight in the arena.
 `floor` is the time in which a plain copy reads and writes as many bytes together as the weights have. Decodes are
@@ -40,7 +41,7 @@ from loraplex.engines.native.step_graphs import WORTH
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 RANKS = (8, 16, 32, 64)
-CONTEXT, CHUNK, BLOCK = 512, 2048, 16
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,17 @@ class World:
     """A model of random weights over its cache, and an arena full of adapters of random numbers."""
 
     def __init__(
-        self, shape: str, num_adapters: int, max_batch: int, device: torch.device, *, uses_kernels: bool
+        self,
+        shape: str,
+        num_adapters: int,
+        max_batch: int,
+        device: torch.device,
+        *,
+        uses_kernels: bool,
+        context: int = 512,
+        chunk: int = 2048,
     ) -> None:
+        self.context, self.chunk = context, chunk
         attention = PagedAttention()
         with torch.device(device):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -72,7 +82,7 @@ class World:
         trial = dry_run(self.model, attention)
         for use_kernel in (use_norm_kernel, use_gate_kernel, use_rotary_kernel):
             use_kernel(self.model, uses_kernels=uses_kernels)
-        num_blocks = max_batch * (CONTEXT // BLOCK + 1) + CHUNK // BLOCK
+        num_blocks = max_batch * (context // BLOCK + 1) + chunk // BLOCK
         attention.allocate(num_blocks * BLOCK, self.model.dtype, device)
         plans = [_plan(number, RANKS[number % len(RANKS)], trial) for number in range(num_adapters)]
         arena = Arena(max(sum(plan.size for plan in plans), 1), self.model.dtype, device)
@@ -104,16 +114,17 @@ class World:
         return sum(size for name, size in sizes.items() if "embed_tokens" not in name)
 
     def decode(self, batch: int, adapters: list[Adapter]) -> Batch:
-        width = CONTEXT // BLOCK + 1
+        width = self.context // BLOCK + 1
         return Batch(step=0, segments=tuple(
-            Segment(_sequence(number, CONTEXT, range(number * width, (number + 1) * width), _nth(adapters, number)),
-                    start=CONTEXT - 1, num_tokens=1, samples=True)
+            Segment(_sequence(number, self.context, range(number * width, (number + 1) * width),
+                              _nth(adapters, number)),
+                    start=self.context - 1, num_tokens=1, samples=True)
             for number in range(batch)
         ))  # fmt: skip
 
     def prefill(self, adapters: list[Adapter]) -> Batch:
-        sequence = _sequence(0, CHUNK, range(CHUNK // BLOCK), _nth(adapters, 0))
-        return Batch(step=0, segments=(Segment(sequence, start=0, num_tokens=CHUNK, samples=True),))
+        sequence = _sequence(0, self.chunk, range(self.chunk // BLOCK), _nth(adapters, 0))
+        return Batch(step=0, segments=(Segment(sequence, start=0, num_tokens=self.chunk, samples=True),))
 
 
 def _nth(adapters: list[Adapter], number: int) -> Adapter | None:
@@ -181,7 +192,7 @@ def measure(
     for count in counts:
         decodes(max(32, count), count)
     for count in (0, 1):
-        add("prefill", 1, count, CHUNK, world.prefill(world.adapters[:count]), world.prefill([]))
+        add("prefill", 1, count, world.chunk, world.prefill(world.adapters[:count]), world.prefill([]))
     return figures
 
 
@@ -190,6 +201,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--adapters", default="0,1,8,32,64,256", help="distinct ones in a step, separated by commas")
     parser.add_argument("--resident", type=int, default=0, help="adapters in the arena, if more than those in a step")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each decoded sequence")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prefill")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
@@ -198,8 +211,9 @@ def main() -> None:
     counts = [int(count) for count in options.adapters.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(
-        options.shape, max(options.resident, *counts), max(32, *counts), device, uses_kernels=device.type == "cuda"
-    )
+        options.shape, max(options.resident, *counts), max(32, *counts), device,
+        uses_kernels=device.type == "cuda", context=options.context, chunk=options.chunk,
+    )  # fmt: skip
     floor = world.weight_bytes / copy_bandwidth(device)
     figures = measure(world, options.shape, counts, floor, device, options.rounds)
     if options.json:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.timeout(300)
 def test_gpu_steps_measure_decodes_with_and_without_replays_and_prefills(tmp_path: Path) -> None:
     found = tmp_path / "steps.json"
-    options = ["--shape", "toy", "--adapters", "2", "--rounds", "2", "--json", str(found)]
-    subprocess.run([sys.executable, "bench/gpu_steps.py", *options], cwd=ROOT, check=True, timeout=240)
+    options = ["--shape", "toy", "--adapters", "2", "--rounds", "2", "--context", "64", "--chunk", "128"]
+    command = [sys.executable, "bench/gpu_steps.py", *options, "--json", str(found)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     figures = json.loads(found.read_text())
     decodes = {(f["batch"], f["num_adapters"], f["replayed"]) for f in figures if f["phase"] == "decode"}
     assert {(1, 0, False), (8, 0, False), (32, 2, False)} <= decodes

@@ -32,7 +32,8 @@ class Session:
     def __init__(self, client: AdminClient, as_json: bool) -> None:
         self.client = client
         self.as_json = as_json
-        self._screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        # where lines are read by other programs, a row is one line, however long
+        self._screen = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
 
     def tenant(self, name_or_id: str) -> str:
         """The id. Raises CommandFailed where no tenant is called so."""

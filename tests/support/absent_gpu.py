@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from gpu_steps import BLOCK, CHUNK, CONTEXT, RANKS, World
+from gpu_steps import BLOCK, RANKS, World
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -188,7 +188,7 @@ def compiled_by_steps(capability: int) -> dict[str, int]:
     """Kernel -> how many forms of it an engine compiles that has begun, while steps of many sizes come by."""
     with _gpu(capability) as launched:
         world = World("toy", 40, 40, CPU, uses_kernels=True)
-        runner, width = world.runner, CONTEXT // BLOCK + 1
+        runner, width = world.runner, world.context // BLOCK + 1
         runner.logits(world.prefill([]))
         runner.logits(world.decode(2, []))
         runner.compile_kernels(max(RANKS))
@@ -198,7 +198,7 @@ def compiled_by_steps(capability: int) -> dict[str, int]:
             decodes = world.decode(batch, world.adapters).segments
             chunk = world.prefill(world.adapters[batch % 40 :]).segments[0]
             chunk = replace(chunk, num_tokens=8 + 13 * batch)
-            chunk.sequence.block_table = list(range(40 * width, 40 * width + CHUNK // BLOCK))
+            chunk.sequence.block_table = list(range(40 * width, 40 * width + world.chunk // BLOCK))
             runner.logits(Batch(step=0, segments=decodes))
             runner.logits(Batch(step=0, segments=(chunk,)))
             runner.logits(Batch(step=0, segments=(*decodes, chunk)))
