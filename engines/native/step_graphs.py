@@ -24,7 +24,7 @@ from loraplex.engines.native.lora import Owners
 from loraplex.engines.native.replays import Inputs, Recording, Replays, Step
 
 MOST_GRAPHS = 64  # a few megabytes each
-WORTH = 16  # steps of a kind after which it is captured: that takes about as long as they took too long
+WORTH = 3  # steps of a kind after which it is captured: that takes about as long as they took too long
 
 # (token ids, positions, numbers of the tokens that are sampled) -> their logits.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
