@@ -9,7 +9,7 @@ that depend on values, chance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -47,6 +47,14 @@ class _Place:
     offset: int
 
 
+@dataclass(slots=True)
+class _Use:
+    """The numbers of the first and the last entry that have to do with some memory."""
+
+    first: int
+    last: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Operation:
     """`outputs` are those that it makes anew, none where it writes to what was there."""
@@ -56,13 +64,9 @@ class _Operation:
     kwargs: Any
     outputs: Any
 
-    @property
-    def values(self) -> tuple[Any, ...]:
-        return self.args, self.kwargs, self.outputs
-
     def found(self, find: Callable[[Any], Any]) -> _Operation:
         """The same with tensors where places were."""
-        return _Operation(self.function, *(_mapped(find, part) for part in self.values))
+        return _Operation(self.function, *(_mapped(find, part) for part in (self.args, self.kwargs, self.outputs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,9 @@ class _KernelCall:
     kernel: Kernel
     arguments: tuple[Any, ...]
 
-    @property
-    def values(self) -> tuple[Any, ...]:
-        return self.arguments
-
-    def found(self, find: Callable[[Any], Any]) -> _KernelCall:
-        """The same with tensors where places were."""
-        return _KernelCall(self.kernel, tuple(map(find, self.arguments)))
+    def found(self, address: Callable[[Any], Any]) -> Call:
+        """The call with addresses where places were."""
+        return self.kernel, tuple(map(address, self.arguments))
 
 
 @contextmanager
@@ -124,8 +124,9 @@ class Pool:
 class Graph:
     """A pass that was captured. Its result lies in the pool: it is gone with the next replay of any graph there."""
 
-    def __init__(self, steps: Sequence[Callable[[], object]], result: Tensor) -> None:
+    def __init__(self, steps: Sequence[Callable[[], object]], result: Tensor, memory: Tensor) -> None:
         self._steps = steps
+        self._memory = memory  # which the steps know by its address
         self.result = result
 
     def replay(self) -> Tensor:
@@ -142,6 +143,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._entries: list[_Operation | _KernelCall] = []
         self._made: dict[int, int] = {}  # address of memory that was made within -> bytes
+        self._used: dict[int, _Use] = {}  # the same -> by which entries
         self._kept: list[Any] = []  # so that no address is given twice
         self._refusal: str | None = None
 
@@ -149,6 +151,11 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def capturing(self) -> Iterator[None]:
         with listening(self._note_kernel), _noticing_readings(self._note_reading), self:
             yield
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Of torch's: nothing is compiled within, and keeping compilers off takes longer than an operation."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -160,6 +167,10 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if _is_view(func):
             return output
+        if _is_allocation(func) and _is_plain(output):
+            self._kept.append(output)
+            self._note_memory(output)
+            return output
         self._kept.append((args, kwargs, output))
         self._refusal = self._refusal or self._note(func, args, kwargs, [*_leaves(output)])
         return output
@@ -168,24 +179,26 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Of the pass that ended with this result. Raises NotCapturable naming what stands against it."""
         if self._refusal is not None:
             raise NotCapturable(self._refusal)
-        last = self._place(result)
-        memory = _laid_out(self._made, self._entries, kept=_memories([last]))
+        last = self._place(result)  # which is used after all entries
+        memory = _laid_out(self._made, self._used)
         taken = pool.take(max((offset + _rounded(self._made[key]) for key, offset in memory.items()), default=0))
-        find = partial(_found, memory=memory, pool=taken)
+        find, address = (partial(found, memory=memory, pool=taken) for found in (_found, _found_address))
         steps: list[Callable[[], object]] = []
         calls: list[Call] = []  # that follow one another
         for entry in self._entries:
+            if isinstance(entry, _KernelCall):
+                calls.append(entry.found(address))
+                continue
             found = entry.found(find)
-            call = (found.kernel, found.arguments) if isinstance(found, _KernelCall) else _in_c(found)
+            call = _in_c(found)
             if call is not None:
                 calls.append(call)
                 continue
-            assert isinstance(found, _Operation)
             if calls:
                 steps.append(Calls(calls))
                 calls = []
             steps.append(_repeated(found))
-        return Graph([*steps, Calls(calls)] if calls else steps, find(last))
+        return Graph([*steps, Calls(calls)] if calls else steps, find(last), taken)
 
     def _note(self, func: Any, args: Any, kwargs: Any, outputs: list[Any]) -> str | None:
         """Result: why it cannot be repeated."""
@@ -205,11 +218,14 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if fresh and (func._schema.is_mutable or len(fresh) < len(outputs)):
             return f"{func} makes new tensors beside old ones"
         for output in fresh:
-            self._made[_address(output)] = output.untyped_storage().nbytes()
-        if packet not in _ALLOCATIONS:
-            placed = [_mapped(self._place, part) for part in (args, kwargs, fresh)]
-            self._entries.append(_Operation(func, *placed))
+            self._note_memory(output)
+        placed = [_mapped(self._place, part) for part in (args, kwargs, fresh)]
+        self._entries.append(_Operation(func, *placed))
         return None
+
+    def _note_memory(self, output: Tensor) -> None:
+        if output.numel():
+            self._made[_address(output)] = output.untyped_storage().nbytes()
 
     def _note_reading(self, name: str) -> None:
         self._refusal = self._refusal or f"{name} gives numbers to Python"
@@ -219,10 +235,12 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entries.append(_KernelCall(kernel, tuple(map(self._place, arguments))))
 
     def _place(self, value: Any) -> Any:
-        """Of a tensor that was made within; anything else is itself."""
-        if not _is_plain(value) or _address(value) not in self._made:
+        """Of a tensor that was made within, for the entry that comes next; anything else is itself."""
+        if not _is_plain(value) or (memory := _address(value)) not in self._made:
             return value
-        return _Place(_address(value), value.dtype, tuple(value.shape), value.stride(), value.storage_offset())
+        number = len(self._entries)
+        self._used.setdefault(memory, _Use(number, number)).last = number
+        return _Place(memory, value.dtype, tuple(value.shape), value.stride(), value.storage_offset())
 
 
 @cache
@@ -235,6 +253,12 @@ def _stands_for_several(function: Any) -> bool:
 def _is_view(function: Any) -> bool:
     """Whether an operation computes nothing: what it gives is what it takes, seen otherwise."""
     return isinstance(function, OpOverload) and function.is_view
+
+
+@cache
+def _is_allocation(function: Any) -> bool:
+    """Whether an operation gives memory of which nothing is known yet."""
+    return isinstance(function, OpOverload) and function.overloadpacket in _ALLOCATIONS
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -273,33 +297,18 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
 
 
-def _memories(values: Any) -> set[int]:
-    return {value.memory for value in _leaves(values) if isinstance(value, _Place)}
-
-
-def _laid_out(sizes: dict[int, int], entries: Iterable[_Operation | _KernelCall], kept: set[int]) -> dict[int, int]:
-    """The first byte in the pool of each memory that is used: what is not used any more makes room for others.
-
-    `kept` are used after all entries.
-    """
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    number = 0
-    for number, entry in enumerate(entries):
-        for memory in _memories(entry.values):
-            first.setdefault(memory, number)
-            last[memory] = number
-    last |= dict.fromkeys(kept, number + 1)
+def _laid_out(sizes: dict[int, int], used: dict[int, _Use]) -> dict[int, int]:
+    """The first byte in the pool of each memory that is used: what is not used any more makes room for others."""
     offsets: dict[int, int] = {}
     taken: list[tuple[int, int, int]] = []  # (first byte, end, last entry) of what is in use, in that order
-    for memory in sorted(first, key=first.__getitem__):
-        taken = [room for room in taken if room[2] >= first[memory]]
+    for memory, use in used.items():  # in the order in which they are used first
+        taken = [room for room in taken if room[2] >= use.first]
         size, begin, place = _rounded(sizes[memory]), 0, 0
         for place, (start, end, _) in enumerate([*taken, (2**62, 0, 0)]):  # noqa: B007
             if begin + size <= start:
                 break
             begin = end
-        taken.insert(place, (begin, begin + size, last[memory]))
+        taken.insert(place, (begin, begin + size, use.last))
         offsets[memory] = begin
     return offsets
 
@@ -315,6 +324,13 @@ def _found(value: Any, memory: dict[int, int], pool: Tensor) -> Any:
         return value
     whole = pool[memory[value.memory] :].view(value.dtype)
     return whole.as_strided(value.size, value.stride, whole.storage_offset() + value.offset)
+
+
+def _found_address(value: Any, memory: dict[int, int], pool: Tensor) -> Any:
+    """Where in the pool, which has to be kept, a place is; anything else is itself."""
+    if not isinstance(value, _Place):
+        return value
+    return pool.data_ptr() + memory[value.memory] + value.offset * value.dtype.itemsize
 
 
 def _in_c(operation: _Operation) -> Call | None:

@@ -175,7 +175,7 @@ class LoraLayers:
             step = self.step
             if self._repeats:
                 tokens = self._repeated_sampled if behind_selection else self._repeated
-                add_decode(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous(), index, tokens)
+                add_decode(y, x.contiguous(), index, tokens)
             elif step is not None and index in step.active.touched:
                 groups = step.sampled if behind_selection else step.tokens
                 self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), index, step.active, groups, bias)

@@ -56,7 +56,7 @@ class DecodeRows:
         if q.dtype != keys.dtype:
             raise ValueError(f"q is {q.dtype}, the cache {keys.dtype}")
         q = q.contiguous()
-        out = torch.empty(q.shape[0], q.shape[1], values.shape[2], dtype=q.dtype)
+        out = q.new_empty(q.shape[0], q.shape[1], values.shape[2])
         key = (q.shape[1], *keys.shape[1:], values.shape[2], form.scale, form.window, form.softcap, id(form.sinks))
         known = self._calls.get(key)
         if known is None:

@@ -8,6 +8,7 @@ libraries multiply it number by number, and those for large matrices waste most 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 
 import torch
@@ -17,6 +18,22 @@ from loraplex.kernels.built import function, library
 
 _NAMES = {torch.float32: "loraplex_linear_float", torch.bfloat16: "loraplex_linear_bfloat16"}
 _ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+
+
+class _Scratch(threading.local):
+    """Memory that the calls of a thread use one after another."""
+
+    def __init__(self) -> None:
+        self._floats = torch.empty(0)
+
+    def of(self, size: int) -> Tensor:
+        """At least so many floats; whoever has them from an earlier call may keep using them."""
+        if len(self._floats) < size:
+            self._floats = torch.empty(size)
+        return self._floats
+
+
+_scratch = _Scratch()
 
 
 class _Layer(ctypes.Structure):
@@ -56,9 +73,9 @@ class Linear:
         if x.dtype != self._dtype or x.shape[-1] != self.in_features:
             raise ValueError(f"x is {x.shape[-1]} wide and {x.dtype}, the weight {self.in_features} and {self._dtype}")
         x = x.contiguous()
-        y = torch.empty(*x.shape[:-1], self._out, dtype=self._dtype)
+        y = x.new_empty(*x.shape[:-1], self._out)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
-        scratch = torch.empty(self._scratch_size(num_tokens, num_threads))
+        scratch = _scratch.of(self._scratch_size(num_tokens, num_threads))
         self._run(self._layer, x, y, num_tokens, num_threads, scratch)
         return y
 

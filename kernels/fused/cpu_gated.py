@@ -40,7 +40,7 @@ class Gate:
                 f"gate is {tuple(gate.shape)} of {gate.dtype}, up {tuple(up.shape)} of {up.dtype}: not {self.dtype}"
             )
         width = stride = gate.shape[-1]
-        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        y = gate.new_empty(gate.shape)
         if not (gate.is_contiguous() and up.is_contiguous()):
             gate, up = gate.flatten(0, -2), up.flatten(0, -2)
             if gate.stride() == up.stride() and gate.stride(-1) == 1:

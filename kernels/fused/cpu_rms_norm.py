@@ -47,7 +47,7 @@ class RmsNorm:
         if x.dtype != self.dtype or x.shape[-1] != self.width:
             raise ValueError(f"x is {x.shape[-1]} wide and {x.dtype}, the weight {self.width} for {self.dtype}")
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y = x.new_empty(x.shape)
         self._run(self._norm, x, y, x.numel() // self.width, torch.get_num_threads())
         return y
 

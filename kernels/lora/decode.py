@@ -140,8 +140,9 @@ def has_tiles(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep) -> None:
-    """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens. x: Shape [T, in]. y: Shape [T, out], both contiguous.
+    """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens.
 
+    x: Shape [..., in]. y: Shape [..., out]. Both are contiguous.
     Sums are in float32 and rounded once, so a 16-bit y is nearer the formula than by the torch forms.
     """
     table, tokens = step.structures
