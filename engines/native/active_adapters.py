@@ -52,6 +52,7 @@ class ActiveAdapters:
         self._arena = arena
         self._modules = modules
         self._plans = [arena.plan(adapter_id) for adapter_id in adapter_ids]
+        self._ranks = [plan.rank for plan in self._plans]
         self._entries = [plan.entries for plan in self._plans]
         self._flats = [arena.flat(adapter_id) for adapter_id in adapter_ids]
         self._version = arena.version
@@ -67,8 +68,7 @@ class ActiveAdapters:
         """
         if not adapter_ids <= self.positions.keys() or not self._is_in_place():
             return False
-        wanted = [self.positions[adapter_id] for adapter_id in adapter_ids]
-        return sum(plan.rank for plan in self._plans) <= 2 * sum(self._plans[position].rank for position in wanted)
+        return sum(self._ranks) <= 2 * sum(self._ranks[self.positions[adapter_id]] for adapter_id in adapter_ids)
 
     def _is_in_place(self) -> bool:
         """Whether all of them still lie where they did: what else lies there now might be no number times zero."""

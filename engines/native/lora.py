@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,16 @@ class LoraStep:
     sampled: TokenGroups
 
 
+class _Repeated(NamedTuple):
+    """What LoRA's part of a repeated step depends on."""
+
+    active: ActiveAdapters
+    positions: list[int]
+    weights: list[float]
+    sampled: list[int]
+    num_threads: int
+
+
 class LoraLayers:
     """The wrapped layers of one model and the step they work on."""
 
@@ -162,6 +173,7 @@ class LoraLayers:
         self._recent: list[ActiveAdapters] = []
         self._left_to_stack = 0
         self._repeated, self._repeated_sampled = CurrentStep(), CurrentStep()
+        self._latest_repeated: _Repeated | None = None
         self._repeats = False
 
     def wrap(self, layer: nn.Module, module: BaseModule, *, behind_selection: bool) -> None:
@@ -235,11 +247,23 @@ class LoraLayers:
             active = self._active(names)
             positions = [active.positions[some[0][0]] if some else -1 for some in owners]
             weights = [some[0][1] if some else 0.0 for some in owners]
-            self._repeated.become(DecodeStep(active.table, positions, weights))
-            self._repeated_sampled.become(
-                DecodeStep(active.table, [positions[token] for token in sampled], [weights[token] for token in sampled])
-            )
+            self._repeat(_Repeated(active, positions, weights, [*sampled], torch.get_num_threads()))
         return self._repeats
+
+    def _repeat(self, step: _Repeated) -> None:
+        """Most steps are of the same tokens' owners as the one before."""
+        if step == self._latest_repeated:
+            return
+        self._latest_repeated = step
+        tokens = DecodeStep(step.active.table, step.positions, step.weights)
+        self._repeated.become(tokens)
+        if step.sampled != [*range(len(step.positions))]:
+            tokens = DecodeStep(
+                step.active.table,
+                [step.positions[token] for token in step.sampled],
+                [step.weights[token] for token in step.sampled],
+            )
+        self._repeated_sampled.become(tokens)
 
     def _active(self, adapter_ids: tuple[str, ...]) -> ActiveAdapters:
         """Recent sets are kept: while their adapters come and go, little is made anew."""
