@@ -37,7 +37,7 @@ from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.native.step_graphs import WORTH
+from loraplex.engines.native.step_graphs import MOST
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 RANKS = (8, 16, 32, 64)
@@ -181,7 +181,7 @@ def measure(
         if not could:
             return
         world.replays = True
-        for _ in range(WORTH + 2):  # until they are captured and checked
+        for _ in range(MOST + 2):  # until they are captured and checked
             world.runner.run(mixed)
             world.runner.run(base)
         if world.replays:

@@ -10,6 +10,7 @@ goes through the model as before.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from loraplex.engines.native.lora import Owners
 from loraplex.engines.native.replays import Inputs, Recording, Replays, Step
 
 MOST_GRAPHS = 64  # a few megabytes each
-WORTH = 3  # steps of a kind after which it is captured: that takes about as long as they took too long
+FEWEST, MOST = 3, 16  # steps of a kind after which it is captured: see `_Worth`
 
 # (token ids, positions, numbers of the tokens that are sampled) -> their logits.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,7 +53,29 @@ class _Kind(NamedTuple):
 class _Captured:
     inputs: Inputs
     graph: Recording
+    seconds: float  # that it took
     is_checked: bool = False
+
+
+class _Worth:
+    """After how many steps of a kind it pays to capture it: when they took as much too long as a capture takes.
+
+    A small model's is earned by the next few steps, a large one's, whose Python is little beside its weights, later.
+    """
+
+    def __init__(self) -> None:
+        self._taken = self._saved = 0.0
+
+    def learn(self, taken: float, saved: float) -> None:
+        """A capture took so many seconds, its check included; a replay takes so many less than the model."""
+        self._taken += taken
+        self._saved += saved
+
+    @property
+    def num_steps(self) -> int:
+        if not self._taken:
+            return FEWEST
+        return MOST if self._saved * MOST <= self._taken else max(round(self._taken / self._saved), FEWEST)
 
 
 class StepGraphs:
@@ -67,6 +90,7 @@ class StepGraphs:
         self._replays = replays
         self._graphs: dict[_Kind, _Captured] = {}  # the one that was used last is the last
         self._num_steps: Counter[_Kind] = Counter()  # before each was captured
+        self._worth = _Worth()
 
     def takes(self, step: Step) -> bool:
         """Whether it may be replayed: a small step, whose adapters do nothing but LoRA, one a token."""
@@ -85,15 +109,16 @@ class StepGraphs:
 
     def _compute(self, inputs: Inputs, kind: _Kind) -> Tensor:
         self._num_steps[kind] += 1
-        self.is_settled = self._num_steps[kind] <= WORTH
+        self.is_settled = self._num_steps[kind] <= self._worth.num_steps
         if self.is_settled:
             return self._through_model(inputs)
+        began = time.perf_counter()
         try:
             logits, graph = self._replays.record(partial(self._through_model, inputs))
         except NotCapturable as error:
             self._give_up(str(error))
             return self._through_model(inputs)
-        self._graphs[kind] = _Captured(inputs, graph)
+        self._graphs[kind] = _Captured(inputs, graph, seconds=time.perf_counter() - began)
         if len(self._graphs) > MOST_GRAPHS:
             longest_unused = next(iter(self._graphs))
             del self._graphs[longest_unused], self._num_steps[longest_unused]
@@ -104,9 +129,14 @@ class StepGraphs:
         self.is_settled = captured.is_checked
         if captured.is_checked:
             return captured.graph.replay()
+        began = time.perf_counter()
         logits = self._through_model(captured.inputs)
+        computed = time.perf_counter()
+        replayed = captured.graph.replay()
+        # what recording took beyond a step, and this step takes beyond a replay, together is what recording took
+        self._worth.learn(captured.seconds, saved=(computed - began) - (time.perf_counter() - computed))
         captured.is_checked = True
-        if not self._replays.agree(captured.graph.replay(), logits):
+        if not self._replays.agree(replayed, logits):
             self._give_up("a replay gave other numbers than the model")
         return logits
 

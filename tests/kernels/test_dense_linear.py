@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
     y = linear(x)
     assert torch.isnan(y[3]).all()
     assert torch.isfinite(y[[row for row in range(12) if row != 3]]).all()
+
+
+def test_layers_are_computed_in_several_threads_at_once() -> None:
+    """Each thread has scratch of its own, which grows with the widest step."""
+    linear = Linear(*a_layer(2048, 100, torch.bfloat16))
+    steps = [torch.randn(num_tokens, 2048).bfloat16() for num_tokens in (2, 40, 3, 300, 5, 130, 64, 17)]
+    expected = [linear(x) for x in steps]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(linear, steps * 8))
+    assert all(torch.equal(y, wanted) for y, wanted in zip(found, expected * 8, strict=True))
 
 
 def test_kernel_is_for_cpus_and_types_it_knows() -> None:

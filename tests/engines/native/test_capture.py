@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -61,6 +62,18 @@ def test_every_number_that_is_read_was_written_before() -> None:
     expected = graph.replay().clone()
     pool.take(0).view(torch.float32).fill_(torch.nan)
     assert torch.equal(graph.replay(), expected)
+
+
+def test_memory_of_a_graph_outlives_a_pool_that_grew() -> None:
+    """Its kernels know it by its address alone, and its result may lie elsewhere."""
+    x, pool, result = torch.randn(5, WIDTH), Pool(), torch.empty(5, WIDTH)
+    first, second = (Linear(weight) for weight in WEIGHTS)
+    graph = captured(lambda x: result.copy_(second(first(x))), x, pool)
+    memory = weakref.ref(pool.take(0))
+    assert len(pool.take(2**20)) == 2**20
+    x.copy_(torch.randn(5, WIDTH))
+    assert torch.equal(graph.replay(), second(first(x)))
+    assert memory() is not None
 
 
 def test_memory_is_used_again() -> None:

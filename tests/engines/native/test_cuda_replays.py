@@ -62,7 +62,8 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a kind are captured when the second one comes, and attention takes few of the interpreter's programs."""
-    monkeypatch.setattr(step_graphs, "WORTH", 1)
+    for bound in ("FEWEST", "MOST"):
+        monkeypatch.setattr(step_graphs, bound, 1)
     monkeypatch.setattr(device_attention, "_PROGRAMS", 12)
 
 

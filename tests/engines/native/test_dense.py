@@ -11,6 +11,7 @@ from torch import nn
 
 from loraplex.engines.native import dense
 from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
+from loraplex.kernels.built import Argument, listening
 from loraplex.kernels.dense.linear import Linear, is_available
 
 pytestmark = pytest.mark.skipif(
@@ -60,6 +61,22 @@ def test_kernel_computes_as_many_tokens_as_it_is_faster_for(
         wanted = Linear(theirs[0].weight, theirs[0].bias)(x) if num_tokens in expected else theirs[0](x)
         assert torch.equal(model[0](x), wanted)
         torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_kernels_are_timed_as_captured_steps_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls over the same memory, without the layers' Python."""
+    heard: list[tuple[Argument, ...]] = []
+    kernels = [Linear(torch.randn(48, 32)), Linear(torch.randn(16, 32))]
+    x = torch.randn(3, 32)
+    with listening(lambda kernel, arguments: heard.append(arguments)):
+        [together] = dense._as_replayed(kernels, x)
+    expected = [kernel(x) for kernel in kernels]
+    written = [argument for arguments in heard for argument in arguments[2:3] if isinstance(argument, torch.Tensor)]
+    for y in written:
+        y.zero_()
+    monkeypatch.setattr(Linear, "__call__", None)
+    together(x)
+    assert [torch.equal(y, wanted) for y, wanted in zip(written, expected, strict=True)] == [True, True]
 
 
 def test_layers_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

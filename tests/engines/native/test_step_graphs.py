@@ -26,7 +26,8 @@ PLAIN = ["rank-4", "rank-8", "rank-16-rslora", "rank-64-mlp"]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a kind are captured when the second one comes."""
-    monkeypatch.setattr(step_graphs, "WORTH", 1)
+    for bound in ("FEWEST", "MOST"):
+        monkeypatch.setattr(step_graphs, bound, 1)
 
 
 class Forwards:
@@ -132,6 +133,29 @@ def test_graphs_that_were_not_used_for_longest_are_forgotten(
     graphs = core._machine.runner.graphs
     assert graphs is not None
     assert len(graphs._graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("captures", "expected"),
+    [
+        ([], 3),
+        ([(0.08, 0.02)], 4),
+        ([(0.01, 0.02)], 3),
+        ([(0.16, 0.0125)], 13),
+        ([(0.16, 0.001)], 16),
+        ([(0.1, -0.01)], 16),  # a step that was held up
+        ([(0.08, 0.02), (0.08, 0.0)], 8),
+    ],
+)
+def test_capture_waits_until_its_price_was_lost(
+    monkeypatch: pytest.MonkeyPatch, captures: list[tuple[float, float]], expected: int
+) -> None:
+    monkeypatch.setattr(step_graphs, "FEWEST", 3)
+    monkeypatch.setattr(step_graphs, "MOST", 16)
+    worth = step_graphs._Worth()
+    for taken, saved in captures:
+        worth.learn(taken, saved)
+    assert worth.num_steps == expected
 
 
 def test_adapters_that_do_more_than_lora_go_through_the_model(small: SmallWorld) -> None:
