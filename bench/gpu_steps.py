@@ -37,7 +37,7 @@ from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.native.step_graphs import MOST
+from loraplex.engines.native.step_graphs import MOST_STEPS
 from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 RANKS = (8, 16, 32, 64)
@@ -181,7 +181,7 @@ def measure(
         if not could:
             return
         world.replays = True
-        for _ in range(MOST + 2):  # until they are captured and checked
+        for _ in range(MOST_STEPS + 2):  # until they are captured and checked
             world.runner.run(mixed)
             world.runner.run(base)
         if world.replays:
@@ -202,10 +202,12 @@ def main() -> None:
     parser.add_argument("--adapters", default="0,1,8,32,64,256", help="distinct ones in a step, separated by commas")
     parser.add_argument("--resident", type=int, default=0, help="adapters in the arena, if more than those in a step")
     parser.add_argument("--context", type=int, default=512, help="tokens of each decoded sequence")
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prefill")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prefill, whole blocks of 16")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    if options.chunk % BLOCK:
+        parser.error(f"--chunk {options.chunk} is not a multiple of {BLOCK}")
     logging.basicConfig()
     logging.getLogger("loraplex.engine").setLevel(logging.INFO)  # which says why steps are not replayed
     counts = [int(count) for count in options.adapters.split(",")]

@@ -235,7 +235,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entries.append(_KernelCall(kernel, tuple(map(self._place, arguments))))
 
     def _place(self, value: Any) -> Any:
-        """Of a tensor that was made within, for the entry that comes next; anything else is itself."""
+        """Of a tensor that was made within, which the entry that comes next uses; anything else is itself."""
         if not _is_plain(value) or (memory := _address(value)) not in self._made:
             return value
         number = len(self._entries)

@@ -95,7 +95,7 @@ def _numbers_of_tokens(weights: list[Tensor]) -> range:
 
 
 def _as_replayed(kernels: Sequence[Linear], x: Tensor) -> Sequence[Callable[[Tensor], object]]:
-    """The calls that they make of x, without the Python around each: so a captured step makes them, and few are not."""
+    """The calls that they make of x, without the Python around each: as a captured step makes them, and most are."""
     if not calls.is_available():
         return kernels
     made: list[tuple[Kernel, tuple[Argument, ...]]] = []

@@ -25,7 +25,7 @@ from loraplex.engines.native.lora import Owners
 from loraplex.engines.native.replays import Inputs, Recording, Replays, Step
 
 MOST_GRAPHS = 64  # a few megabytes each
-FEWEST, MOST = 3, 16  # steps of a kind after which it is captured: see `_Worth`
+FEWEST_STEPS, MOST_STEPS = 3, 16  # of a kind, after which it is captured: see `_Worth`
 
 # (token ids, positions, numbers of the tokens that are sampled) -> their logits.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,8 +74,10 @@ class _Worth:
     @property
     def num_steps(self) -> int:
         if not self._taken:
-            return FEWEST
-        return MOST if self._saved * MOST <= self._taken else max(round(self._taken / self._saved), FEWEST)
+            return FEWEST_STEPS
+        if self._saved * MOST_STEPS <= self._taken:  # also where replays have saved nothing
+            return MOST_STEPS
+        return max(round(self._taken / self._saved), FEWEST_STEPS)
 
 
 class StepGraphs:

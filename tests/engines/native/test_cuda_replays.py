@@ -62,7 +62,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a kind are captured when the second one comes, and attention takes few of the interpreter's programs."""
-    for bound in ("FEWEST", "MOST"):
+    for bound in ("FEWEST_STEPS", "MOST_STEPS"):
         monkeypatch.setattr(step_graphs, bound, 1)
     monkeypatch.setattr(device_attention, "_PROGRAMS", 12)
 

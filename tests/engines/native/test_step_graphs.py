@@ -26,7 +26,7 @@ PLAIN = ["rank-4", "rank-8", "rank-16-rslora", "rank-64-mlp"]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a kind are captured when the second one comes."""
-    for bound in ("FEWEST", "MOST"):
+    for bound in ("FEWEST_STEPS", "MOST_STEPS"):
         monkeypatch.setattr(step_graphs, bound, 1)
 
 
@@ -150,8 +150,8 @@ def test_graphs_that_were_not_used_for_longest_are_forgotten(
 def test_capture_waits_until_its_price_was_lost(
     monkeypatch: pytest.MonkeyPatch, captures: list[tuple[float, float]], expected: int
 ) -> None:
-    monkeypatch.setattr(step_graphs, "FEWEST", 3)
-    monkeypatch.setattr(step_graphs, "MOST", 16)
+    monkeypatch.setattr(step_graphs, "FEWEST_STEPS", 3)
+    monkeypatch.setattr(step_graphs, "MOST_STEPS", 16)
     worth = step_graphs._Worth()
     for taken, saved in captures:
         worth.learn(taken, saved)
