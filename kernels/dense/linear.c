@@ -11,6 +11,20 @@ typedef struct {
     const void *weight, *bias; /* bias: or NULL */
 } Layer;
 
+/* y[t * out + k] = the tile's sums and a bias, rounded. */
+#define DEFINE_FINISH(T)                                                                          \
+    FOR_EACH_CPU static void finish_##T(const float *sums, const T *bias, T *restrict y, int64_t out, \
+                                        int tokens, int outputs) {                                \
+        float offset[TILE] = {0};                                                                 \
+        for (int k = 0; bias && k < outputs; k++) offset[k] = widen_##T(bias[k]);                 \
+        for (int t = 0; t < tokens; t++)                                                          \
+            for (int k = 0; k < outputs; k++)                                                     \
+                y[t * out + k] = narrow_##T(sums[t * TILE + k] + offset[k]);                      \
+    }
+
+DEFINE_FINISH(float)
+DEFINE_FINISH(bfloat16)
+
 /* One thread's outputs, in tiles. `inputs`: x in float32, or as it is for pairs, where `wide` is not needed. */
 #define DEFINE_OUTPUTS(T)                                                                         \
     static void some_outputs_##T(const Layer *layer, const void *inputs, T *y, int64_t num_tokens, \
@@ -30,11 +44,7 @@ typedef struct {
                 else                                                                              \
                     tile_##T(weight + o * in, (const float *)inputs + begin * in, in, outputs,    \
                              tokens, sums, wide);                                                 \
-                for (int t = 0; t < tokens; t++)                                                  \
-                    for (int k = 0; k < outputs; k++) {                                           \
-                        float offset = bias ? widen_##T(bias[o + k]) : 0;                         \
-                        y[(begin + t) * out + o + k] = narrow_##T(sums[t * TILE + k] + offset);   \
-                    }                                                                             \
+                finish_##T(sums, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
             }                                                                                     \
     }
 

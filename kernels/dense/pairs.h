@@ -5,22 +5,25 @@
 
 #include <immintrin.h>
 
-#define FOR_PAIRS __attribute__((target("avx512f,avx512bw,avx512bf16")))
-#define PAIRED 32          /* numbers in a register of pairs */
-#define PAIRED_OUTPUTS 4   /* by PAIRED_TOKENS: sums held in registers, which are 32 here */
+#define FOR_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define UNROLLED_16 _Pragma("GCC unroll 16")
+#define PAIRED 32        /* numbers in a register of pairs, which has FOLDED sums */
+#define FOLDED 16
+#define PAIRED_OUTPUTS 4 /* by PAIRED_TOKENS: sums held in registers, which are 32 here */
 #define PAIRED_TOKENS 6
 #define PAIRED_OUTPUTS_ALONE 8
+#define ASKING 3         /* blocks of tokens that ask for the next rows: the CPU forgets some of what it is asked for */
 
 static int multiplies_pairs(void) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 
-/* lanes[o][t] += products of PAIRED numbers of w[o] and x[t], or of as many as `inside` has bits. */
+/* lanes[o][t] += products of PAIRED numbers of w[o] and x[t], or of as many as `inside` has bits. `ahead`: asks for the
+   rows of weights that come next. */
 FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 *w, int64_t w_stride,
-                                 const bfloat16 *x, int64_t x_stride, __mmask32 inside, int outputs, int tokens) {
+                                 const bfloat16 *x, int64_t x_stride, __mmask32 inside, int outputs, int tokens,
+                                 int ahead) {
     __m512i weights[PAIRED_OUTPUTS_ALONE];
-    UNROLLED for (int o = 0; o < outputs; o++) {
-        weights[o] = _mm512_maskz_loadu_epi16(inside, w + o * w_stride);
-        READ_AHEAD(w + (o + outputs) * w_stride);
-    }
+    UNROLLED for (int o = 0; o < outputs; o++) weights[o] = _mm512_maskz_loadu_epi16(inside, w + o * w_stride);
+    if (ahead) UNROLLED for (int o = 0; o < outputs; o++) READ_AHEAD(w + (o + outputs) * w_stride);
     UNROLLED for (int t = 0; t < tokens; t++) {
         __m512bh input = (__m512bh)_mm512_maskz_loadu_epi16(inside, x + t * x_stride);
         UNROLLED for (int o = 0; o < outputs; o++)
@@ -28,49 +31,81 @@ FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 
     }
 }
 
-/* As dot there. */
+#define FOLD(shuffle, one, other, low, high) _mm512_add_ps(shuffle(one, other, low), shuffle(one, other, high))
+
+/* Lane q of the result is the sum of the lanes of of[q], for q < count, a constant where it is called. Halves are added
+   first, then their halves, of several at a time, whatever the count. */
+FOR_PAIRS INLINED __m512 fold(__m512 of[FOLDED], int count) {
+    UNROLLED_16 for (int q = 0; q < count; q++)
+        if (!(q & 4)) of[q] = FOLD(_mm512_shuffle_f32x4, of[q], of[q + 4 < count ? q + 4 : q], 0x44, 0xee);
+    UNROLLED_16 for (int q = 0; q < count; q++)
+        if (!(q & 12)) of[q] = FOLD(_mm512_shuffle_f32x4, of[q], of[q + 8 < count ? q + 8 : q], 0x88, 0xdd);
+    UNROLLED_16 for (int q = 0; q < count; q += 2)
+        if (!(q & 12)) of[q] = FOLD(_mm512_shuffle_ps, of[q], of[q + 1 < count ? q + 1 : q], 0x44, 0xee);
+    return FOLD(_mm512_shuffle_ps, of[0], of[2 < count ? 2 : 0], 0x88, 0xdd);
+}
+
+/* sums[k * TILE + o] += folded[k * width + o], all of them constants where it is called. */
+FOR_PAIRS INLINED void add_folded(float *sums, __m512 folded, int width, int tokens) {
+    UNROLLED for (int q = 0; q < tokens * width; q += 4) {
+        float *some = sums + q / width * TILE + q % width;
+        _mm_storeu_ps(some, _mm_add_ps(_mm_loadu_ps(some), ((const __m128 *)&folded)[q / 4]));
+    }
+}
+
+/* As dot there, for outputs <= PAIRED_OUTPUTS, or PAIRED_OUTPUTS_ALONE. Whole fours of sums are written, with zeros. */
 FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t x_stride,
-                                 int64_t depth, float *sums, int outputs, int tokens) {
+                                 int64_t depth, float *sums, int outputs, int tokens, int ahead) {
+    const int width = outputs > PAIRED_OUTPUTS ? PAIRED_OUTPUTS_ALONE : PAIRED_OUTPUTS, at_once = FOLDED / width;
     __m512 lanes[PAIRED_OUTPUTS_ALONE][PAIRED_TOKENS];
-    UNROLLED for (int o = 0; o < outputs; o++)
+    UNROLLED for (int o = 0; o < width; o++)
         UNROLLED for (int t = 0; t < tokens; t++) lanes[o][t] = _mm512_setzero_ps();
     int64_t i = 0;
-    for (; i + PAIRED <= depth; i += PAIRED) add_pairs(lanes, w + i, w_stride, x + i, x_stride, ~0u, outputs, tokens);
+    for (; i + PAIRED <= depth; i += PAIRED)
+        add_pairs(lanes, w + i, w_stride, x + i, x_stride, ~0u, outputs, tokens, ahead);
     if (i < depth)
-        add_pairs(lanes, w + i, w_stride, x + i, x_stride, (1u << (depth - i)) - 1, outputs, tokens);
-    UNROLLED for (int o = 0; o < outputs; o++)
-        UNROLLED for (int t = 0; t < tokens; t++) sums[t * TILE + o] += _mm512_reduce_add_ps(lanes[o][t]);
+        add_pairs(lanes, w + i, w_stride, x + i, x_stride, (1u << (depth - i)) - 1, outputs, tokens, ahead);
+    UNROLLED for (int t = 0; t < tokens; t += at_once) {
+        const int some = tokens - t < at_once ? tokens - t : at_once;
+        __m512 of[FOLDED];
+        UNROLLED_16 for (int q = 0; q < some * width; q++) of[q] = lanes[q % width][t + q / width];
+        add_folded(sums + t * TILE, fold(of, some * width), width, some);
+    }
 }
 
 /* As dots there. */
 FOR_PAIRS INLINED void dots_of_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
-                                     int outputs, int tokens) {
-    if (tokens == 6) dot_pairs(w, in, x, in, depth, sums, outputs, 6);
-    else if (tokens == 5) dot_pairs(w, in, x, in, depth, sums, outputs, 5);
-    else if (tokens == 4) dot_pairs(w, in, x, in, depth, sums, outputs, 4);
-    else if (tokens == 3) dot_pairs(w, in, x, in, depth, sums, outputs, 3);
-    else if (tokens == 2) dot_pairs(w, in, x, in, depth, sums, outputs, 2);
-    else dot_pairs(w, in, x, in, depth, sums, outputs, 1);
+                                     int outputs, int tokens, int ahead) {
+    if (tokens == 6) dot_pairs(w, in, x, in, depth, sums, outputs, 6, ahead);
+    else if (tokens == 5) dot_pairs(w, in, x, in, depth, sums, outputs, 5, ahead);
+    else if (tokens == 4) dot_pairs(w, in, x, in, depth, sums, outputs, 4, ahead);
+    else if (tokens == 3) dot_pairs(w, in, x, in, depth, sums, outputs, 3, ahead);
+    else if (tokens == 2) dot_pairs(w, in, x, in, depth, sums, outputs, 2, ahead);
+    else dot_pairs(w, in, x, in, depth, sums, outputs, 1, ahead);
 }
 
-FOR_PAIRS static void dots_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
-                                 int outputs, int tokens) {
-    if (outputs == 4) dots_of_pairs(w, in, x, depth, sums, 4, tokens);
-    else if (outputs == 3) dots_of_pairs(w, in, x, depth, sums, 3, tokens);
-    else if (outputs == 2) dots_of_pairs(w, in, x, depth, sums, 2, tokens);
-    else dots_of_pairs(w, in, x, depth, sums, 1, tokens);
+FOR_PAIRS INLINED void dots_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
+                                 int outputs, int tokens, int ahead) {
+    if (outputs == 4) dots_of_pairs(w, in, x, depth, sums, 4, tokens, ahead);
+    else if (outputs == 3) dots_of_pairs(w, in, x, depth, sums, 3, tokens, ahead);
+    else if (outputs == 2) dots_of_pairs(w, in, x, depth, sums, 2, tokens, ahead);
+    else dots_of_pairs(w, in, x, depth, sums, 1, tokens, ahead);
 }
 
 FOR_PAIRS static void alone_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
                                   int outputs) {
     int o = 0;
     for (; o + PAIRED_OUTPUTS_ALONE <= outputs; o += PAIRED_OUTPUTS_ALONE)
-        dot_pairs(w + o * in, in, x, in, depth, sums + o, PAIRED_OUTPUTS_ALONE, 1);
-    for (; o < outputs; o++) dot_pairs(w + o * in, in, x, in, depth, sums + o, 1, 1);
+        dot_pairs(w + o * in, in, x, in, depth, sums + o, PAIRED_OUTPUTS_ALONE, 1, 1);
+    for (; o < outputs; o += PAIRED_OUTPUTS) {
+        int m = outputs - o < PAIRED_OUTPUTS ? outputs - o : PAIRED_OUTPUTS;
+        dots_pairs(w + o * in, in, x, depth, sums + o, m, 1, 1);
+    }
 }
 
 /* As tile there, of tokens as they are. */
-static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums) {
+FOR_PAIRS static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens,
+                                 float *sums) {
     int blocks = (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS;
     for (int64_t begin = 0; begin < in; begin += DEPTH, w += DEPTH, x += DEPTH) {
         int64_t depth = in - begin < DEPTH ? in - begin : DEPTH;
@@ -82,7 +117,8 @@ static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int out
             for (int b = 0; b < blocks; b++) {
                 int first = tokens * b / blocks, last = tokens * (b + 1) / blocks;
                 int m = outputs - o < PAIRED_OUTPUTS ? outputs - o : PAIRED_OUTPUTS;
-                dots_pairs(w + o * in, in, x + first * in, depth, sums + first * TILE + o, m, last - first);
+                dots_pairs(w + o * in, in, x + first * in, depth, sums + first * TILE + o, m, last - first,
+                           b < ASKING);
             }
     }
 }
