@@ -235,26 +235,31 @@ class LoraLayers:
             and all(self._arena.plan(adapter_id).why_alone is None for some in kinds for adapter_id, _ in some)
         )
 
-    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int], num_tokens: int) -> bool:
+    def begin_repeated(self, owners: Sequence[Owners], sampled: Sequence[int], num_tokens: int) -> None:
         """Set a step whose layers make the same calls, over the same memory, whichever adapters its tokens have.
 
-        `num_tokens`: padding included. Result: whether there are adapters, without which there are no calls.
+        A step without adapters makes them too, and each returns at once. `num_tokens`: padding included.
         """
         self.step = None
+        self._repeats = True
         names = tuple(sorted({adapter_id for some in owners for adapter_id, _ in some}))
-        self._repeats = bool(names)
-        if names:
-            active = self._active(names)
-            positions = [active.positions[some[0][0]] if some else -1 for some in owners]
-            weights = [some[0][1] if some else 0.0 for some in owners]
-            self._repeat(_Repeated(active, positions, weights, [*sampled], torch.get_num_threads()))
-        return self._repeats
+        if not names:
+            self._repeat(None)
+            return
+        active = self._active(names)
+        positions = [active.positions[some[0][0]] if some else -1 for some in owners]
+        weights = [some[0][1] if some else 0.0 for some in owners]
+        self._repeat(_Repeated(active, positions, weights, [*sampled], torch.get_num_threads()))
 
-    def _repeat(self, step: _Repeated) -> None:
-        """Most steps are of the same tokens' owners as the one before."""
+    def _repeat(self, step: _Repeated | None) -> None:
+        """Most steps are of the same tokens' owners as the one before. None: there are no adapters."""
         if step == self._latest_repeated:
             return
         self._latest_repeated = step
+        if step is None:
+            self._repeated.rest()
+            self._repeated_sampled.rest()
+            return
         tokens = DecodeStep(step.active.table, step.positions, step.weights)
         self._repeated.become(tokens)
         if step.sampled != [*range(len(step.positions))]:

@@ -3,8 +3,8 @@
 Of a small model's step a half and more is Python: modules, hooks, views. A replay makes the kernels' calls alone, over
 the same weights, the same cache, and whichever adapters the step has: on a CPU as `cpu_replays.py` has it, on a GPU as
 a CUDA graph (`cuda_replays.py`).
-A graph's first replay is checked against the model itself; where they differ, or a model cannot be captured, every step
-goes through the model as before.
+A graph's first replay is checked against the model itself, with adapters and without, where one graph serves both; if
+they differ, or a model cannot be captured, every step goes through the model as before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -54,7 +54,7 @@ class _Captured:
     inputs: Inputs
     graph: Recording
     seconds: float  # that it took
-    is_checked: bool = False
+    checked: set[bool] = field(default_factory=set)  # on steps without adapters, on steps with some
 
 
 class _Worth:
@@ -106,7 +106,7 @@ class StepGraphs:
         captured = self._graphs.get(kind)
         inputs = captured.inputs if captured else self._replays.inputs(num_tokens, num_sampled)
         inputs.become(step)
-        logits = self._replay(captured, kind) if captured else self._compute(inputs, kind)
+        logits = self._replay(captured, kind, any(step.owners)) if captured else self._compute(inputs, kind)
         return logits[: len(step.sampled)]
 
     def _compute(self, inputs: Inputs, kind: _Kind) -> Tensor:
@@ -126,18 +126,20 @@ class StepGraphs:
             del self._graphs[longest_unused], self._num_steps[longest_unused]
         return logits
 
-    def _replay(self, captured: _Captured, kind: _Kind) -> Tensor:
+    def _replay(self, captured: _Captured, kind: _Kind, has_adapters: bool) -> Tensor:
         self._graphs[kind] = self._graphs.pop(kind)
-        self.is_settled = captured.is_checked
-        if captured.is_checked:
+        self.is_settled = has_adapters in captured.checked
+        if self.is_settled:
             return captured.graph.replay()
         began = time.perf_counter()
         logits = self._through_model(captured.inputs)
         computed = time.perf_counter()
         replayed = captured.graph.replay()
-        # what recording took beyond a step, and this step takes beyond a replay, together is what recording took
-        self._worth.learn(captured.seconds, saved=(computed - began) - (time.perf_counter() - computed))
-        captured.is_checked = True
+        if not captured.checked:
+            # what recording took beyond a step, and this step takes beyond a replay, together is what recording took
+            saved = (computed - began) - (time.perf_counter() - computed)
+            self._worth.learn(captured.seconds, saved)
+        captured.checked.add(has_adapters)
         if not self._replays.agree(replayed, logits):
             self._give_up("a replay gave other numbers than the model")
         return logits

@@ -183,9 +183,10 @@ static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const
 
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_lora_decode_##T(const Table *t, int64_t module, const Step *s, const T *x, T *y) { \
-        int64_t entry = module * t->num_adapters, in = t->in[module], out = t->out[module];       \
+        int64_t entry = module * t->num_adapters;                                                 \
         int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
         if (!is_touched(t, entry, s)) return;                                                     \
+        int64_t in = t->in[module], out = t->out[module];                                         \
         if (sizeof(T) == sizeof(bfloat16) && s->in_tiles) {                                       \
             decode_in_tiles(t, module, s, (const bfloat16 *)x, (bfloat16 *)y);                    \
             return;                                                                               \

@@ -128,6 +128,10 @@ class CurrentStep:
             ctypes.pointer(ours)[0] = theirs
         self._step = step
 
+    def rest(self) -> None:
+        """Be a step none of whose tokens belongs to an adapter, as at first."""
+        ctypes.pointer(self.structures[1])[0] = _Step()
+
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `add_decode` can be used for these."""

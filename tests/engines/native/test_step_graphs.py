@@ -104,7 +104,24 @@ def test_one_graph_serves_all_sets_of_adapters_as_they_are_evicted(small: SmallW
             core.adapters.unload(small.adapters[name].id)
     graphs = core._machine.runner.graphs
     assert graphs is not None
-    assert [captured.is_checked for kind, captured in graphs._graphs.items() if kind.num_tokens == 1] == [True]
+    assert [captured.checked for kind, captured in graphs._graphs.items() if kind.num_tokens == 1] == [{True}]
+
+
+def test_one_graph_serves_the_base_and_adapters_once_each_was_checked(small: SmallWorld) -> None:
+    core = make_core(small, max_draft_tokens=0)
+    graphs = core._machine.runner.graphs
+    assert graphs is not None
+    for name, checked in ((None, {False}), ("rank-8", {False, True}), (None, {False, True})):
+        adapter = None if name is None else small.adapters[name]
+        core.submit(request("one", prompt_of(7, 12), adapter, max_tokens=8))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(prompt_of(7, 12), 8, adapter)
+        assert [captured.checked for kind, captured in graphs._graphs.items() if kind.num_tokens == 1] == [checked]
+    forwards = Forwards(core)
+    for name in (None, "rank-8"):
+        adapter = None if name is None else small.adapters[name]
+        core.submit(request("one", prompt_of(7, 12), adapter, max_tokens=8))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(prompt_of(7, 12), 8, adapter)
+    assert forwards.num <= 2  # for prompts
 
 
 def test_short_prompts_are_replayed_too(small: SmallWorld) -> None:
