@@ -55,4 +55,30 @@ typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 #define CHOOSE(mask, one, other) ((Lanes)(((mask) & (Integers)(one)) | (~(mask) & (Integers)(other))))
 #define SUM(v) (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))
 
+#define STRIP 16 /* numbers: two of LANES */
+
+/* Two of LANES from a strip. Of bfloat16 the even numbers come first, then the odd ones: that is cheapest to widen. */
+#define LOAD_STRIP_float(from, lanes) (lanes)[0] = LOAD_float(from), (lanes)[1] = LOAD_float((from) + LANES)
+#define LOAD_STRIP_bfloat16(from, lanes)                                                          \
+    do {                                                                                          \
+        Words words = *(const AnyWords *)(from);                                                  \
+        (lanes)[0] = (Lanes)(words << 16), (lanes)[1] = (Lanes)(words & 0xffff0000);              \
+    } while (0)
+
+/* Rounds as narrow_bfloat16 does, in the upper halves. */
+INLINED void round_halves(const Lanes *lanes, Words *words) {
+    Words bits = (Words)*lanes, is_nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    *words = ((bits + 0x7fff + (bits >> 16 & 1)) & ~is_nan) | (is_nan & 0x7fc00000);
+}
+
+/* The same back. */
+#define STORE_STRIP_float(to, lanes) *(AnyLanes *)(to) = (lanes)[0], *(AnyLanes *)((to) + LANES) = (lanes)[1]
+#define STORE_STRIP_bfloat16(to, lanes)                                                           \
+    do {                                                                                          \
+        Words even, odd;                                                                          \
+        round_halves(&(lanes)[0], &even);                                                         \
+        round_halves(&(lanes)[1], &odd);                                                          \
+        *(AnyWords *)(to) = even >> 16 | (odd & 0xffff0000);                                      \
+    } while (0)
+
 #endif

@@ -12,7 +12,6 @@
 #define MEMBERS 8  /* query heads of one piece of work */
 #define HEADS 4    /* of them, that meet TOGETHER keys at a time, or one strip of values: sums held in registers */
 #define TOGETHER 4
-#define STRIP 16   /* numbers that are loaded at a time: two of LANES */
 #define WIDEST 512 /* numbers of a key or value */
 
 typedef struct {
@@ -25,30 +24,6 @@ typedef struct {
     const float *sinks;     /* [heads], or NULL */
     int64_t num_threads;
 } Call;
-
-/* Two of LANES from a strip. Of bfloat16 the even numbers come first, then the odd ones: that is cheapest to widen. */
-#define LOAD_STRIP_float(from, lanes) (lanes)[0] = LOAD_float(from), (lanes)[1] = LOAD_float((from) + LANES)
-#define LOAD_STRIP_bfloat16(from, lanes)                                                          \
-    do {                                                                                          \
-        Words words = *(const AnyWords *)(from);                                                  \
-        (lanes)[0] = (Lanes)(words << 16), (lanes)[1] = (Lanes)(words & 0xffff0000);              \
-    } while (0)
-
-/* Rounds as narrow_bfloat16 does, in the upper halves. */
-INLINED void round_halves(const Lanes *lanes, Words *words) {
-    Words bits = (Words)*lanes, is_nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
-    *words = ((bits + 0x7fff + (bits >> 16 & 1)) & ~is_nan) | (is_nan & 0x7fc00000);
-}
-
-/* The same back. */
-#define STORE_STRIP_float(to, lanes) *(AnyLanes *)(to) = (lanes)[0], *(AnyLanes *)((to) + LANES) = (lanes)[1]
-#define STORE_STRIP_bfloat16(to, lanes)                                                           \
-    do {                                                                                          \
-        Words even, odd;                                                                          \
-        round_halves(&(lanes)[0], &even);                                                         \
-        round_halves(&(lanes)[1], &odd);                                                          \
-        *(AnyWords *)(to) = even >> 16 | (odd & 0xffff0000);                                      \
-    } while (0)
 
 /* e^x for x <= 0 in float32, lane by lane: 2^n times the Taylor series about 0 of what is left of x, at most ln 2 / 2,
    to the 7th power, which leaves out less than 6e-9. Below -87 it is that of -87; NaN stays NaN. */

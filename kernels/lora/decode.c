@@ -7,7 +7,7 @@
 #include "dense/tile.h"
 
 #define SHARING 4    /* tokens of one adapter that share a pass over a strip of its B */
-#define COLUMNS 2048 /* of a strip: long stretches of memory, which the CPU foresees */
+#define COLUMNS 1024 /* of a strip: long stretches of memory, which the CPU foresees, and sums that stay in its first cache */
 #define FREE 4       /* tokens whose products take as long as reading what they are multiplied with */
 #define ALIGNED 32   /* columns: the border between two threads' shares */
 
@@ -29,44 +29,59 @@ typedef struct {
     void *own;           /* in tiles: loraplex_lora_decode_own bytes for each thread */
 } Step;
 
-/* sums[k][c] += sum_j h[k * stride + j] * b[j * out + c] for c < width <= COLUMNS and k < tokens, a constant <= SHARING. */
+/* sums[k][c] += sum_j h[k * stride + j] * b[j * out + c] for c < width <= COLUMNS, `rows` of b and `tokens`, which are
+   constants where it is called. Sums lie as strips are loaded. */
 #define DEFINE_STRIP(T)                                                                           \
     INLINED void strip_##T(const T *restrict b, int64_t out, int64_t width,                       \
-                           const float *restrict h, int64_t stride, int rank,                     \
-                           float (*restrict sums)[COLUMNS], int tokens) {                         \
-        int j = 0;                                                                                \
-        for (; j + 4 <= rank; j += 4, b += 4 * out) {                                             \
-            float by[SHARING][4];                                                                 \
-            for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                 \
-                for (int next = 4; next < 8 && j + next < rank; next++) READ_AHEAD(b + next * out + c); \
-            UNROLLED for (int k = 0; k < tokens; k++)                                             \
-                UNROLLED for (int i = 0; i < 4; i++) by[k][i] = h[k * stride + j + i];            \
-            _Pragma("omp simd") for (int64_t c = 0; c < width; c++) {                             \
-                float b0 = widen_##T(b[c]), b1 = widen_##T(b[out + c]);                           \
-                float b2 = widen_##T(b[2 * out + c]), b3 = widen_##T(b[3 * out + c]);             \
-                UNROLLED for (int k = 0; k < tokens; k++)                                         \
-                    sums[k][c] += by[k][0] * b0 + by[k][1] * b1 + by[k][2] * b2 + by[k][3] * b3;  \
+                           const float *restrict h, int64_t stride, int ahead,                    \
+                           float (*restrict sums)[COLUMNS], int rows, int tokens) {               \
+        for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                     \
+            for (int next = 0; next < ahead; next++) READ_AHEAD(b + (rows + next) * out + c);     \
+        int64_t c = 0;                                                                            \
+        for (; c + STRIP <= width; c += STRIP) {                                                  \
+            Lanes numbers[4][2];                                                                  \
+            UNROLLED for (int i = 0; i < rows; i++) LOAD_STRIP_##T(b + i * out + c, numbers[i]);  \
+            UNROLLED for (int k = 0; k < tokens; k++) UNROLLED for (int n = 0; n < 2; n++) {      \
+                AnyLanes *sum = (AnyLanes *)(sums[k] + c + n * LANES);                            \
+                Lanes lanes = *sum;                                                               \
+                UNROLLED for (int i = 0; i < rows; i++) lanes += h[k * stride + i] * numbers[i][n]; \
+                *sum = lanes;                                                                     \
             }                                                                                     \
         }                                                                                         \
-        for (; j < rank; j++, b += out)                                                           \
-            UNROLLED for (int k = 0; k < tokens; k++) {                                           \
-                float by = h[k * stride + j];                                                     \
-                _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                           \
-                    sums[k][c] += by * widen_##T(b[c]);                                           \
-            }                                                                                     \
+        for (; c < width; c++)                                                                    \
+            UNROLLED for (int k = 0; k < tokens; k++)                                             \
+                for (int i = 0; i < rows; i++) sums[k][c] += h[k * stride + i] * widen_##T(b[i * out + c]); \
+    }                                                                                             \
+    INLINED void all_strips_##T(const T *b, int64_t out, int64_t width, const float *h,           \
+                                int64_t stride, int rank, float (*sums)[COLUMNS], int tokens) {   \
+        int j = 0;                                                                                \
+        for (; j + 4 <= rank; j += 4) {                                                           \
+            int ahead = rank - j - 4 < 4 ? rank - j - 4 : 4;                                      \
+            strip_##T(b + j * out, out, width, h + j, stride, ahead, sums, 4, tokens);            \
+        }                                                                                         \
+        for (; j < rank; j++) strip_##T(b + j * out, out, width, h + j, stride, 0, sums, 1, tokens); \
     }                                                                                             \
     FOR_EACH_CPU static void strips_##T(const T *b, int64_t out, int64_t width, const float *h,   \
                                         int64_t stride, int rank, float (*sums)[COLUMNS],         \
                                         int tokens) {                                             \
-        if (tokens == 4) strip_##T(b, out, width, h, stride, rank, sums, 4);                      \
-        else if (tokens == 3) strip_##T(b, out, width, h, stride, rank, sums, 3);                 \
-        else if (tokens == 2) strip_##T(b, out, width, h, stride, rank, sums, 2);                 \
-        else strip_##T(b, out, width, h, stride, rank, sums, 1);                                  \
+        if (tokens == 4) all_strips_##T(b, out, width, h, stride, rank, sums, 4);                 \
+        else if (tokens == 3) all_strips_##T(b, out, width, h, stride, rank, sums, 3);            \
+        else if (tokens == 2) all_strips_##T(b, out, width, h, stride, rank, sums, 2);            \
+        else all_strips_##T(b, out, width, h, stride, rank, sums, 1);                             \
     }                                                                                             \
-    FOR_EACH_CPU static void add_##T(T *restrict y, const float *restrict sums, float scale,      \
-                                     int64_t width) {                                             \
-        _Pragma("omp simd") for (int64_t c = 0; c < width; c++)                                   \
-            y[c] = narrow_##T(widen_##T(y[c]) + scale * sums[c]);                                 \
+    INLINED void add_strip_##T(T *y, const Lanes *sums, float scale) {                            \
+        Lanes lanes[2];                                                                           \
+        LOAD_STRIP_##T(y, lanes);                                                                 \
+        UNROLLED for (int n = 0; n < 2; n++) lanes[n] += scale * sums[n];                         \
+        STORE_STRIP_##T(y, lanes);                                                                \
+    }                                                                                             \
+    FOR_EACH_CPU static void add_strips_##T(T *y, const float *sums, float scale, int64_t width) { \
+        int64_t c = 0;                                                                            \
+        for (; c + STRIP <= width; c += STRIP) {                                                  \
+            Lanes some[2] = {LOAD_float(sums + c), LOAD_float(sums + c + LANES)};                 \
+            add_strip_##T(y + c, some, scale);                                                    \
+        }                                                                                         \
+        for (; c < width; c++) y[c] = narrow_##T(widen_##T(y[c]) + scale * sums[c]);              \
     }
 
 /* Threads share the adapters out, cutting one where they must: what a thread reads lies together.
@@ -150,8 +165,8 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
                     strips_##T(b + c, out, width, s->h + (int64_t)k * s->max_rank, s->max_rank,   \
                                rank, sums, n);                                                    \
                     for (int i = 0; i < n; i++)                                                   \
-                        add_##T(y + s->token[k + i] * out + c, sums[i], scale * s->weight[k + i], \
-                                width);                                                           \
+                        add_strips_##T(y + s->token[k + i] * out + c, sums[i], scale * s->weight[k + i], \
+                                       width);                                                    \
                 }                                                                                 \
             }                                                                                     \
         }                                                                                         \
