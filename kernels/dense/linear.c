@@ -11,6 +11,9 @@ typedef struct {
     const void *weight, *bias; /* bias: or NULL */
 } Layer;
 
+/* Whether to pack pairs: all rows of such a width would contend for the same lines of the first cache. */
+static int is_worth_packing(int64_t in, int64_t num_tokens) { return num_tokens > 1 && in % 2048 == 0; }
+
 /* y[t * out + k] = the tile's sums and a bias, rounded. */
 #define DEFINE_FINISH(T)                                                                          \
     FOR_EACH_CPU static void finish_##T(const float *sums, const T *bias, T *restrict y, int64_t out, \
@@ -25,7 +28,8 @@ typedef struct {
 DEFINE_FINISH(float)
 DEFINE_FINISH(bfloat16)
 
-/* One thread's outputs, in tiles. `inputs`: x in float32, or as it is for pairs, where `wide` is not needed. */
+/* One thread's outputs, in tiles. `inputs`: x in float32, or for pairs as it is or packed, where `wide` is not
+   needed. */
 #define DEFINE_OUTPUTS(T)                                                                         \
     static void some_outputs_##T(const Layer *layer, const void *inputs, T *y, int64_t num_tokens, \
                                  int pairs, float *wide, int64_t me, int64_t all) {               \
@@ -40,7 +44,8 @@ DEFINE_FINISH(bfloat16)
                 memset(sums, 0, tokens * TILE * sizeof(float));                                   \
                 if (pairs)                                                                        \
                     tile_pairs((const bfloat16 *)(weight + o * in),                               \
-                               (const bfloat16 *)inputs + begin * in, in, outputs, tokens, sums); \
+                               (const bfloat16 *)inputs + begin * in, in, outputs, tokens, sums,  \
+                               is_worth_packing(in, num_tokens));                                 \
                 else                                                                              \
                     tile_##T(weight + o * in, (const float *)inputs + begin * in, in, outputs,    \
                              tokens, sums, wide);                                                 \
@@ -61,17 +66,23 @@ void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t
 void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
                               void *scratch) {
     int tiles = takes_tiles() && num_tokens > 1, pairs = takes_pairs();
+    int64_t in = layer->in, size = num_tokens * in;
+    int packs = pairs && !tiles && is_worth_packing(in, num_tokens);
     float *wide = scratch;
     _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), size = num_tokens * layer->in;
-        if (tiles) pack_tokens(x, layer->in, num_tokens, scratch, me, all);
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        if (tiles) pack_tokens(x, in, num_tokens, scratch, me, all);
+        for (int64_t t = 0; packs && t < num_tokens; t += TOKENS_A_PASS) {
+            int tokens = num_tokens - t < TOKENS_A_PASS ? num_tokens - t : TOKENS_A_PASS;
+            pack_pairs(x, in, NULL, t, tokens, (bfloat16 *)scratch + t * in, me, all);
+        }
         for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
             wide[i] = widen_bfloat16(x[i]);
         _Pragma("omp barrier")
         if (tiles)
-            linear_tiles(layer->weight, layer->bias, layer->in, layer->out, scratch, y, num_tokens, me, all);
+            linear_tiles(layer->weight, layer->bias, in, layer->out, scratch, y, num_tokens, me, all);
         else
-            some_outputs_bfloat16(layer, pairs ? (const void *)x : wide, y, num_tokens, pairs,
+            some_outputs_bfloat16(layer, packs || !pairs ? scratch : (const void *)x, y, num_tokens, pairs,
                                   wide + size + me * DEPTH * TILE, me, all);
     }
 }

@@ -16,6 +16,28 @@
 
 static int multiplies_pairs(void) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 
+/* Tokens are multiplied as they lie, or packed: PAIRED numbers of each token of a block, then the next of each. */
+
+static int64_t paired_width(int64_t in) { return (in + PAIRED - 1) / PAIRED * PAIRED; }
+static int paired_blocks(int tokens) { return (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS; }
+
+/* One thread's part of packing the rows token[k] of x, or the rows k where that is NULL, for k from `first` on. */
+static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
+                       bfloat16 *packed, int me, int all) {
+    for (int b = 0, blocks = paired_blocks(tokens); b < blocks; b++) {
+        int low = tokens * b / blocks, size = tokens * (b + 1) / blocks - low;
+        bfloat16 *block = packed + low * paired_width(in);
+        for (int t = 0; t < size; t++) {
+            int64_t k = first + low + t, i = 0;
+            const bfloat16 *row = x + (token ? token[k] : k) * in;
+            if (k % all != me) continue;
+            for (; i + PAIRED <= in; i += PAIRED)
+                memcpy(block + i * size + t * PAIRED, row + i, PAIRED * sizeof(bfloat16));
+            memcpy(block + i * size + t * PAIRED, row + i, (in - i) * sizeof(bfloat16));
+        }
+    }
+}
+
 /* lanes[o][t] += products of PAIRED numbers of w[o] and x[t], or of as many as `inside` has bits. `ahead`: asks for the
    rows of weights that come next. */
 FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 *w, int64_t w_stride,
@@ -53,18 +75,20 @@ FOR_PAIRS INLINED void add_folded(float *sums, __m512 folded, int width, int tok
     }
 }
 
-/* As dot there, for outputs <= PAIRED_OUTPUTS, or PAIRED_OUTPUTS_ALONE. Whole fours of sums are written, with zeros. */
-FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t x_stride,
-                                 int64_t depth, float *sums, int outputs, int tokens, int ahead) {
+/* As dot there, of tokens that lie as rows of w do, or are packed, for outputs <= PAIRED_OUTPUTS, or
+   PAIRED_OUTPUTS_ALONE. Whole fours of sums are written, with zeros. */
+FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t depth, float *sums,
+                                 int outputs, int tokens, int ahead, int packed) {
+    const int64_t x_stride = packed ? PAIRED : w_stride, next = packed ? tokens : 1;
     const int width = outputs > PAIRED_OUTPUTS ? PAIRED_OUTPUTS_ALONE : PAIRED_OUTPUTS, at_once = FOLDED / width;
     __m512 lanes[PAIRED_OUTPUTS_ALONE][PAIRED_TOKENS];
     UNROLLED for (int o = 0; o < width; o++)
         UNROLLED for (int t = 0; t < tokens; t++) lanes[o][t] = _mm512_setzero_ps();
     int64_t i = 0;
     for (; i + PAIRED <= depth; i += PAIRED)
-        add_pairs(lanes, w + i, w_stride, x + i, x_stride, ~0u, outputs, tokens, ahead);
+        add_pairs(lanes, w + i, w_stride, x + i * next, x_stride, ~0u, outputs, tokens, ahead);
     if (i < depth)
-        add_pairs(lanes, w + i, w_stride, x + i, x_stride, (1u << (depth - i)) - 1, outputs, tokens, ahead);
+        add_pairs(lanes, w + i, w_stride, x + i * next, x_stride, (1u << (depth - i)) - 1, outputs, tokens, ahead);
     UNROLLED for (int t = 0; t < tokens; t += at_once) {
         const int some = tokens - t < at_once ? tokens - t : at_once;
         __m512 of[FOLDED];
@@ -75,57 +99,67 @@ FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bflo
 
 /* As dots there. */
 FOR_PAIRS INLINED void dots_of_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
-                                     int outputs, int tokens, int ahead) {
-    if (tokens == 6) dot_pairs(w, in, x, in, depth, sums, outputs, 6, ahead);
-    else if (tokens == 5) dot_pairs(w, in, x, in, depth, sums, outputs, 5, ahead);
-    else if (tokens == 4) dot_pairs(w, in, x, in, depth, sums, outputs, 4, ahead);
-    else if (tokens == 3) dot_pairs(w, in, x, in, depth, sums, outputs, 3, ahead);
-    else if (tokens == 2) dot_pairs(w, in, x, in, depth, sums, outputs, 2, ahead);
-    else dot_pairs(w, in, x, in, depth, sums, outputs, 1, ahead);
+                                     int outputs, int tokens, int ahead, int packed) {
+    if (tokens == 6) dot_pairs(w, in, x, depth, sums, outputs, 6, ahead, packed);
+    else if (tokens == 5) dot_pairs(w, in, x, depth, sums, outputs, 5, ahead, packed);
+    else if (tokens == 4) dot_pairs(w, in, x, depth, sums, outputs, 4, ahead, packed);
+    else if (tokens == 3) dot_pairs(w, in, x, depth, sums, outputs, 3, ahead, packed);
+    else if (tokens == 2) dot_pairs(w, in, x, depth, sums, outputs, 2, ahead, packed);
+    else dot_pairs(w, in, x, depth, sums, outputs, 1, ahead, packed);
 }
 
 FOR_PAIRS INLINED void dots_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
-                                 int outputs, int tokens, int ahead) {
-    if (outputs == 4) dots_of_pairs(w, in, x, depth, sums, 4, tokens, ahead);
-    else if (outputs == 3) dots_of_pairs(w, in, x, depth, sums, 3, tokens, ahead);
-    else if (outputs == 2) dots_of_pairs(w, in, x, depth, sums, 2, tokens, ahead);
-    else dots_of_pairs(w, in, x, depth, sums, 1, tokens, ahead);
+                                 int outputs, int tokens, int ahead, int packed) {
+    if (outputs == 4) dots_of_pairs(w, in, x, depth, sums, 4, tokens, ahead, packed);
+    else if (outputs == 3) dots_of_pairs(w, in, x, depth, sums, 3, tokens, ahead, packed);
+    else if (outputs == 2) dots_of_pairs(w, in, x, depth, sums, 2, tokens, ahead, packed);
+    else dots_of_pairs(w, in, x, depth, sums, 1, tokens, ahead, packed);
 }
 
 FOR_PAIRS static void alone_pairs(const bfloat16 *w, int64_t in, const bfloat16 *x, int64_t depth, float *sums,
                                   int outputs) {
     int o = 0;
     for (; o + PAIRED_OUTPUTS_ALONE <= outputs; o += PAIRED_OUTPUTS_ALONE)
-        dot_pairs(w + o * in, in, x, in, depth, sums + o, PAIRED_OUTPUTS_ALONE, 1, 1);
+        dot_pairs(w + o * in, in, x, depth, sums + o, PAIRED_OUTPUTS_ALONE, 1, 1, 0);
     for (; o < outputs; o += PAIRED_OUTPUTS) {
         int m = outputs - o < PAIRED_OUTPUTS ? outputs - o : PAIRED_OUTPUTS;
-        dots_pairs(w + o * in, in, x, depth, sums + o, m, 1, 1);
+        dots_pairs(w + o * in, in, x, depth, sums + o, m, 1, 1, 0);
     }
 }
 
-/* As tile there, of tokens as they are. */
-FOR_PAIRS static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens,
-                                 float *sums) {
-    int blocks = (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS;
-    for (int64_t begin = 0; begin < in; begin += DEPTH, w += DEPTH, x += DEPTH) {
+/* As tile there; `packed` is a constant where it is called. */
+FOR_PAIRS INLINED void tile_of_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens,
+                                     float *sums, int packed) {
+    int blocks = paired_blocks(tokens);
+    for (int64_t begin = 0; begin < in; begin += DEPTH, w += DEPTH) {
         int64_t depth = in - begin < DEPTH ? in - begin : DEPTH;
         if (tokens == 1) {
-            alone_pairs(w, in, x, depth, sums, outputs);
+            alone_pairs(w, in, x + begin, depth, sums, outputs);
             continue;
         }
         for (int o = 0; o < outputs; o += PAIRED_OUTPUTS)
             for (int b = 0; b < blocks; b++) {
-                int first = tokens * b / blocks, last = tokens * (b + 1) / blocks;
+                int low = tokens * b / blocks, size = tokens * (b + 1) / blocks - low;
                 int m = outputs - o < PAIRED_OUTPUTS ? outputs - o : PAIRED_OUTPUTS;
-                dots_pairs(w + o * in, in, x + first * in, depth, sums + first * TILE + o, m, last - first,
-                           b < ASKING);
+                const bfloat16 *block = packed ? x + low * paired_width(in) + begin * size : x + low * in + begin;
+                dots_pairs(w + o * in, in, block, depth, sums + low * TILE + o, m, size, b < ASKING, packed);
             }
     }
+}
+
+FOR_PAIRS static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums,
+                                 int packed) {
+    if (packed) tile_of_pairs(w, x, in, outputs, tokens, sums, 1);
+    else tile_of_pairs(w, x, in, outputs, tokens, sums, 0);
 }
 
 #else
 
 static int multiplies_pairs(void) { return 0; }
-static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums) {}
+static int64_t paired_width(int64_t in) { return in; }
+static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
+                       bfloat16 *packed, int me, int all) {}
+static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums,
+                       int packed) {}
 
 #endif

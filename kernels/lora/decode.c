@@ -7,7 +7,7 @@
 #include "dense/tile.h"
 
 #define SHARING 4    /* tokens of one adapter that share a pass over a strip of its B */
-#define COLUMNS 1024 /* of a strip: long stretches of memory, which the CPU foresees, and sums that stay in its first cache */
+#define COLUMNS 1024 /* of a strip: long stretches of memory, which the CPU foresees, and sums that its first cache keeps */
 #define FREE 4       /* tokens whose products take as long as reading what they are multiplied with */
 #define ALIGNED 32   /* columns: the border between two threads' shares */
 
@@ -108,15 +108,9 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
 
 /* One thread's part of each of the three passes; the caller keeps them apart. */
 #define DEFINE_PASSES(T)                                                                          \
-    static void gather_tokens_##T(const Step *s, const T *x, int64_t in, int widens, int me,      \
-                                  int all) {                                                      \
-        for (int k = me; k < s->begin[s->num_groups]; k += all) {                                 \
-            const T *row = x + s->token[k] * in;                                                  \
-            if (widens)                                                                           \
-                for (int64_t i = 0; i < in; i++) s->x[k * in + i] = widen_##T(row[i]);            \
-            else                                                                                  \
-                memcpy((T *)s->x + k * in, row, in * sizeof(T));                                  \
-        }                                                                                         \
+    static void gather_tokens_##T(const Step *s, const T *x, int64_t in, int me, int all) {       \
+        for (int k = me; k < s->begin[s->num_groups]; k += all)                                   \
+            for (int64_t i = 0; i < in; i++) s->x[k * in + i] = widen_##T(x[s->token[k] * in + i]); \
     }                                                                                             \
     static void shrink_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t in,       \
                                   int widens, int me, int all) {                                  \
@@ -136,8 +130,8 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
                     memset(sums, 0, n * TILE * sizeof(float));                                    \
                     if (widens) tile_##T(a + j * in, s->x + k * in, in, rows, n, sums, NULL);     \
                     else                                                                          \
-                        tile_pairs((const bfloat16 *)(a + j * in), (const bfloat16 *)s->x + k * in, \
-                                   in, rows, n, sums);                                            \
+                        tile_pairs((const bfloat16 *)(a + j * in),                                \
+                                   (const bfloat16 *)s->x + k * paired_width(in), in, rows, n, sums, 1); \
                     for (int i = 0; i < n; i++)                                                   \
                         memcpy(s->h + (int64_t)(k + i) * s->max_rank + j, sums + i * TILE,        \
                                rows * sizeof(float));                                             \
@@ -171,6 +165,14 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
             }                                                                                     \
         }                                                                                         \
     }
+
+static void gather_pairs(const Step *s, const bfloat16 *x, int64_t in, int me, int all) {
+    for (int g = 0; g < s->num_groups; g++)
+        for (int k = s->begin[g]; k < s->begin[g + 1]; k += TOKENS_A_PASS) {
+            int tokens = s->begin[g + 1] - k < TOKENS_A_PASS ? s->begin[g + 1] - k : TOKENS_A_PASS;
+            pack_pairs(x, in, s->token, k, tokens, (bfloat16 *)s->x + k * paired_width(in), me, all);
+        }
+}
 
 static int is_touched(const Table *t, int64_t entry, const Step *s) {
     for (int g = 0; g < s->num_groups; g++)
@@ -208,7 +210,8 @@ static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const
         }                                                                                         \
         _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {             \
             int me = omp_get_thread_num(), all = omp_get_num_threads();                           \
-            gather_tokens_##T(s, x, in, widens, me, all);                                         \
+            if (widens) gather_tokens_##T(s, x, in, me, all);                                     \
+            else gather_pairs(s, (const bfloat16 *)x, in, me, all);                               \
             _Pragma("omp barrier");                                                               \
             shrink_tokens_##T(t, entry, s, in, widens, me, all);                                  \
             _Pragma("omp barrier");                                                               \

@@ -14,7 +14,9 @@ from loraplex.kernels.dense import linear as kernel
 from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
 
 CPU = torch.device("cpu")
-FEATURES = [(1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4100, 49), (2080, 300)]  # in, out: about the borders
+FEATURES = [  # in, out: about the borders
+    (1, 1), (7, 50), (100, 257), (2048, 24), (2049, 5), (4096, 31), (4100, 49), (2080, 300),
+]  # fmt: skip
 NUM_TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 64, 65, 131, 300)
 
 pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="the kernel was not built: no compiler")
@@ -51,9 +53,12 @@ def test_linear_equals_the_formula(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_in_any_company_to_the_last_bit(dtype: torch.dtype, threads: int, bfloat16_is: str) -> None:
-    linear = Linear(*a_layer(2100, 53, dtype))
-    x = torch.randn(280, 2100).to(dtype)
+@pytest.mark.parametrize("width", [2100, 4096])
+def test_a_row_is_the_same_in_any_company_to_the_last_bit(
+    dtype: torch.dtype, width: int, threads: int, bfloat16_is: str
+) -> None:
+    linear = Linear(*a_layer(width, 53, dtype))
+    x = torch.randn(280, width).to(dtype)
     together = linear(x)
     alone = 1 if dtype == torch.bfloat16 and uses_tiles() else 0  # a row alone is not computed in tiles
     for begin in [*range(70), 250, 260]:
