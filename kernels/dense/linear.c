@@ -78,7 +78,9 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
         }
         for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
             wide[i] = widen_bfloat16(x[i]);
-        _Pragma("omp barrier")
+        if (packs || !pairs || tiles) {
+            _Pragma("omp barrier")
+        }
         if (tiles)
             linear_tiles(layer->weight, layer->bias, in, layer->out, scratch, y, num_tokens, me, all);
         else
