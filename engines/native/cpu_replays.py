@@ -63,8 +63,11 @@ class CpuReplays:
         return isinstance(attention, AttentionStep) and not attention.prefills and step.num_tokens <= MOST_TOKENS
 
     def padded(self, num_tokens: int, *, is_even: bool) -> int:
-        """Drafts and prompts of all lengths share some graphs; many steps of decodes alone have as many tokens."""
-        step = 1 if is_even or num_tokens <= 8 else 4 if num_tokens <= 32 else 8
+        """Drafts and prompts of all lengths share some graphs; many steps of decodes alone have as many tokens.
+
+        Beyond some eight a token takes a twentieth of the step where a CPU has no tile registers, a row of padding too.
+        """
+        step = 1 if is_even or num_tokens <= 16 else 2 if num_tokens <= 32 else 4
         return -(-num_tokens // step) * step
 
     def inputs(self, num_tokens: int, num_sampled: int) -> CpuInputs:
