@@ -346,8 +346,9 @@ def main() -> None:
     results = contend(contenders, Scene(base, adapters, options))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{options.shape}, {options.requests} concurrent requests, adapters of ranks {options.ranks}, "
-          f"{options.prompt_tokens} prompt and {options.max_tokens} new tokens, {options.waves} waves, {os.cpu_count()} cores "
-          f"({platform.machine()}), commit {commit}, medians of {options.rounds} rounds\n")  # fmt: skip
+          f"{options.prompt_tokens} prompt and {options.max_tokens} new tokens, {options.waves} requests a client, "
+          f"{os.cpu_count()} cores ({platform.machine()}), commit {commit}, "
+          f"medians of {options.rounds} rounds\n")  # fmt: skip
     print(table(results))
 
 
