@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#define FOR_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define FOR_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define UNROLLED_16 _Pragma("GCC unroll 16")
 #define PAIRED 32        /* numbers in a register of pairs, which has FOLDED sums */
 #define FOLDED 16
@@ -14,7 +14,9 @@
 #define PAIRED_OUTPUTS_ALONE 8
 #define ASKING 3         /* blocks of tokens that ask for the next rows: the CPU forgets some of what it is asked for */
 
-static int multiplies_pairs(void) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+static int multiplies_pairs(void) {
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
 
 /* Tokens are multiplied as they lie, or packed: PAIRED numbers of each token of a block, then the next of each. */
 
