@@ -72,10 +72,7 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
     _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
         if (tiles) pack_tokens(x, in, num_tokens, scratch, me, all);
-        for (int64_t t = 0; packs && t < num_tokens; t += TOKENS_A_PASS) {
-            int tokens = num_tokens - t < TOKENS_A_PASS ? num_tokens - t : TOKENS_A_PASS;
-            pack_pairs(x, in, NULL, t, tokens, (bfloat16 *)scratch + t * in, me, all);
-        }
+        if (packs) pack_pairs(x, in, NULL, 0, num_tokens, scratch, me, all);
         for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
             wide[i] = widen_bfloat16(x[i]);
         if (packs || !pairs || tiles) {

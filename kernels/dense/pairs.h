@@ -15,17 +15,19 @@
 #define ASKING 3         /* blocks of tokens that ask for the next rows: the CPU forgets some of what it is asked for */
 
 static int multiplies_pairs(void) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl");
 }
 
-/* Tokens are multiplied as they lie, or packed: PAIRED numbers of each token of a block, then the next of each. */
-
+/* Tokens are multiplied as they lie, or packed: PAIRED numbers of each token of a block of at most PAIRED_TOKENS, then
+   the next of each. A token alone is packed as it lies. A row takes `paired_width` numbers. */
 static int64_t paired_width(int64_t in) { return (in + PAIRED - 1) / PAIRED * PAIRED; }
 static int paired_blocks(int tokens) { return (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS; }
 
-/* One thread's part of packing the rows token[k] of x, or the rows k where that is NULL, for k from `first` on. */
-static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
-                       bfloat16 *packed, int me, int all) {
+/* One thread's part of packing the rows token[k] of x, or the rows k where that is NULL, for `tokens` k from `first` on,
+   which are one pass. */
+static void pack_pass(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
+                      bfloat16 *packed, int me, int all) {
     for (int b = 0, blocks = paired_blocks(tokens); b < blocks; b++) {
         int low = tokens * b / blocks, size = tokens * (b + 1) / blocks - low;
         bfloat16 *block = packed + low * paired_width(in);
@@ -37,6 +39,15 @@ static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int6
                 memcpy(block + i * size + t * PAIRED, row + i, PAIRED * sizeof(bfloat16));
             memcpy(block + i * size + t * PAIRED, row + i, (in - i) * sizeof(bfloat16));
         }
+    }
+}
+
+/* The same of any number of tokens, pass by pass; row k lies `paired_width` times k behind `packed`. */
+static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int64_t tokens,
+                       bfloat16 *packed, int me, int all) {
+    for (int64_t k = first; k < first + tokens; k += TOKENS_A_PASS) {
+        int some = first + tokens - k < TOKENS_A_PASS ? first + tokens - k : TOKENS_A_PASS;
+        pack_pass(x, in, token, k, some, packed + k * paired_width(in), me, all);
     }
 }
 
@@ -159,7 +170,7 @@ FOR_PAIRS static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t i
 
 static int multiplies_pairs(void) { return 0; }
 static int64_t paired_width(int64_t in) { return in; }
-static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
+static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int64_t tokens,
                        bfloat16 *packed, int me, int all) {}
 static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums,
                        int packed) {}

@@ -25,7 +25,7 @@ typedef struct {
     int32_t num_groups, num_threads, max_rank, in_tiles;
     const int32_t *adapter, *begin, *token;
     const float *weight; /* by place in `token`: multiplies the adapter's scale */
-    float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank]; rows of x may be padded by 32 */
+    float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank]; rows of x have room for 32 numbers more */
     void *own;           /* in tiles: loraplex_lora_decode_own bytes for each thread */
 } Step;
 
@@ -168,10 +168,7 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
 
 static void gather_pairs(const Step *s, const bfloat16 *x, int64_t in, int me, int all) {
     for (int g = 0; g < s->num_groups; g++)
-        for (int k = s->begin[g]; k < s->begin[g + 1]; k += TOKENS_A_PASS) {
-            int tokens = s->begin[g + 1] - k < TOKENS_A_PASS ? s->begin[g + 1] - k : TOKENS_A_PASS;
-            pack_pairs(x, in, s->token, k, tokens, (bfloat16 *)s->x + k * paired_width(in), me, all);
-        }
+        pack_pairs(x, in, s->token, s->begin[g], s->begin[g + 1] - s->begin[g], (bfloat16 *)s->x, me, all);
 }
 
 static int is_touched(const Table *t, int64_t entry, const Step *s) {
