@@ -24,7 +24,7 @@ static int multiplies_pairs(void) {
 static int64_t paired_width(int64_t in) { return (in + PAIRED - 1) / PAIRED * PAIRED; }
 static int paired_blocks(int tokens) { return (tokens + PAIRED_TOKENS - 1) / PAIRED_TOKENS; }
 
-/* One thread's part of packing the rows token[k] of x, or the rows k where that is NULL, for `tokens` k from `first` on,
+/* One thread's part of packing the rows token[k] of x, or the rows k where that is NULL, for `tokens` k from `first`,
    which are one pass. */
 static void pack_pass(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
                       bfloat16 *packed, int me, int all) {
