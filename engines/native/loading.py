@@ -19,6 +19,7 @@ from loraplex.engines.native.gates import use_gate_kernel
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
 from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
 from loraplex.engines.native.norms import use_norm_kernel
+from loraplex.engines.native.placement import place_weights
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
@@ -54,6 +55,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     require_room_for_weights(settings.model.directory, DTYPES.get(settings.model.dtype), device)
     on_progress(Progress(stage="reading weights", fraction=0.2))
     model = load_model(settings.model, device, attention)
+    place_weights(model)
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
     use_dense_kernel(model)

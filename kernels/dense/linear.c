@@ -68,18 +68,20 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
     int tiles = takes_tiles() && num_tokens > 1, pairs = takes_pairs();
     int64_t in = layer->in, size = num_tokens * in;
     int packs = pairs && !tiles && is_worth_packing(in, num_tokens);
+    int alone = num_tokens <= SIDE;
     float *wide = scratch;
     _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        if (tiles) pack_tokens(x, in, num_tokens, scratch, me, all);
+        bfloat16 *packed = (bfloat16 *)scratch + (alone ? me * packed_size(in, num_tokens) : 0);
+        if (tiles) pack_tokens(x, in, num_tokens, packed, alone ? 0 : me, alone ? 1 : all);
         if (packs) pack_pairs(x, in, NULL, 0, num_tokens, scratch, me, all);
         for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
             wide[i] = widen_bfloat16(x[i]);
-        if (packs || !pairs || tiles) {
+        if (packs || !pairs || (tiles && !alone)) {
             _Pragma("omp barrier")
         }
         if (tiles)
-            linear_tiles(layer->weight, layer->bias, in, layer->out, scratch, y, num_tokens, me, all);
+            linear_tiles(layer->weight, layer->bias, in, layer->out, packed, y, num_tokens, me, all);
         else
             some_outputs_bfloat16(layer, packs || !pairs ? scratch : (const void *)x, y, num_tokens, pairs,
                                   wide + size + me * DEPTH * TILE, me, all);

@@ -11,6 +11,8 @@
 #define BLOCK_TOKENS 256
 #define BLOCK_INPUTS 2048
 
+static int64_t packed_size(int64_t in, int64_t num_tokens) { return tiles_of(num_tokens, SIDE) * tiles_of(in, INPUTS) * PACKED; }
+
 /* One thread's part of packed[t / SIDE][i / INPUTS]. */
 FOR_AMX static void pack_tokens(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {
     int64_t across = tiles_of(in, INPUTS), tiles = tiles_of(num_tokens, SIDE) * across;

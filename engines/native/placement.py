@@ -1,0 +1,58 @@
+"""Weights of linear layers where a CPU reads them fastest: each from a cache line on, in large pages.
+
+A checkpoint's file puts a tensor wherever the one before it ends, so that nearly every load meets two lines, and is
+mapped in pages of 4 KiB, of which a step would look up every one. What is copied here is what steps read; embeddings
+that no layer shares, of which a step reads a few rows, stay where they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor, nn
+
+_LINE = 64  # bytes
+_libc = ctypes.CDLL(None)
+
+
+def place_weights(model: nn.Module) -> int:
+    """Move them, where they are on a CPU and plain tensors. Result: the bytes that were moved."""
+    weights = {id(layer.weight): layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+    moved = [weight for weight in weights.values() if _can_move(weight)]
+    size = sum(map(_rounded, moved))
+    if not size:
+        return 0
+    memory = _in_large_pages(size)
+    begin = 0
+    for weight in moved:
+        place = memory[begin : begin + weight.nbytes].view(weight.dtype).view(weight.shape)
+        begin += _rounded(weight)
+        before, weight.data = weight.data, place.copy_(weight.data)
+        _give_back(before)
+    return size
+
+
+def _can_move(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and type(weight.data) is Tensor and weight.is_contiguous()
+
+
+def _rounded(weight: Tensor) -> int:
+    return -(-weight.nbytes // _LINE) * _LINE
+
+
+def _in_large_pages(size: int) -> Tensor:
+    """So many bytes of their own, page-aligned; in pages as usual where the system has no others. Shape [size]."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _give_back(weight: Tensor) -> None:
+    """The pages that this tensor alone had: while others lie in the same file, it stays mapped."""
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
