@@ -51,8 +51,10 @@ def _in_large_pages(size: int) -> Tensor:
 
 
 def _give_back(weight: Tensor) -> None:
-    """The pages that this tensor alone had: while others lie in the same file, it stays mapped."""
+    """The pages that it alone has in memory that others share, as those of a file do: that stays as long as they."""
+    if not hasattr(mmap, "MADV_DONTNEED") or weight.untyped_storage().nbytes() == weight.nbytes:
+        return
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+    if size > 0:
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

@@ -6,6 +6,9 @@
 #include "dense/linear_amx.h"
 #include "dense/tile.h"
 
+#define FEW 16
+#define WIDE_TILE (DEPTH * TILE * (int64_t)sizeof(float)) /* bytes */
+
 typedef struct {
     int64_t in, out;
     const void *weight, *bias; /* bias: or NULL */
@@ -13,6 +16,13 @@ typedef struct {
 
 /* Whether to pack pairs: all rows of such a width would contend for the same lines of the first cache. */
 static int is_worth_packing(int64_t in, int64_t num_tokens) { return num_tokens > 1 && in % 2048 == 0; }
+
+/* One thread's part of packing all tokens, pass by pass; row k lies `paired_width` times k behind `packed`. */
+static void pack_pairs(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {
+    for (int64_t k = 0; k < num_tokens; k += TOKENS_A_PASS)
+        pack_pass(x, in, NULL, k, num_tokens - k < TOKENS_A_PASS ? num_tokens - k : TOKENS_A_PASS,
+                  packed + k * paired_width(in), me, all);
+}
 
 /* y[t * out + k] = the tile's sums and a bias, rounded. */
 #define DEFINE_FINISH(T)                                                                          \
@@ -62,30 +72,58 @@ void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t
         some_outputs_float(layer, x, y, num_tokens, 0, NULL, omp_get_thread_num(), omp_get_num_threads());
 }
 
-/* `scratch`: 64-byte lines; x packed, or in float32 and a widened tile for each thread behind it. */
-void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
-                              void *scratch) {
-    int tiles = takes_tiles() && num_tokens > 1, pairs = takes_pairs();
-    int64_t in = layer->in, size = num_tokens * in;
-    int packs = pairs && !tiles && is_worth_packing(in, num_tokens);
-    int alone = num_tokens <= SIDE;
-    float *wide = scratch;
-    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        bfloat16 *packed = (bfloat16 *)scratch + (alone ? me * packed_size(in, num_tokens) : 0);
-        if (tiles) pack_tokens(x, in, num_tokens, packed, alone ? 0 : me, alone ? 1 : all);
-        if (packs) pack_pairs(x, in, NULL, 0, num_tokens, scratch, me, all);
-        for (int64_t i = size * me / all; !tiles && !pairs && i < size * (me + 1) / all; i++)
-            wide[i] = widen_bfloat16(x[i]);
-        if (packs || !pairs || (tiles && !alone)) {
-            _Pragma("omp barrier")
-        }
-        if (tiles)
-            linear_tiles(layer->weight, layer->bias, in, layer->out, packed, y, num_tokens, me, all);
-        else
-            some_outputs_bfloat16(layer, packs || !pairs ? scratch : (const void *)x, y, num_tokens, pairs,
-                                  wide + size + me * DEPTH * TILE, me, all);
-    }
+/* How tokens of bfloat16 are multiplied: in tiles, in pairs, packed or as they lie, or in float32. */
+typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE } Form;
+
+static Form form_of(int64_t in, int64_t num_tokens) {
+    if (takes_tiles() && num_tokens > 1) return TILES;
+    if (!takes_pairs()) return WIDE;
+    return is_worth_packing(in, num_tokens) ? PACKED_PAIRS : PAIRS;
 }
 
-const int64_t loraplex_linear_tile = DEPTH * TILE;
+/* Few tokens are brought into it by each thread for itself: what another writes would have to come from its cache. */
+static int is_few(int64_t num_tokens) { return num_tokens <= FEW; }
+
+/* Bytes that they take then, in whole lines. */
+static int64_t prepared_size(int64_t in, int64_t num_tokens) {
+    Form form = form_of(in, num_tokens);
+    int64_t size = form == TILES          ? packed_size(in, num_tokens) * sizeof(bfloat16)
+                   : form == PACKED_PAIRS ? num_tokens * paired_width(in) * sizeof(bfloat16)
+                   : form == WIDE         ? num_tokens * in * sizeof(float)
+                                          : 0;
+    return (size + LINE - 1) / LINE * LINE;
+}
+
+/* Bytes: prepared tokens, as often as they are, and a widened tile for each thread. */
+int64_t loraplex_linear_scratch(int64_t in, int64_t num_tokens, int64_t num_threads) {
+    return prepared_size(in, num_tokens) * (is_few(num_tokens) ? num_threads : 1) + num_threads * WIDE_TILE;
+}
+
+/* One thread's part of it. */
+static void prepare(Form form, const bfloat16 *x, int64_t in, int64_t num_tokens, void *prepared, int me, int all) {
+    if (form == TILES) pack_tokens(x, in, num_tokens, prepared, me, all);
+    if (form == PACKED_PAIRS) pack_pairs(x, in, num_tokens, prepared, me, all);
+    for (int64_t i = num_tokens * in * me / all; form == WIDE && i < num_tokens * in * (me + 1) / all; i++)
+        ((float *)prepared)[i] = widen_bfloat16(x[i]);
+}
+
+/* `scratch`: of loraplex_linear_scratch bytes, in 64-byte lines. */
+void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
+                              char *scratch) {
+    int64_t in = layer->in, size = prepared_size(in, num_tokens);
+    Form form = form_of(in, num_tokens);
+    int few = is_few(num_tokens);
+    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        void *prepared = scratch + (few ? me * size : 0);
+        void *wide = scratch + (few ? num_threads : 1) * size + me * WIDE_TILE;
+        prepare(form, x, in, num_tokens, prepared, few ? 0 : me, few ? 1 : all);
+        if (size && !few) {
+            _Pragma("omp barrier")
+        }
+        if (form == TILES)
+            linear_tiles(layer->weight, layer->bias, in, layer->out, prepared, y, num_tokens, me, all);
+        else
+            some_outputs_bfloat16(layer, form == PAIRS ? x : prepared, y, num_tokens, form != WIDE, wide, me, all);
+    }
+}

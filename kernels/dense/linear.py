@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,13 +26,13 @@ class _Scratch(threading.local):
     """Memory that the calls of a thread use one after another."""
 
     def __init__(self) -> None:
-        self._floats = torch.empty(0)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def of(self, size: int) -> Tensor:
-        """At least so many floats; whoever has them from an earlier call may keep using them."""
-        if len(self._floats) < size:
-            self._floats = torch.empty(size)
-        return self._floats
+        """At least so many bytes; whoever has them from an earlier call may keep using them."""
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes
 
 
 _scratch = _Scratch()
@@ -75,16 +77,12 @@ class Linear:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self._out)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
-        scratch = _scratch.of(self._scratch_size(num_tokens, num_threads))
+        scratch = _scratch.of(self._scratch_bytes(num_tokens, num_threads))
         self._run(self._layer, x, y, num_tokens, num_threads, scratch)
         return y
 
-    def _scratch_size(self, num_tokens: int, num_threads: int) -> int:
-        """Floats: x widened and a tile for each thread, or x in whole tiles of 16 tokens by 32 inputs, 16 bits each."""
-        if self._dtype == torch.float32:
-            return 0
-        packed = -(-num_tokens // 16) * 16 * -(-self.in_features // 32) * 32 // 2
-        return max(num_tokens * self.in_features + num_threads * _tile_size(), packed)
+    def _scratch_bytes(self, num_tokens: int, num_threads: int) -> int:
+        return 0 if self._dtype == torch.float32 else _scratch_size()(self.in_features, num_tokens, num_threads)
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
@@ -93,8 +91,10 @@ def is_available(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @cache
-def _tile_size() -> int:
-    """How many numbers each thread may have to widen at a time."""
+def _scratch_size() -> Callable[[int, int, int], int]:
+    """(in, number of tokens, number of threads) -> the bytes that a call in bfloat16 needs."""
     built = library(__file__)
     assert built is not None
-    return ctypes.c_int64.in_dll(built, "loraplex_linear_tile").value
+    found = built.loraplex_linear_scratch
+    found.argtypes, found.restype = [ctypes.c_int64] * 3, ctypes.c_int64
+    return cast("Callable[[int, int, int], int]", found)

@@ -1,6 +1,6 @@
 /* A linear layer in tile registers: sixteen outputs by sixteen tokens at a time.
 
-   Weights are the first operand, as they lie; the tokens are packed, once for all threads. */
+   Weights are the first operand, as they lie; the tokens are packed. */
 
 #include "amx.h"
 
@@ -11,7 +11,10 @@
 #define BLOCK_TOKENS 256
 #define BLOCK_INPUTS 2048
 
-static int64_t packed_size(int64_t in, int64_t num_tokens) { return tiles_of(num_tokens, SIDE) * tiles_of(in, INPUTS) * PACKED; }
+/* In numbers of 16 bits. */
+static int64_t packed_size(int64_t in, int64_t num_tokens) {
+    return tiles_of(num_tokens, SIDE) * tiles_of(in, INPUTS) * PACKED;
+}
 
 /* One thread's part of packed[t / SIDE][i / INPUTS]. */
 FOR_AMX static void pack_tokens(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {
@@ -152,6 +155,7 @@ FOR_AMX static void linear_tiles(const bfloat16 *weight, const bfloat16 *bias, i
 
 #else
 
+static int64_t packed_size(int64_t in, int64_t num_tokens) { return 0; }
 static void pack_tokens(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat16 *packed, int me, int all) {}
 static void linear_tiles(const bfloat16 *weight, const bfloat16 *bias, int64_t in, int64_t out, const bfloat16 *packed,
                          bfloat16 *y, int64_t num_tokens, int me, int all) {}

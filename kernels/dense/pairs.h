@@ -42,15 +42,6 @@ static void pack_pass(const bfloat16 *x, int64_t in, const int32_t *token, int64
     }
 }
 
-/* The same of any number of tokens, pass by pass; row k lies `paired_width` times k behind `packed`. */
-static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int64_t tokens,
-                       bfloat16 *packed, int me, int all) {
-    for (int64_t k = first; k < first + tokens; k += TOKENS_A_PASS) {
-        int some = first + tokens - k < TOKENS_A_PASS ? first + tokens - k : TOKENS_A_PASS;
-        pack_pass(x, in, token, k, some, packed + k * paired_width(in), me, all);
-    }
-}
-
 /* lanes[o][t] += products of PAIRED numbers of w[o] and x[t], or of as many as `inside` has bits. `ahead`: asks for the
    rows of weights that come next. */
 FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 *w, int64_t w_stride,
@@ -170,8 +161,8 @@ FOR_PAIRS static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t i
 
 static int multiplies_pairs(void) { return 0; }
 static int64_t paired_width(int64_t in) { return in; }
-static void pack_pairs(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int64_t tokens,
-                       bfloat16 *packed, int me, int all) {}
+static void pack_pass(const bfloat16 *x, int64_t in, const int32_t *token, int64_t first, int tokens,
+                      bfloat16 *packed, int me, int all) {}
 static void tile_pairs(const bfloat16 *w, const bfloat16 *x, int64_t in, int outputs, int tokens, float *sums,
                        int packed) {}
 

@@ -25,7 +25,8 @@ typedef struct {
     int32_t num_groups, num_threads, max_rank, in_tiles;
     const int32_t *adapter, *begin, *token;
     const float *weight; /* by place in `token`: multiplies the adapter's scale */
-    float *x, *h;        /* scratch: [tokens, in] and [tokens, max_rank]; rows of x have room for 32 numbers more */
+    float *x, *h;        /* scratch: TOKENS_A_PASS tokens for each thread, in tiles all tokens; and [tokens, max_rank] */
+    int64_t x_size;      /* bytes that each thread has in x */
     void *own;           /* in tiles: loraplex_lora_decode_own bytes for each thread */
 } Step;
 
@@ -106,15 +107,24 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
 
 #include "decode_amx.h"
 
-/* One thread's part of each of the three passes; the caller keeps them apart. */
+/* One thread's part of each of the two passes; the caller keeps them apart. Tokens are gathered by each thread that needs
+   them: what another gathers would have to come from its cache. */
 #define DEFINE_PASSES(T)                                                                          \
-    static void gather_tokens_##T(const Step *s, const T *x, int64_t in, int me, int all) {       \
-        for (int k = me; k < s->begin[s->num_groups]; k += all)                                   \
-            for (int64_t i = 0; i < in; i++) s->x[k * in + i] = widen_##T(x[s->token[k] * in + i]); \
+    static void gather_##T(const Step *s, const T *x, int64_t in, int first, int tokens, int widens, \
+                           void *gathered) {                                                      \
+        if (!widens) {                                                                            \
+            pack_pass((const bfloat16 *)x, in, s->token, first, tokens, gathered, 0, 1);          \
+            return;                                                                               \
+        }                                                                                         \
+        for (int k = 0; k < tokens; k++)                                                          \
+            for (int64_t i = 0; i < in; i++)                                                      \
+                ((float *)gathered)[k * in + i] = widen_##T(x[s->token[first + k] * in + i]);     \
     }                                                                                             \
-    static void shrink_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t in,       \
-                                  int widens, int me, int all) {                                  \
+    static void shrink_tokens_##T(const Table *t, int64_t entry, const Step *s, const T *x,       \
+                                  int64_t in, int me, int all) {                                  \
+        int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
         float sums[TOKENS_A_PASS * TILE];                                                         \
+        void *gathered = (char *)s->x + me * s->x_size;                                           \
         int64_t whole = all_work(t, entry, s), done = 0;                                          \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *a = (const T *)(uintptr_t)t->a[entry + s->adapter[g]];                       \
@@ -123,15 +133,14 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
             int first = share(whole, done, own, rank, 1, me, all);                                \
             int last = share(whole, done, own, rank, 1, me + 1, all);                             \
             done += own;                                                                          \
-            for (int j = first; j < last; j += TILE) {                                            \
-                int rows = last - j < TILE ? last - j : TILE;                                     \
-                for (int k = s->begin[g]; k < end; k += TOKENS_A_PASS) {                          \
-                    int n = end - k < TOKENS_A_PASS ? end - k : TOKENS_A_PASS;                    \
+            for (int k = s->begin[g]; first < last && k < end; k += TOKENS_A_PASS) {              \
+                int n = end - k < TOKENS_A_PASS ? end - k : TOKENS_A_PASS;                        \
+                gather_##T(s, x, in, k, n, widens, gathered);                                     \
+                for (int j = first; j < last; j += TILE) {                                        \
+                    int rows = last - j < TILE ? last - j : TILE;                                 \
                     memset(sums, 0, n * TILE * sizeof(float));                                    \
-                    if (widens) tile_##T(a + j * in, s->x + k * in, in, rows, n, sums, NULL);     \
-                    else                                                                          \
-                        tile_pairs((const bfloat16 *)(a + j * in),                                \
-                                   (const bfloat16 *)s->x + k * paired_width(in), in, rows, n, sums, 1); \
+                    if (widens) tile_##T(a + j * in, gathered, in, rows, n, sums, NULL);          \
+                    else tile_pairs((const bfloat16 *)(a + j * in), gathered, in, rows, n, sums, 1); \
                     for (int i = 0; i < n; i++)                                                   \
                         memcpy(s->h + (int64_t)(k + i) * s->max_rank + j, sums + i * TILE,        \
                                rows * sizeof(float));                                             \
@@ -166,16 +175,13 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
         }                                                                                         \
     }
 
-static void gather_pairs(const Step *s, const bfloat16 *x, int64_t in, int me, int all) {
-    for (int g = 0; g < s->num_groups; g++)
-        pack_pairs(x, in, s->token, s->begin[g], s->begin[g + 1] - s->begin[g], (bfloat16 *)s->x, me, all);
-}
-
 static int is_touched(const Table *t, int64_t entry, const Step *s) {
     for (int g = 0; g < s->num_groups; g++)
         if (t->rank[entry + s->adapter[g]]) return 1;
     return 0;
 }
+
+const int64_t loraplex_lora_decode_pass = TOKENS_A_PASS;
 
 /* 0: there are no tiles. */
 int64_t loraplex_lora_decode_own(int64_t num_tokens, int64_t max_rank) {
@@ -198,7 +204,6 @@ static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const
 #define DEFINE_ENTRY(T)                                                                           \
     void loraplex_lora_decode_##T(const Table *t, int64_t module, const Step *s, const T *x, T *y) { \
         int64_t entry = module * t->num_adapters;                                                 \
-        int widens = sizeof(T) == sizeof(float) || !takes_pairs();                                \
         if (!is_touched(t, entry, s)) return;                                                     \
         int64_t in = t->in[module], out = t->out[module];                                         \
         if (sizeof(T) == sizeof(bfloat16) && s->in_tiles) {                                       \
@@ -207,10 +212,7 @@ static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const
         }                                                                                         \
         _Pragma("omp parallel num_threads(s->num_threads) if (s->num_threads > 1)") {             \
             int me = omp_get_thread_num(), all = omp_get_num_threads();                           \
-            if (widens) gather_tokens_##T(s, x, in, me, all);                                     \
-            else gather_pairs(s, (const bfloat16 *)x, in, me, all);                               \
-            _Pragma("omp barrier");                                                               \
-            shrink_tokens_##T(t, entry, s, in, widens, me, all);                                  \
+            shrink_tokens_##T(t, entry, s, x, in, me, all);                                       \
             _Pragma("omp barrier");                                                               \
             expand_tokens_##T(t, entry, s, out, y, me, all);                                      \
         }                                                                                         \

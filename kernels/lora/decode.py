@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ class _Table(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("num_groups", "num_threads", "max_rank", "in_tiles")),
-        *((name, ctypes.c_void_p) for name in ("adapter", "begin", "token", "weight", "x", "h", "own")),
+        *((name, ctypes.c_void_p) for name in ("adapter", "begin", "token", "weight", "x", "h")),
+        ("x_size", ctypes.c_int64),
+        ("own", ctypes.c_void_p),
     )
 
 
@@ -96,13 +99,15 @@ class DecodeStep:
         tokens = [token for group in groups.values() for token in group]
         ends = np.cumsum([0, *(len(group) for group in groups.values())])
         self._table = table
-        num_threads = torch.get_num_threads()
+        num_threads, row = torch.get_num_threads(), (table.widest_input + _PADDING) * 4
+        own_x = min(len(tokens), _tokens_a_pass()) * row
         sizes = [
-            len(tokens) * (table.widest_input + _PADDING) * (2 if in_tiles else 4),
+            len(tokens) * row // 2 if in_tiles else num_threads * own_x,
             len(tokens) * table.max_rank * 4,
+            num_threads * _own_bytes(len(tokens), table.max_rank) if in_tiles else 0,
         ]
-        sizes += [num_threads * _own_bytes(len(tokens), table.max_rank) if in_tiles else 0]
         self._scratch = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        x, h, own = (scratch.data_ptr() for scratch in self._scratch)
         self._kept = [
             np.array(list(groups), dtype=np.int32),
             ends.astype(np.int32),
@@ -111,7 +116,7 @@ class DecodeStep:
         ]
         self.structures = table.structure, _Step(
             len(groups), num_threads, table.max_rank, in_tiles, *(_address(array) for array in self._kept),
-            *(scratch.data_ptr() for scratch in self._scratch),
+            x, h, own_x, own,
         )  # fmt: skip
 
 
@@ -151,6 +156,14 @@ def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep
     """
     table, tokens = step.structures
     function(__file__, _NAMES[x.dtype], *_ARGUMENTS)(table, module, tokens, x, y)
+
+
+@cache
+def _tokens_a_pass() -> int:
+    """How many tokens a thread gathers at a time, not in tiles."""
+    built = library(__file__)
+    assert built is not None
+    return ctypes.c_int64.in_dll(built, "loraplex_lora_decode_pass").value
 
 
 def _own_bytes(num_tokens: int, max_rank: int) -> int:
