@@ -1,7 +1,7 @@
 """Weights of linear layers where a CPU reads them fastest: each from a cache line on, in large pages.
 
 A checkpoint's file puts a tensor wherever the one before it ends, so that nearly every load meets two lines, and is
-mapped in pages of 4 KiB, of which a step would look up every one. What is copied here is what steps read; embeddings
+mapped in pages of 4 KiB, each of which a step would have to look up. What is copied here is what steps read; embeddings
 that no layer shares, of which a step reads a few rows, stay where they are.
 """
 
@@ -19,8 +19,9 @@ _libc = ctypes.CDLL(None)
 
 def place_weights(model: nn.Module) -> int:
     """Move them, where they are on a CPU and plain tensors. Result: the bytes that were moved."""
+    overlapping = _overlapping([*model.parameters(), *model.buffers()])
     weights = {id(layer.weight): layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
-    moved = [weight for weight in weights.values() if _can_move(weight)]
+    moved = [weight for key, weight in weights.items() if key not in overlapping and _can_move(weight)]
     size = sum(map(_rounded, moved))
     if not size:
         return 0
@@ -32,6 +33,18 @@ def place_weights(model: nn.Module) -> int:
         before, weight.data = weight.data, place.copy_(weight.data)
         _give_back(before)
     return size
+
+
+def _overlapping(tensors: list[Tensor]) -> set[int]:
+    """The ids of those that have memory in common with another."""
+    ordered = sorted((tensor for tensor in tensors if _can_move(tensor)), key=Tensor.data_ptr)
+    found: set[int] = set()
+    farthest = 0, 0  # the end of what lies before, and whose it is
+    for tensor in ordered:
+        if tensor.data_ptr() < farthest[0]:
+            found |= {id(tensor), farthest[1]}
+        farthest = max(farthest, (tensor.data_ptr() + tensor.nbytes, id(tensor)))
+    return found
 
 
 def _can_move(weight: Tensor) -> bool:
@@ -51,10 +64,8 @@ def _in_large_pages(size: int) -> Tensor:
 
 
 def _give_back(weight: Tensor) -> None:
-    """The pages that it alone has in memory that others share, as those of a file do: that stays as long as they."""
-    if not hasattr(mmap, "MADV_DONTNEED") or weight.untyped_storage().nbytes() == weight.nbytes:
-        return
+    """The pages that no other tensor has a part of: a file stays mapped as long as one in it is used."""
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if size > 0:
+    if hasattr(mmap, "MADV_DONTNEED") and size > 0:
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

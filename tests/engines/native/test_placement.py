@@ -64,3 +64,18 @@ def test_neighbours_in_the_same_memory_keep_theirs() -> None:
 
 def test_nothing_is_moved_of_a_model_without_linear_layers() -> None:
     assert place_weights(nn.LayerNorm(8)) == 0
+
+
+def test_layers_that_share_memory_with_another_tensor_stay_where_they_are() -> None:
+    model: Any = nn.Sequential(*[nn.Linear(4096, 64) for _ in range(4)])
+    shared = torch.randn(192, 4096)
+    expected = shared.clone()
+    parts = [slice(0, 64), slice(64, 128)]
+    for layer, part in zip(model, parts, strict=False):
+        layer.weight = nn.Parameter(shared[part])
+    model.register_buffer("whole", shared[:130])
+    model[2].weight = nn.Parameter(shared[128:])
+    assert place_weights(model) == model[3].weight.nbytes
+    assert torch.equal(shared, expected)
+    for layer, part in zip(model, [*parts, slice(128, 192)], strict=False):
+        assert layer.weight.data_ptr() == shared[part].data_ptr()
