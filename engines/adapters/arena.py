@@ -6,8 +6,6 @@ What is copied into it, or within it, is copied piece by piece, where nobody rea
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
 
 import torch
@@ -16,9 +14,7 @@ from torch import Tensor
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.peft import AdapterPlan, LoadedAdapter
 from loraplex.engines.adapters.pieces import Pieces
-
-_libc = ctypes.CDLL(None)
-_POPULATE_WRITE = 23  # Linux 5.14's MADV_POPULATE_WRITE; changes no bytes
+from loraplex.engines.pages import in_large_pages, populate
 
 
 class Arena:
@@ -28,7 +24,11 @@ class Arena:
     """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._buffer = torch.empty(capacity, dtype=dtype, device=device)
+        self._buffer = (
+            in_large_pages(capacity * dtype.itemsize).view(dtype)
+            if device.type == "cpu"
+            else torch.empty(capacity, dtype=dtype, device=device)
+        )
         self._plans: dict[str, AdapterPlan] = {}
         self._offsets: dict[str, int] = {}
         self.version = 0
@@ -60,10 +60,7 @@ class Arena:
         with self._populating:
             begin = self._num_populated
             end = self._num_populated = min(begin + size, self._buffer.numel())
-        first = (self._buffer.data_ptr() + begin * self.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = self._buffer.data_ptr() + end * self.dtype.itemsize
-        if end > begin:
-            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _POPULATE_WRITE)  # or does nothing
+        populate(self._buffer[begin:end])
 
     def write(self, offset: int, loaded: LoadedAdapter) -> Pieces[None]:
         """Copy an adapter to `offset`; the extent must belong to nobody who is being computed with."""

@@ -7,14 +7,11 @@ that no layer shares, of which a step reads a few rows, stay where they are.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
-import torch
 from torch import Tensor, nn
 
+from loraplex.engines.pages import give_back, in_large_pages
+
 _LINE = 64  # bytes
-_libc = ctypes.CDLL(None)
 
 
 def place_weights(model: nn.Module) -> int:
@@ -25,13 +22,13 @@ def place_weights(model: nn.Module) -> int:
     size = sum(map(_rounded, moved))
     if not size:
         return 0
-    memory = _in_large_pages(size)
+    memory = in_large_pages(size)
     begin = 0
     for weight in moved:
         place = memory[begin : begin + weight.nbytes].view(weight.dtype).view(weight.shape)
         begin += _rounded(weight)
         before, weight.data = weight.data, place.copy_(weight.data)
-        _give_back(before)
+        give_back(before)  # a file stays mapped as long as anything in it is used
     return size
 
 
@@ -53,19 +50,3 @@ def _can_move(weight: Tensor) -> bool:
 
 def _rounded(weight: Tensor) -> int:
     return -(-weight.nbytes // _LINE) * _LINE
-
-
-def _in_large_pages(size: int) -> Tensor:
-    """So many bytes of their own, page-aligned; in pages as usual where the system has no others. Shape [size]."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _give_back(weight: Tensor) -> None:
-    """The pages that no other tensor has a part of: a file stays mapped as long as one in it is used."""
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if hasattr(mmap, "MADV_DONTNEED") and size > 0:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

@@ -1,12 +1,13 @@
 /* A linear layer of torch's form: y[t][o] = bias[o] + sum_i w[o][i] * x[t][i].
 
    Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h` and `linear_amx.h`. Where tile
-   registers are used, a token alone is not computed in them: a tenth faster, and other in its last bits. */
+   registers are used, up to three tokens are not computed in them: a tenth faster, and other in their last bits. */
 
 #include "dense/linear_amx.h"
 #include "dense/tile.h"
 
 #define FEW 16
+#define MOST_IN_PAIRS 3 /* tokens, where there are tiles */
 #define WIDE_TILE (DEPTH * TILE * (int64_t)sizeof(float)) /* bytes */
 
 typedef struct {
@@ -55,6 +56,7 @@ DEFINE_FINISH(bfloat16)
                 if (pairs)                                                                        \
                     tile_pairs((const bfloat16 *)(weight + o * in),                               \
                                (const bfloat16 *)inputs + begin * in, in, outputs, tokens, sums,  \
+                               (const bfloat16 *)(weight + (o + outputs) * in),                   \
                                is_worth_packing(in, num_tokens));                                 \
                 else                                                                              \
                     tile_##T(weight + o * in, (const float *)inputs + begin * in, in, outputs,    \
@@ -76,7 +78,7 @@ void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t
 typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE } Form;
 
 static Form form_of(int64_t in, int64_t num_tokens) {
-    if (takes_tiles() && num_tokens > 1) return TILES;
+    if (takes_tiles() && num_tokens > MOST_IN_PAIRS) return TILES;
     if (!takes_pairs()) return WIDE;
     return is_worth_packing(in, num_tokens) ? PACKED_PAIRS : PAIRS;
 }

@@ -56,7 +56,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 class Linear:
     """One layer's weight, where it lies, and its bias. What a row gives depends on no other, not in its last bit.
 
-    Where the CPU has tile registers (AMX) that does not hold for a row alone, which is faster without them.
+    Where the CPU has tile registers (AMX) that does not hold for up to three rows, which are faster without them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

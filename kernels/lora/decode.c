@@ -128,6 +128,7 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
         int64_t whole = all_work(t, entry, s), done = 0;                                          \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *a = (const T *)(uintptr_t)t->a[entry + s->adapter[g]];                       \
+            const T *next = (const T *)(uintptr_t)t->a[entry + s->adapter[g + 1 < s->num_groups ? g + 1 : g]]; \
             int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
             int64_t own = work(rank, end - s->begin[g]);                                          \
             int first = share(whole, done, own, rank, 1, me, all);                                \
@@ -140,7 +141,9 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
                     int rows = last - j < TILE ? last - j : TILE;                                 \
                     memset(sums, 0, n * TILE * sizeof(float));                                    \
                     if (widens) tile_##T(a + j * in, gathered, in, rows, n, sums, NULL);          \
-                    else tile_pairs((const bfloat16 *)(a + j * in), gathered, in, rows, n, sums, 1); \
+                    else                                                                          \
+                        tile_pairs((const bfloat16 *)(a + j * in), gathered, in, rows, n, sums,   \
+                                   (const bfloat16 *)(j + rows < last ? a + (j + rows) * in : next), 1); \
                     for (int i = 0; i < n; i++)                                                   \
                         memcpy(s->h + (int64_t)(k + i) * s->max_rank + j, sums + i * TILE,        \
                                rows * sizeof(float));                                             \

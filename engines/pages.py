@@ -1,0 +1,44 @@
+"""Memory by its pages: large ones, of which a CPU looks up fewer, and what the kernel is told of them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+
+_libc = ctypes.CDLL(None)
+_POPULATE_WRITE = 23  # Linux 5.14's MADV_POPULATE_WRITE; changes no bytes
+
+
+def in_large_pages(size: int) -> Tensor:
+    """So many bytes of a CPU's memory, zeros, that nothing else shares pages with. Shape [size].
+
+    In pages as usual where the system has no others; they are backed when they are first written to.
+    """
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def populate(memory: Tensor) -> None:
+    """Have the kernel back the pages that it lies in, or do nothing. Any thread may, whoever uses them."""
+    first = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    _advise(first, memory.data_ptr() + memory.nbytes - first, _POPULATE_WRITE)
+
+
+def give_back(memory: Tensor) -> None:
+    """The pages that it has to itself, which nobody may read any more: a file's are read anew, others are zeros."""
+    first = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED"):
+        _advise(first, end - first, mmap.MADV_DONTNEED)
+
+
+def _advise(first: int, size: int, advice: int) -> None:
+    if size > 0:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
