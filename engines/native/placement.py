@@ -7,6 +7,8 @@ that no layer shares, of which a step reads a few rows, stay where they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from loraplex.engines.pages import give_back, in_large_pages
@@ -14,10 +16,14 @@ from loraplex.engines.pages import give_back, in_large_pages
 _LINE = 64  # bytes
 
 
-def place_weights(model: nn.Module) -> int:
-    """Move them, where they are on a CPU and plain tensors. Result: the bytes that were moved."""
+def place_weights(model: nn.Module, layers: Iterable[nn.Module]) -> int:
+    """Move those of the model's layers that steps use, where they are plain tensors of a CPU.
+
+    Result: how many bytes. What shares memory with another tensor of the model's stays where it is.
+    """
     overlapping = _overlapping([*model.parameters(), *model.buffers()])
-    weights = {id(layer.weight): layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+    found = [getattr(layer, "weight", None) for layer in layers]
+    weights = {id(weight): weight for weight in found if isinstance(weight, nn.Parameter)}
     moved = [weight for key, weight in weights.items() if key not in overlapping and _can_move(weight)]
     size = sum(map(_rounded, moved))
     if not size:

@@ -31,22 +31,29 @@ def read(path: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
 
 
+def linear_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+
+
 def test_weights_of_a_file_begin_on_lines_and_keep_their_numbers(tmp_path: Path) -> None:
     path = a_checkpoint(tmp_path, tied=False)
     model, expected = read(path), {name: tensor.clone() for name, tensor in read(path).state_dict().items()}
-    linear = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    assert {weight.data_ptr() % LINE for weight in linear.values()} != {0}  # so that there is something to do
-    moved = place_weights(model)
-    assert len(linear) == NUM_LINEAR + 1
-    assert {weight.data_ptr() % LINE for weight in linear.values()} == {0}
-    assert moved == sum(weight.nbytes for weight in linear.values())  # each is a number of whole lines here
+    layers = [*linear_of(model).values()]
+    unused = layers.pop(3).weight
+    linear, elsewhere = [layer.weight for layer in layers], unused.data_ptr()
+    assert {weight.data_ptr() % LINE for weight in linear} != {0}  # so that there is something to do
+    moved = place_weights(model, layers)
+    assert len(linear) == NUM_LINEAR
+    assert unused.data_ptr() == elsewhere
+    assert {weight.data_ptr() % LINE for weight in linear} == {0}
+    assert moved == sum(weight.nbytes for weight in linear)  # each is a number of whole lines here
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
 def test_an_embedding_that_is_the_last_layer_too_stays_one_with_it(tmp_path: Path) -> None:
     model = read(a_checkpoint(tmp_path, tied=True))
-    place_weights(model)
+    place_weights(model, linear_of(model).values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.data_ptr() % LINE == 0
 
@@ -57,13 +64,13 @@ def test_neighbours_in_the_same_memory_keep_theirs() -> None:
     layer = nn.Linear(4096, 64, bias=False)
     layer.weight = nn.Parameter(own, requires_grad=False)
     expected = [copy.deepcopy(part) for part in (before, own, after)]
-    place_weights(layer)
+    place_weights(layer, [layer])
     for found, wanted in zip((before, layer.weight, after), expected, strict=True):
         assert torch.equal(found, wanted)
 
 
-def test_nothing_is_moved_of_a_model_without_linear_layers() -> None:
-    assert place_weights(nn.LayerNorm(8)) == 0
+def test_nothing_is_moved_of_layers_without_weights_of_their_own() -> None:
+    assert place_weights(nn.LayerNorm(8), [nn.Identity()]) == 0
 
 
 def test_layers_that_share_memory_with_another_tensor_stay_where_they_are() -> None:
@@ -75,7 +82,7 @@ def test_layers_that_share_memory_with_another_tensor_stay_where_they_are() -> N
         layer.weight = nn.Parameter(shared[part])
     model.register_buffer("whole", shared[:130])
     model[2].weight = nn.Parameter(shared[128:])
-    assert place_weights(model) == model[3].weight.nbytes
+    assert place_weights(model, model) == model[3].weight.nbytes
     assert torch.equal(shared, expected)
     for layer, part in zip(model, [*parts, slice(128, 192)], strict=False):
         assert layer.weight.data_ptr() == shared[part].data_ptr()
