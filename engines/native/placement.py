@@ -51,7 +51,10 @@ def _overlapping(tensors: list[Tensor]) -> set[int]:
 
 
 def _can_move(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and type(weight.data) is Tensor and weight.is_contiguous()
+    """Weights that a model makes up in its first step, as some quantised ones do, are inference tensors: they stay."""
+    if weight.device.type != "cpu" or weight.is_inference():
+        return False
+    return type(weight.data) is Tensor and weight.is_contiguous()
 
 
 def _rounded(weight: Tensor) -> int:

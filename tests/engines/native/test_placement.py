@@ -86,3 +86,13 @@ def test_layers_that_share_memory_with_another_tensor_stay_where_they_are() -> N
     assert torch.equal(shared, expected)
     for layer, part in zip(model, [*parts, slice(128, 192)], strict=False):
         assert layer.weight.data_ptr() == shared[part].data_ptr()
+
+
+def test_weights_that_were_made_up_while_inferring_stay_where_they_are() -> None:
+    """As those of checkpoints that are unpacked in the model's first step."""
+    layer = nn.Linear(4096, 64)
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(torch.randn(64, 4096), requires_grad=False)
+    elsewhere = layer.weight.data_ptr()
+    assert place_weights(layer, [layer]) == 0
+    assert layer.weight.data_ptr() == elsewhere
