@@ -6,7 +6,7 @@
 #include "dense/linear_amx.h"
 #include "dense/tile.h"
 
-#define FEW 16
+#define FEW 16           /* tokens */
 #define MOST_IN_PAIRS 3 /* tokens, where there are tiles */
 #define WIDE_TILE (DEPTH * TILE * (int64_t)sizeof(float)) /* bytes */
 
