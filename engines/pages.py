@@ -19,10 +19,10 @@ def in_large_pages(size: int) -> Tensor:
     """
     if not size:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        _advise(memory.data_ptr(), size, mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def populate(memory: Tensor) -> None:
@@ -40,5 +40,6 @@ def give_back(memory: Tensor) -> None:
 
 
 def _advise(first: int, size: int, advice: int) -> None:
+    """A kernel that does not know the advice says so, and nothing is lost."""
     if size > 0:
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
