@@ -30,15 +30,16 @@ _MANY, _WIDTH = 96, 1024  # tokens and features of a GEMM by which a type is jud
 _SLOWER = 2.0  # than float32, which takes twice the bytes
 
 
-def use_dense_kernel(model: PreTrainedModel) -> range:
+def use_dense_kernel(model: PreTrainedModel, *, always: bool = False) -> range:
     """Let the kernel compute plain linear layers for as many tokens as torch is not faster for. Result: those numbers.
 
     To be called before anything else wraps the layers. Leaves everything as it is where the kernel is not available.
+    `always`: for any number of tokens, so that every start gives the same bits, whatever it would have measured.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
     if not layers:
         return range(0)
-    numbers = _numbers_of_tokens(_sample(layers))
+    numbers = range(sys.maxsize) if always else _numbers_of_tokens(_sample(layers))
     if numbers:
         for layer in layers:
             _replace_forward(layer, Linear(layer.weight, layer.bias), numbers)

@@ -58,7 +58,7 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
     place_weights(model, [layer for layer, _ in trial.layers.values()])
-    use_dense_kernel(model)
+    use_dense_kernel(model, always=settings.engine.deterministic)
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)
     use_gate_kernel(model, uses_kernels=uses_kernels)

@@ -6,6 +6,7 @@ python -m pytest tests/conformance/test_independence.py -m slow     # 1,000 rand
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from conformance.features import Feature, all_linear, attention_only, make_featu
 from conformance.shrinking import tiny_config
 from torch import Tensor
 
+from loraplex.engines.native import dense
 from loraplex.engines.native.batch import Batch
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.protocol import Adapter, EmbedRequest, GenerateRequest, SamplingParams, WeightedAdapter
@@ -176,8 +178,24 @@ def test_deterministic_logits_are_the_same_bits_in_every_company(architecture: s
     assert stats.total_cached_prompt_tokens > 0
 
 
-def test_without_being_asked_bits_depend_on_company(llama: World) -> None:
-    """Else the tests of it would show nothing."""
+def test_deterministic_bits_do_not_depend_on_what_a_start_measures(
+    llama: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_numbers_of_tokens", lambda weights: range(0))  # as where torch were always faster
+    core = make_core(llama.base, num_blocks=None, deterministic=True)
+    expected = watch(core)
+    alone(core, llama)
+    monkeypatch.setattr(dense, "_numbers_of_tokens", lambda weights: range(1, sys.maxsize))
+    other = make_core(llama.base, num_blocks=None, deterministic=True)
+    found = watch(other)
+    alone(other, llama)
+    assert len(found) == len(expected) == len(llama.requests) * ANSWER
+    assert all(torch.equal(bits, expected[place]) for place, bits in found.items())
+
+
+def test_without_being_asked_bits_depend_on_company(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests of it would show nothing. They do where torch multiplies."""
+    monkeypatch.setattr(dense, "_numbers_of_tokens", lambda weights: range(0))
     core = make_core(llama.base, num_blocks=None, max_batch_tokens=48)
     expected = watch(core)
     alone(core, llama)

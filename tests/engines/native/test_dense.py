@@ -63,6 +63,14 @@ def test_kernel_computes_as_many_tokens_as_it_is_faster_for(
         torch.testing.assert_close(model(x), theirs(x))
 
 
+def test_nothing_is_timed_where_every_start_must_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_takes(monkeypatch)
+    model, theirs = a_model(), a_model()
+    assert use_dense_kernel(model, always=True) == range(sys.maxsize)
+    x = torch.randn(130, 32)
+    assert torch.equal(model[0](x), Linear(theirs[0].weight, theirs[0].bias)(x))
+
+
 def test_kernels_are_timed_as_captured_steps_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls over the same memory, without the layers' Python."""
     heard: list[tuple[Argument, ...]] = []
