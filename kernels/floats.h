@@ -40,11 +40,11 @@ typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef float AnyLanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #define INLINED static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED_16 _Pragma("GCC unroll 16")
 
 #define LINE 64 /* bytes that memory is read by */
 #define READ_AHEAD(from) __builtin_prefetch(from, 0, 2) /* into the second cache; any address may be asked for */
@@ -55,30 +55,73 @@ typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2)));
 #define CHOOSE(mask, one, other) ((Lanes)(((mask) & (Integers)(one)) | (~(mask) & (Integers)(other))))
 #define SUM(v) (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))
 
+/* BROAD at a time, where a CPU has registers as long. What is there for both is named after the vector's type. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#define HAS_BROAD 1
+
+#include <immintrin.h>
+
+#define BROAD 16
+typedef __m512 Broad;
+
+#define FOR_Broad __attribute__((target("arch=x86-64-v4")))
+#define LOAD_float_Broad(from) _mm512_loadu_ps(from)
+#define LOAD_bfloat16_Broad(from)                                                                 \
+    ((Broad)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from))), 16))
+
+static inline int has_broad(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+}
+
+#else
+
+#define HAS_BROAD 0
+
+static inline int has_broad(void) { return 0; }
+
+#endif
+
+#define FOR_Lanes
+#define LOAD_float_Lanes LOAD_float
+#define LOAD_bfloat16_Lanes LOAD_bfloat16
+
 #define STRIP 16 /* numbers: two of LANES */
 
-/* Two of LANES from a strip. Of bfloat16 the even numbers come first, then the odd ones: that is cheapest to widen. */
-#define LOAD_STRIP_float(from, lanes) (lanes)[0] = LOAD_float(from), (lanes)[1] = LOAD_float((from) + LANES)
+/* Two vectors of either length from a strip. Of bfloat16 the even numbers come first, then the odd ones: that is
+   cheapest to widen. */
+#define WORDS_OF(lanes) __typeof__((lanes) < (lanes))
+#define LOAD_STRIP_float(from, lanes)                                                             \
+    memcpy(&(lanes)[0], from, sizeof(lanes)[0]),                                                  \
+    memcpy(&(lanes)[1], (from) + sizeof(lanes)[0] / sizeof(float), sizeof(lanes)[1])
 #define LOAD_STRIP_bfloat16(from, lanes)                                                          \
     do {                                                                                          \
-        Words words = *(const AnyWords *)(from);                                                  \
-        (lanes)[0] = (Lanes)(words << 16), (lanes)[1] = (Lanes)(words & 0xffff0000);              \
+        WORDS_OF((lanes)[0]) words;                                                               \
+        memcpy(&words, from, sizeof words);                                                       \
+        (lanes)[0] = (__typeof__((lanes)[0]))(words << 16);                                       \
+        (lanes)[1] = (__typeof__((lanes)[0]))(words & ~0xffff);                                   \
     } while (0)
 
 /* Rounds as narrow_bfloat16 does, in the upper halves. */
-INLINED void round_halves(const Lanes *lanes, Words *words) {
-    Words bits = (Words)*lanes, is_nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
-    *words = ((bits + 0x7fff + (bits >> 16 & 1)) & ~is_nan) | (is_nan & 0x7fc00000);
-}
+#define ROUND_HALVES(lanes, words)                                                                \
+    do {                                                                                          \
+        WORDS_OF(lanes) bits = (WORDS_OF(lanes))(lanes), is_nan = (bits & 0x7fffffff) > 0x7f800000; \
+        words = ((bits + 0x7fff + (bits >> 16 & 1)) & ~is_nan) | (is_nan & 0x7fc00000);           \
+    } while (0)
 
 /* The same back. */
-#define STORE_STRIP_float(to, lanes) *(AnyLanes *)(to) = (lanes)[0], *(AnyLanes *)((to) + LANES) = (lanes)[1]
+#define STORE_STRIP_float(to, lanes)                                                              \
+    memcpy(to, &(lanes)[0], sizeof(lanes)[0]),                                                    \
+    memcpy((to) + sizeof(lanes)[0] / sizeof(float), &(lanes)[1], sizeof(lanes)[1])
 #define STORE_STRIP_bfloat16(to, lanes)                                                           \
     do {                                                                                          \
-        Words even, odd;                                                                          \
-        round_halves(&(lanes)[0], &even);                                                         \
-        round_halves(&(lanes)[1], &odd);                                                          \
-        *(AnyWords *)(to) = even >> 16 | (odd & 0xffff0000);                                      \
+        WORDS_OF((lanes)[0]) even, odd;                                                           \
+        ROUND_HALVES((lanes)[0], even);                                                           \
+        ROUND_HALVES((lanes)[1], odd);                                                            \
+        even = (even >> 16 & 0xffff) | (odd & ~0xffff);                                           \
+        memcpy(to, &even, sizeof even);                                                           \
     } while (0)
 
 #endif

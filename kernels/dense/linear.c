@@ -59,8 +59,8 @@ DEFINE_FINISH(bfloat16)
                                (const bfloat16 *)(weight + (o + outputs) * in),                   \
                                is_worth_packing(in, num_tokens));                                 \
                 else                                                                              \
-                    tile_##T(weight + o * in, (const float *)inputs + begin * in, in, outputs,    \
-                             tokens, sums, wide);                                                 \
+                    BY_WIDTH(tile_##T)(weight + o * in, (const float *)inputs + begin * in, in,   \
+                                       outputs, tokens, sums, wide);                              \
                 finish_##T(sums, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
             }                                                                                     \
     }

@@ -1,22 +1,17 @@
 /* The tile of tile.h where a CPU multiplies bfloat16 by itself: pairs of products are added to sixteen sums at a time,
    and nothing is widened. Included there. */
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if HAS_BROAD
 
-#include <immintrin.h>
-
-#define FOR_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define UNROLLED_16 _Pragma("GCC unroll 16")
-#define PAIRED 32        /* numbers in a register of pairs, which has FOLDED sums */
-#define FOLDED 16
-#define PAIRED_OUTPUTS 4 /* by PAIRED_TOKENS: sums held in registers, which are 32 here */
-#define PAIRED_TOKENS 6
-#define PAIRED_OUTPUTS_ALONE 8
+#define FOR_PAIRS __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define PAIRED 32        /* numbers in a register of pairs, which has BROAD sums */
+#define PAIRED_OUTPUTS OUTPUTS_Broad
+#define PAIRED_TOKENS TOKENS_Broad
+#define PAIRED_OUTPUTS_ALONE OUTPUTS_ALONE
 #define ASKING 3         /* blocks of tokens that ask for the next rows: the CPU forgets some of what it is asked for */
 
 static int multiplies_pairs(void) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx512bf16") && has_broad();
 }
 
 /* Tokens are multiplied as they lie, or packed: PAIRED numbers of each token of a block of at most PAIRED_TOKENS, then
@@ -59,36 +54,13 @@ FOR_PAIRS INLINED void add_pairs(__m512 (*lanes)[PAIRED_TOKENS], const bfloat16 
     }
 }
 
-#define FOLD(shuffle, one, other, low, high) _mm512_add_ps(shuffle(one, other, low), shuffle(one, other, high))
-
-/* Lane q of the result is the sum of the lanes of of[q], for q < count, a constant where it is called. Halves are added
-   first, then their halves, of several at a time, whatever the count. */
-FOR_PAIRS INLINED __m512 fold(__m512 of[FOLDED], int count) {
-    UNROLLED_16 for (int q = 0; q < count; q++)
-        if (!(q & 4)) of[q] = FOLD(_mm512_shuffle_f32x4, of[q], of[q + 4 < count ? q + 4 : q], 0x44, 0xee);
-    UNROLLED_16 for (int q = 0; q < count; q++)
-        if (!(q & 12)) of[q] = FOLD(_mm512_shuffle_f32x4, of[q], of[q + 8 < count ? q + 8 : q], 0x88, 0xdd);
-    UNROLLED_16 for (int q = 0; q < count; q += 2)
-        if (!(q & 12)) of[q] = FOLD(_mm512_shuffle_ps, of[q], of[q + 1 < count ? q + 1 : q], 0x44, 0xee);
-    return FOLD(_mm512_shuffle_ps, of[0], of[2 < count ? 2 : 0], 0x88, 0xdd);
-}
-
-/* sums[k * TILE + o] += folded[k * width + o], all of them constants where it is called. */
-FOR_PAIRS INLINED void add_folded(float *sums, __m512 folded, int width, int tokens) {
-    UNROLLED for (int q = 0; q < tokens * width; q += 4) {
-        float *some = sums + q / width * TILE + q % width;
-        _mm_storeu_ps(some, _mm_add_ps(_mm_loadu_ps(some), ((const __m128 *)&folded)[q / 4]));
-    }
-}
-
 /* As dot there, of tokens that lie as rows of w do, or are packed, for outputs <= PAIRED_OUTPUTS, or
-   PAIRED_OUTPUTS_ALONE. Whole fours of sums are written, with zeros. */
+   PAIRED_OUTPUTS_ALONE. */
 FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t depth, float *sums,
                                  int outputs, int tokens, const bfloat16 *next, int packed) {
     const int64_t x_stride = packed ? PAIRED : w_stride, x_next = packed ? tokens : 1;
-    const int width = outputs > PAIRED_OUTPUTS ? PAIRED_OUTPUTS_ALONE : PAIRED_OUTPUTS, at_once = FOLDED / width;
     __m512 lanes[PAIRED_OUTPUTS_ALONE][PAIRED_TOKENS];
-    UNROLLED for (int o = 0; o < width; o++)
+    UNROLLED for (int o = 0; o < PAIRED_OUTPUTS_ALONE; o++)
         UNROLLED for (int t = 0; t < tokens; t++) lanes[o][t] = _mm512_setzero_ps();
     int64_t i = 0;
     for (; i + PAIRED <= depth; i += PAIRED)
@@ -96,12 +68,7 @@ FOR_PAIRS INLINED void dot_pairs(const bfloat16 *w, int64_t w_stride, const bflo
     if (i < depth)
         add_pairs(lanes, w + i, w_stride, x + i * x_next, x_stride, (1u << (depth - i)) - 1, outputs, tokens,
                   next ? next + i : NULL);
-    UNROLLED for (int t = 0; t < tokens; t += at_once) {
-        const int some = tokens - t < at_once ? tokens - t : at_once;
-        __m512 of[FOLDED];
-        UNROLLED_16 for (int q = 0; q < some * width; q++) of[q] = lanes[q % width][t + q / width];
-        add_folded(sums + t * TILE, fold(of, some * width), width, some);
-    }
+    add_lanes_Broad(lanes, sums, outputs, tokens);
 }
 
 /* As dots there. */

@@ -31,56 +31,57 @@ typedef struct {
 } Step;
 
 /* sums[k][c] += sum_j h[k * stride + j] * b[j * out + c] for c < width <= COLUMNS, `rows` of b and `tokens`, which are
-   constants where it is called. Sums lie as strips are loaded. */
-#define DEFINE_STRIP(T)                                                                           \
-    INLINED void strip_##T(const T *restrict b, int64_t out, int64_t width,                       \
-                           const float *restrict h, int64_t stride, int ahead,                    \
-                           float (*restrict sums)[COLUMNS], int rows, int tokens) {               \
+   constants where it is called. Sums lie as strips are loaded, in vectors of type V. */
+#define DEFINE_STRIP(T, V, FOR_CPU)                                                               \
+    FOR_##V INLINED void strip_##T##_##V(const T *restrict b, int64_t out, int64_t width,         \
+                                         const float *restrict h, int64_t stride, int ahead,      \
+                                         float (*restrict sums)[COLUMNS], int rows, int tokens) { \
+        const int size = sizeof(V) / sizeof(float);                                               \
         for (int64_t c = 0; c < width; c += LINE / sizeof(T))                                     \
             for (int next = 0; next < ahead; next++) READ_AHEAD(b + (rows + next) * out + c);     \
         int64_t c = 0;                                                                            \
-        for (; c + STRIP <= width; c += STRIP) {                                                  \
-            Lanes numbers[4][2];                                                                  \
+        for (; c + 2 * size <= width; c += 2 * size) {                                            \
+            V numbers[4][2];                                                                      \
             UNROLLED for (int i = 0; i < rows; i++) LOAD_STRIP_##T(b + i * out + c, numbers[i]);  \
             UNROLLED for (int k = 0; k < tokens; k++) UNROLLED for (int n = 0; n < 2; n++) {      \
-                AnyLanes *sum = (AnyLanes *)(sums[k] + c + n * LANES);                            \
-                Lanes lanes = *sum;                                                               \
+                V lanes;                                                                          \
+                memcpy(&lanes, sums[k] + c + n * size, sizeof lanes);                             \
                 UNROLLED for (int i = 0; i < rows; i++) lanes += h[k * stride + i] * numbers[i][n]; \
-                *sum = lanes;                                                                     \
+                memcpy(sums[k] + c + n * size, &lanes, sizeof lanes);                             \
             }                                                                                     \
         }                                                                                         \
         for (; c < width; c++)                                                                    \
             UNROLLED for (int k = 0; k < tokens; k++)                                             \
                 for (int i = 0; i < rows; i++) sums[k][c] += h[k * stride + i] * widen_##T(b[i * out + c]); \
     }                                                                                             \
-    INLINED void all_strips_##T(const T *b, int64_t out, int64_t width, const float *h,           \
-                                int64_t stride, int rank, float (*sums)[COLUMNS], int tokens) {   \
+    FOR_##V INLINED void all_strips_##T##_##V(const T *b, int64_t out, int64_t width, const float *h, \
+                                              int64_t stride, int rank, float (*sums)[COLUMNS], int tokens) { \
         int j = 0;                                                                                \
         for (; j + 4 <= rank; j += 4) {                                                           \
             int ahead = rank - j - 4 < 4 ? rank - j - 4 : 4;                                      \
-            strip_##T(b + j * out, out, width, h + j, stride, ahead, sums, 4, tokens);            \
+            strip_##T##_##V(b + j * out, out, width, h + j, stride, ahead, sums, 4, tokens);      \
         }                                                                                         \
-        for (; j < rank; j++) strip_##T(b + j * out, out, width, h + j, stride, 0, sums, 1, tokens); \
+        for (; j < rank; j++)                                                                     \
+            strip_##T##_##V(b + j * out, out, width, h + j, stride, 0, sums, 1, tokens);          \
     }                                                                                             \
-    FOR_EACH_CPU static void strips_##T(const T *b, int64_t out, int64_t width, const float *h,   \
-                                        int64_t stride, int rank, float (*sums)[COLUMNS],         \
-                                        int tokens) {                                             \
-        if (tokens == 4) all_strips_##T(b, out, width, h, stride, rank, sums, 4);                 \
-        else if (tokens == 3) all_strips_##T(b, out, width, h, stride, rank, sums, 3);            \
-        else if (tokens == 2) all_strips_##T(b, out, width, h, stride, rank, sums, 2);            \
-        else all_strips_##T(b, out, width, h, stride, rank, sums, 1);                             \
+    FOR_CPU static void strips_##T##_##V(const T *b, int64_t out, int64_t width, const float *h,  \
+                                         int64_t stride, int rank, float (*sums)[COLUMNS], int tokens) { \
+        if (tokens == 4) all_strips_##T##_##V(b, out, width, h, stride, rank, sums, 4);           \
+        else if (tokens == 3) all_strips_##T##_##V(b, out, width, h, stride, rank, sums, 3);      \
+        else if (tokens == 2) all_strips_##T##_##V(b, out, width, h, stride, rank, sums, 2);      \
+        else all_strips_##T##_##V(b, out, width, h, stride, rank, sums, 1);                       \
     }                                                                                             \
-    INLINED void add_strip_##T(T *y, const Lanes *sums, float scale) {                            \
-        Lanes lanes[2];                                                                           \
-        LOAD_STRIP_##T(y, lanes);                                                                 \
-        UNROLLED for (int n = 0; n < 2; n++) lanes[n] += scale * sums[n];                         \
-        STORE_STRIP_##T(y, lanes);                                                                \
-    }                                                                                             \
-    FOR_EACH_CPU static void add_strips_##T(T *y, const float *sums, float scale, int64_t width) { \
+    FOR_CPU static void add_strips_##T##_##V(T *y, const float *sums, float scale, int64_t width) { \
+        const int size = sizeof(V) / sizeof(float);                                               \
         int64_t c = 0;                                                                            \
-        for (; c + STRIP <= width; c += STRIP) {                                                  \
-            Lanes some[2] = {LOAD_float(sums + c), LOAD_float(sums + c + LANES)};                 \
-            add_strip_##T(y + c, some, scale);                                                    \
+        for (; c + 2 * size <= width; c += 2 * size) {                                            \
+            V lanes[2], some;                                                                     \
+            LOAD_STRIP_##T(y + c, lanes);                                                         \
+            UNROLLED for (int n = 0; n < 2; n++) {                                                \
+                memcpy(&some, sums + c + n * size, sizeof some);                                  \
+                lanes[n] += scale * some;                                                         \
+            }                                                                                     \
+            STORE_STRIP_##T(y + c, lanes);                                                        \
         }                                                                                         \
         for (; c < width; c++) y[c] = narrow_##T(widen_##T(y[c]) + scale * sums[c]);              \
     }
@@ -140,7 +141,7 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
                 for (int j = first; j < last; j += TILE) {                                        \
                     int rows = last - j < TILE ? last - j : TILE;                                 \
                     memset(sums, 0, n * TILE * sizeof(float));                                    \
-                    if (widens) tile_##T(a + j * in, gathered, in, rows, n, sums, NULL);          \
+                    if (widens) BY_WIDTH(tile_##T)(a + j * in, gathered, in, rows, n, sums, NULL); \
                     else                                                                          \
                         tile_pairs((const bfloat16 *)(a + j * in), gathered, in, rows, n, sums,   \
                                    (const bfloat16 *)(j + rows < last ? a + (j + rows) * in : next), 1); \
@@ -154,7 +155,7 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
     static void expand_tokens_##T(const Table *t, int64_t entry, const Step *s, int64_t out,      \
                                   T *y, int me, int all) {                                        \
         int64_t whole = all_work(t, entry, s), done = 0;                                          \
-        float sums[SHARING][COLUMNS];                                                             \
+        float sums[SHARING][COLUMNS] __attribute__((aligned(LINE)));                              \
         for (int g = 0; g < s->num_groups; g++) {                                                 \
             const T *b = (const T *)(uintptr_t)t->b[entry + s->adapter[g]];                       \
             int rank = t->rank[entry + s->adapter[g]], end = s->begin[g + 1];                     \
@@ -168,11 +169,11 @@ static int64_t share(int64_t whole, int64_t done, int64_t own, int64_t size, int
                 for (int k = s->begin[g]; k < end; k += SHARING) {                                \
                     int n = end - k < SHARING ? end - k : SHARING;                                \
                     for (int i = 0; i < n; i++) memset(sums[i], 0, width * sizeof(float));        \
-                    strips_##T(b + c, out, width, s->h + (int64_t)k * s->max_rank, s->max_rank,   \
-                               rank, sums, n);                                                    \
+                    BY_WIDTH(strips_##T)(                                                         \
+                        b + c, out, width, s->h + (int64_t)k * s->max_rank, s->max_rank, rank, sums, n); \
                     for (int i = 0; i < n; i++)                                                   \
-                        add_strips_##T(y + s->token[k + i] * out + c, sums[i], scale * s->weight[k + i], \
-                                       width);                                                    \
+                        BY_WIDTH(add_strips_##T)(                                                 \
+                            y + s->token[k + i] * out + c, sums[i], scale * s->weight[k + i], width); \
                 }                                                                                 \
             }                                                                                     \
         }                                                                                         \
@@ -221,7 +222,12 @@ static void decode_in_tiles(const Table *t, int64_t module, const Step *s, const
         }                                                                                         \
     }
 
-#define DEFINE(T) DEFINE_STRIP(T) DEFINE_PASSES(T) DEFINE_ENTRY(T)
+#if HAS_BROAD
+DEFINE_STRIP(float, Broad, FOR_Broad)
+DEFINE_STRIP(bfloat16, Broad, FOR_Broad)
+#endif
+
+#define DEFINE(T) DEFINE_STRIP(T, Lanes, FOR_EACH_CPU) DEFINE_PASSES(T) DEFINE_ENTRY(T)
 
 DEFINE(float)
 DEFINE(bfloat16)

@@ -21,16 +21,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["as the CPU can", "in pairs", "widened"])
+@pytest.fixture(params=["as the CPU can", "in pairs", "widened", "widened in short vectors"])
 def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A CPU that multiplies bfloat16 by itself, in tile registers or in pairs, is kept from both in turn."""
+    """A CPU that multiplies bfloat16 by itself, in tile registers or in pairs, is kept from both in turn.
+
+    At last from vectors of sixteen numbers too, as of float32.
+    """
     one = torch.zeros(1, 1, dtype=torch.bfloat16)
     linear.Linear(one)(one)  # which asks the CPU
-    tiles, pairs = (
-        [_flag(module, name) for module in (linear, decode)] for name in ("loraplex_tiles", "loraplex_pairs")
+    tiles, pairs, broad = (
+        [_flag(module, name) for module in (linear, decode)]
+        for name in ("loraplex_tiles", "loraplex_pairs", "loraplex_broad")
     )
     assert all(flag.value in (0, 1) for flag in (tiles[0], pairs[0]))
-    flags = {"as the CPU can": [], "in pairs": tiles, "widened": [*tiles, *pairs]}[request.param]
+    flags = {
+        "as the CPU can": [],
+        "in pairs": tiles,
+        "widened": [*tiles, *pairs],
+        "widened in short vectors": [*tiles, *pairs, *broad],
+    }[request.param]
     before = [flag.value for flag in flags]
     for flag in flags:
         flag.value = 0
