@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from kernel_cases import BEYOND_CACHES, SHAPES, Case, Shape, in_turn
@@ -25,6 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from loraplex.engines.native.cpu_sampler import pick_by_kernel
+from loraplex.engines.native.sampler import Row, pick_by_sorting
+from loraplex.engines.protocol import SamplingParams
 from loraplex.kernels.attention import cpu_rotary, rotary
 from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.cpu_decode import DecodeRows
@@ -213,6 +217,25 @@ def fused_cpu_elementwise(shape: Shape, device: torch.device) -> list[Case]:
     return cases
 
 
+def fused_cpu_draw(shape: Shape, device: torch.device) -> list[Case]:
+    """Beside the forms of torch, which sort."""
+    cases = []
+    controls: dict[str, dict[str, Any]] = {
+        "likeliest": {"temperature": 0.0},
+        "drawn": {},
+        "of the 50 likeliest": {"top_k": 50},
+        "top-p 0.9": {"top_p": 0.9},
+    }
+    for count in (1, 8, 32):
+        logits = torch.randn(count, shape.vocab, dtype=torch.bfloat16) * 3
+        for name, some in controls.items():
+            params = SamplingParams(max_tokens=1, **{"temperature": 0.8, **some})
+            rows = [Row(params, draw=(number + 0.5) / count) for number in range(count)]
+            cases.append(Case(f"{count} rows, {name}", partial(pick_by_kernel, logits, rows), logits.nbytes))
+            cases.append(Case(f"{count} rows, {name}, torch", partial(pick_by_sorting, logits, rows), logits.nbytes))
+    return cases
+
+
 ON_CPU = {
     "dense/linear": dense_linear,
     "lora/decode": lora_decode,
@@ -223,6 +246,7 @@ ON_CPU = {
     "fused/cpu_rms_norm": fused_cpu_rms_norm,
     "fused/cpu_elementwise": fused_cpu_elementwise,
     "fused/cpu_gated": fused_cpu_gated,
+    "fused/cpu_draw": fused_cpu_draw,
 }
 ON_GPU = {
     "lora/shrink": lora_shrink,

@@ -24,7 +24,7 @@ from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 def decode(core: EngineCore, adapters: list[Adapter | None], options: argparse.Namespace, tag: str) -> float:
     """Output tokens a second of one batch of requests, prefill included."""
-    params = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=options.tokens, temperature=options.temperature, ignore_eos=True)
     for number in range(options.requests):
         core.submit(
             GenerateRequest(
@@ -48,6 +48,7 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="that each request is answered with")
     parser.add_argument("--prompt", type=int, default=30, help="tokens of each prompt")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")

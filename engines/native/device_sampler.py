@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex.engines.native.sampler import Row, draw_by_sorting
+from loraplex.engines.native.sampler import Row, draw_by_sorting, picking
 from loraplex.kernels.fused.truncation import truncate_logits
 
 # What a probability of one counts. float64 holds all sums; tokens that are less likely than 2^-48 count nothing.
@@ -32,6 +32,9 @@ def draw_by_thresholds(logits: Tensor, rows: Sequence[Row]) -> list[int]:
             own = logits if len(places) == len(rows) else logits[places]
             tokens |= zip(places, draw(own, [rows[place] for place in places]), strict=True)
     return [tokens[place] for place in range(len(rows))]
+
+
+pick_by_thresholds = picking(draw_by_thresholds)
 
 
 def compile_draws(vocab_size: int, device: torch.device) -> None:

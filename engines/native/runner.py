@@ -21,21 +21,23 @@ from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.cpu_replays import CpuReplays
+from loraplex.engines.native.cpu_sampler import pick_by_kernel
 from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_attention import KernelStep
 from loraplex.engines.native.device_lora import DeviceLora
-from loraplex.engines.native.device_sampler import compile_draws, draw_by_thresholds
+from loraplex.engines.native.device_sampler import compile_draws, pick_by_thresholds
 from loraplex.engines.native.effects import Effects
 from loraplex.engines.native.experts import compute_each, runs_experts
 from loraplex.engines.native.lora import LoraLayers, Owners
 from loraplex.engines.native.model import Trial
 from loraplex.engines.native.replays import Replays, Step
-from loraplex.engines.native.sampler import Draw, Row, describe, draw_by_sorting, sample, uniform
+from loraplex.engines.native.sampler import Pick, Row, describe, pick_by_sorting, sample, uniform
 from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 from loraplex.kernels import calls
 from loraplex.kernels.attention.cpu_decode import DecodeRows
+from loraplex.kernels.fused.cpu_draw import is_available as draws
 
 # What is attended token by token, where that costs no copies: a decode and its drafts, and a short prompt, as long as
 # its tokens do not look at more positions than these altogether.
@@ -83,7 +85,7 @@ class Runner:
         self._offsets = np.arange(block_size)
         self._uses_kernels = uses_kernels
         self._lora = DeviceLora(arena) if uses_kernels else LoraLayers(arena, uses_gemms=uses_gemms)
-        self._draw: Draw = draw_by_thresholds if uses_kernels else draw_by_sorting
+        self._pick = _pick_for(model, uses_kernels=uses_kernels)
         self._selects = trial.selects
         for name, (layer, module) in trial.layers.items():
             self._lora.wrap(layer, module, behind_selection=trial.passages[name].selected)
@@ -118,7 +120,7 @@ class Runner:
             logits = self.logits(batch)
         with self.stopwatch.phase("sample"):
             make = _outcomes if self.tile is None else _each_outcome
-            outcomes = make(batch.segments, logits, self._draw)
+            outcomes = make(batch.segments, logits, self._pick)
             return self._with_hidden(batch.segments, outcomes) if any(s.pooled for s in batch.segments) else outcomes
 
     @torch.inference_mode()
@@ -287,6 +289,12 @@ class Runner:
         return torch.from_numpy((blocks * self._block_size + self._offsets).reshape(len(block_tables), -1))
 
 
+def _pick_for(model: PreTrainedModel, *, uses_kernels: bool) -> Pick:
+    if uses_kernels:
+        return pick_by_thresholds
+    return pick_by_kernel if draws(model.dtype, model.device) else pick_by_sorting
+
+
 def _is_short(segment: Segment) -> bool:
     end = segment.start + segment.num_tokens
     return segment.num_tokens <= _SHORT or segment.num_tokens * end <= _FEW_POSITIONS
@@ -312,7 +320,7 @@ def _owners(segment: Segment) -> list[Owners]:
             for owner in [sequence.adapters_at(begin)] * (stop - begin)]  # fmt: skip
 
 
-def _outcomes(segments: Sequence[Segment], logits: Tensor, draw: Draw) -> list[Outcome]:
+def _outcomes(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> list[Outcome]:
     """logits: Shape [N, V], the `rows` of each segment."""
     scored: list[int] = []
     sampled: list[int] = []
@@ -330,18 +338,18 @@ def _outcomes(segments: Sequence[Segment], logits: Tensor, draw: Draw) -> list[O
         scores = iter(describe(logits[scored], wanted))
         logits = logits[sampled]
     rows = [row for segment in segments if segment.samples for row in _rows(segment)]
-    tokens = iter(sample(logits, rows, draw))
+    tokens = iter(sample(logits, rows, pick))
     return [
         _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
         for segment in segments
     ]
 
 
-def _each_outcome(segments: Sequence[Segment], logits: Tensor, draw: Draw) -> list[Outcome]:
+def _each_outcome(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> list[Outcome]:
     """As `_outcomes`, each segment by itself."""
     parts: tuple[Tensor, ...] = torch.split(logits, [len(segment.rows) for segment in segments])
     return [outcome for segment, part in zip(segments, parts, strict=True)
-            for outcome in _outcomes([segment], part, draw)]  # fmt: skip
+            for outcome in _outcomes([segment], part, pick)]  # fmt: skip
 
 
 def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs]) -> Outcome:

@@ -7,10 +7,10 @@ tokens it has generated, on nothing else: the same seed and request give the sam
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from hashlib import blake2b
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from loraplex.engines.native.batch import Sampled
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One sequence's part: its controls, its draw, what it must not take now, and the tokens it has so far.
 
     `mask`, where there is one, has a bit for each token id, lowest first: others are not admitted. With a `failure`
@@ -40,13 +39,36 @@ class Row:
 # (logits, those of rows whose temperature is not 0) -> a token a row. Logits: Shape [N, V], float32.
 Draw = Callable[[Tensor, Sequence[Row]], list[int]]
 
+# (logits, rows) -> each row's largest logit, NaN where there is any, and its token, which is none where that is not
+# finite: the likeliest where its temperature is 0, else one that is drawn. Logits: Shape [N, V].
+Pick = Callable[[Tensor, Sequence[Row]], tuple[list[float], list[int]]]
+
 
 def uniform(seed: int, num_generated: int) -> float:
     """The draw for a request's next token, in [0, 1)."""
-    return random.Random(f"{seed}:{num_generated}").random()
+    digest = blake2b(b"%d:%d" % (seed, num_generated), digest_size=7).digest()
+    return (int.from_bytes(digest) >> 3) * 2.0**-53
 
 
-def sample(logits: Tensor, rows: Sequence[Row], draw: Draw) -> list[Sampled | EngineError]:
+def picking(draw: Draw) -> Pick:
+    """Whichever device the logits are on."""
+
+    def pick(logits: Tensor, rows: Sequence[Row]) -> tuple[list[float], list[int]]:
+        best, tokens = logits.max(dim=-1)
+        largest, chosen = best.tolist(), tokens.tolist()
+        drawn = [
+            index for index, row in enumerate(rows) if row.params.temperature > 0 and math.isfinite(largest[index])
+        ]
+        if drawn:
+            picked = draw(logits[drawn].float(), [rows[index] for index in drawn])
+            for index, token in zip(drawn, picked, strict=True):
+                chosen[index] = token
+        return largest, chosen
+
+    return pick
+
+
+def sample(logits: Tensor, rows: Sequence[Row], pick: Pick) -> list[Sampled | EngineError]:
     """logits: Shape [N, V], changed in place. A row that is not finite is that row's error alone."""
     if not rows:
         return []
@@ -56,21 +78,14 @@ def sample(logits: Tensor, rows: Sequence[Row], draw: Draw) -> list[Sampled | En
         if _is_controlled(row):
             _control(logits[index], row)
     _admit(logits, rows)
-    best, tokens = logits.max(dim=-1)
-    values, chosen = best.tolist(), tokens.tolist()
-    is_finite = [math.isfinite(value) for value in values]
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and is_finite[index]]
-    if drawn:
-        picked = draw(logits[drawn].float(), [rows[index] for index in drawn])
-        for index, token in zip(drawn, picked, strict=True):
-            chosen[index] = token
+    largest, chosen = pick(logits, rows)
     logprobs: dict[int, TokenLogprobs] = {}
     if untouched is not None:
         wanted = [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking]
         logprobs = dict(zip(asking, describe(untouched, wanted), strict=True))
     return [
-        rows[index].failure or (Sampled(token, logprobs.get(index)) if finite else _failure(value))
-        for index, (token, finite, value) in enumerate(zip(chosen, is_finite, values, strict=True))
+        row.failure or (Sampled(token, logprobs.get(index)) if math.isfinite(value) else _failure(value))
+        for index, (row, token, value) in enumerate(zip(rows, chosen, largest, strict=True))
     ]
 
 
@@ -171,3 +186,6 @@ def _keep_typical(probs: Tensor, mass: Tensor) -> Tensor:
     ordered = probs.gather(1, order)
     dropped = (ordered.cumsum(dim=-1) - ordered >= mass) & (mass < 1.0)
     return probs.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), 0.0)
+
+
+pick_by_sorting = picking(draw_by_sorting)

@@ -83,7 +83,7 @@ class Worker:
             self._take_commands(wait_ms)
             emissions = self._core.step()
             if emissions:
-                self._send(_stepped(self._core.scheduler.num_steps, emissions))
+                self._send(stepped(self._core.scheduler.num_steps, emissions))
             wait_ms = self._patience()
 
     def _patience(self) -> int | None:
@@ -155,7 +155,7 @@ def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
     return Reply(call, failure=_failure(known))
 
 
-def _stepped(step: int, emissions: list[Emission]) -> Stepped:
+def stepped(step: int, emissions: list[Emission]) -> Stepped:
     tokens = [
         Token(
             e.sequence.request_id,

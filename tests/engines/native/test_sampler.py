@@ -20,20 +20,34 @@ from transformers import (
 
 from loraplex.engines.errors import GenerationFailed
 from loraplex.engines.native.batch import Sampled
-from loraplex.engines.native.sampler import Row, draw_by_sorting, sample, uniform
+from loraplex.engines.native.cpu_sampler import pick_by_kernel
+from loraplex.engines.native.sampler import Pick, Row, pick_by_sorting, sample, uniform
 from loraplex.engines.protocol import SamplingParams
+from loraplex.kernels.fused.cpu_draw import is_available
 
 VOCAB = 50
 DRAWS = 4000
 SEEN = (3, 7, 7, 11, 40)
 
 
+PICKS = [
+    pytest.param(pick_by_sorting, id="by sorting"),
+    pytest.param(
+        pick_by_kernel, id="by the kernel",
+        marks=pytest.mark.skipif(
+            not is_available(torch.float32, torch.device("cpu")), reason="the kernel was not built: no compiler"
+        ),
+    ),
+]  # fmt: skip
+both_ways = pytest.mark.parametrize("pick", PICKS)
+
+
 def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 1, **changes})
 
 
-def tokens(logits: torch.Tensor, *rows: Row) -> list[int]:
-    sampled = sample(logits, rows, draw_by_sorting)
+def tokens(pick: Pick, logits: torch.Tensor, *rows: Row) -> list[int]:
+    sampled = sample(logits, rows, pick)
     return [outcome.token_id for outcome in sampled if isinstance(outcome, Sampled)]
 
 
@@ -56,6 +70,7 @@ def expected(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return torch.softmax(warpers(seen, scores), dim=-1)[0]
 
 
+@both_ways
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -70,13 +85,13 @@ def expected(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_sample_draws_transformers_distribution(sampling: SamplingParams) -> None:
+def test_sample_draws_transformers_distribution(sampling: SamplingParams, pick: Pick) -> None:
     """Chi-square over the kept tokens; the bound is the statistic's mean plus five standard deviations."""
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
     probs = expected(logits, sampling)
     rng = random.Random(5)
     rows = [Row(sampling, draw=rng.random(), token_ids=SEEN) for _ in range(DRAWS)]
-    counts = torch.bincount(torch.tensor(tokens(logits[None].repeat(DRAWS, 1), *rows)), minlength=VOCAB).double()
+    counts = torch.bincount(torch.tensor(tokens(pick, logits[None].repeat(DRAWS, 1), *rows)), minlength=VOCAB).double()
     kept = probs > 0
     assert counts.sum() == DRAWS
     assert counts[~kept].sum() == 0
@@ -86,14 +101,15 @@ def test_sample_draws_transformers_distribution(sampling: SamplingParams) -> Non
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_sample_presence_frequency_and_bias_are_openais_formula() -> None:
+@both_ways
+def test_sample_presence_frequency_and_bias_are_openais_formula(pick: Pick) -> None:
     """logit - count * frequency - (count > 0) * presence + bias; shown by what greedy then takes."""
     counts = Counter({4: 3, 5: 1})
     base = torch.zeros(1, VOCAB)
     base[0, 4], base[0, 5], base[0, 6] = 10.0, 9.0, 8.0
 
     def greedy(**controls: Any) -> list[int]:
-        return tokens(base.clone(), Row(params(temperature=0.0, **controls), output_counts=counts))
+        return tokens(pick, base.clone(), Row(params(temperature=0.0, **controls), output_counts=counts))
 
     assert greedy() == [4]
     assert greedy(frequency_penalty=0.4) == [4]  # 8.8 against 8.6 and 8
@@ -103,11 +119,12 @@ def test_sample_presence_frequency_and_bias_are_openais_formula() -> None:
     assert greedy(logit_bias={5: 1.5, 4: -100.0}) == [5]
 
 
-def test_sample_logprobs_are_of_the_models_own_distribution() -> None:
+@both_ways
+def test_sample_logprobs_are_of_the_models_own_distribution(pick: Pick) -> None:
     logits = torch.randn(2, VOCAB)
     wanted = torch.log_softmax(logits, dim=-1)
     biased = Row(params(temperature=0.0, logit_bias={9: 100.0}, num_logprobs=3))
-    first, second = sample(logits.clone(), [biased, Row(params(temperature=0.0))], draw_by_sorting)
+    first, second = sample(logits.clone(), [biased, Row(params(temperature=0.0))], pick)
     assert isinstance(first, Sampled)
     assert isinstance(second, Sampled)
     assert first.token_id == 9
@@ -119,25 +136,28 @@ def test_sample_logprobs_are_of_the_models_own_distribution() -> None:
     assert second.logprobs is None
 
 
-def test_sample_greedy_rows_take_the_largest_beside_drawing_rows() -> None:
+@both_ways
+def test_sample_greedy_rows_take_the_largest_beside_drawing_rows(pick: Pick) -> None:
     logits = torch.randn(3, VOCAB)
     greedy, drawing = Row(params(temperature=0.0)), Row(params(temperature=2.0), draw=0.5)
-    drawn = tokens(logits.clone(), greedy, drawing, greedy)
+    drawn = tokens(pick, logits.clone(), greedy, drawing, greedy)
     assert (drawn[0], drawn[2]) == (int(logits[0].argmax()), int(logits[2].argmax()))
 
 
-def test_sample_not_finite_row_is_its_own_error() -> None:
+@both_ways
+def test_sample_not_finite_row_is_its_own_error(pick: Pick) -> None:
     logits = torch.randn(2, VOCAB)
     logits[0, 3] = float("nan")
-    failed, fine = sample(logits, [Row(params(temperature=1.0), draw=0.5)] * 2, draw_by_sorting)
+    failed, fine = sample(logits, [Row(params(temperature=1.0), draw=0.5)] * 2, pick)
     assert isinstance(failed, GenerationFailed)
     assert isinstance(fine, Sampled)
 
 
-def test_sample_banned_token_is_never_taken() -> None:
+@both_ways
+def test_sample_banned_token_is_never_taken(pick: Pick) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 9] = 100.0
-    assert tokens(logits, Row(params(temperature=0.0), banned={9})) != [9]
+    assert tokens(pick, logits, Row(params(temperature=0.0), banned={9})) != [9]
 
 
 def test_uniform_depends_on_seed_and_position_only() -> None:

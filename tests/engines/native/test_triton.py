@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.device_lora import DeviceLora, _Table
-from loraplex.engines.native.device_sampler import draw_by_thresholds
+from loraplex.engines.native.device_sampler import pick_by_thresholds
 from loraplex.engines.protocol import GenerateRequest, SamplingParams, WeightedAdapter
 
 # float32 on both sides, in another order of summation.
@@ -67,7 +67,7 @@ def test_composition_on_the_kernels_equals_the_torch_forms(shallow: SmallWorld, 
 
 
 def test_seed_draws_the_same_on_the_kernels_in_any_company(core: EngineCore) -> None:
-    assert core._machine.runner._draw is draw_by_thresholds
+    assert core._machine.runner._pick is pick_by_thresholds
     found = []
     for others in ((), (0.0, 0.9)):
         controls: dict[str, Any] = {"max_tokens": 3, "seed": 5, "top_p": 0.9, "top_k": 40, "ignore_eos": True}
