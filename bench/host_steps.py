@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ def phases_of(core: EngineCore) -> dict[str, float]:
     return dict(core._machine.runner.stopwatch.seconds)
 
 
-def measure(core: EngineCore, adapters: list[Adapter | None], num_requests: int, options: argparse.Namespace) -> None:
-    """Print what steps cost while so many requests decode."""
+def submit(core: EngineCore, adapters: list[Adapter | None], num_requests: int, options: argparse.Namespace) -> None:
     params = SamplingParams(max_tokens=options.tokens, temperature=options.temperature, ignore_eos=True)
     for number in range(num_requests):
         core.submit(
@@ -62,24 +61,25 @@ def measure(core: EngineCore, adapters: list[Adapter | None], num_requests: int,
                 tenant=f"tenant {number % 8}",
             )
         )
-    whole: list[float] = []
-    parts: dict[str, list[float]] = {}
+
+
+def measure(core: EngineCore, num_requests: int) -> str:
+    """What steps cost while so many requests decode, all of them."""
+    parts: defaultdict[str, list[float]] = defaultdict(list)
     while core.has_work or core.is_preparing:
         before, began = phases_of(core), time.perf_counter()
         emissions = core.step()
-        stepped_at = time.perf_counter()
+        done = time.perf_counter()
         encode(stepped(core.scheduler.num_steps, emissions))
         ended = time.perf_counter()
         if len(emissions) == num_requests and not any(emission.is_last for emission in emissions):
-            whole.append(ended - began)
-            after = {**phases_of(core), "message": ended - stepped_at}
-            for name, seconds in after.items():
-                parts.setdefault(name, []).append(seconds - before.get(name, 0.0))
-    median: Callable[[list[float]], float] = lambda some: statistics.median(some) * 1e6  # noqa: E731
-    told = "  ".join(f"{name} {median(some):.0f}" for name, some in parts.items())
-    print(
-        f"{num_requests:4} requests  {median(whole):7.0f} µs a step  {median(whole) / num_requests:5.1f} each   {told}"
-    )
+            parts["step"].append(ended - began)
+            parts["message"].append(ended - done)
+            for name, seconds in phases_of(core).items():
+                parts[name].append(seconds - before.get(name, 0.0))
+    medians = {name: statistics.median(some) * 1e6 for name, some in parts.items()}
+    told = "  ".join(f"{name} {median:.0f}" for name, median in medians.items())
+    return f"{num_requests:4} requests  {medians['step'] / num_requests:5.1f} µs each:  {told}"
 
 
 def main() -> None:
@@ -97,8 +97,12 @@ def main() -> None:
     ]
     counts = [int(count) for count in options.requests.split(",")]
     core = make_core(max(counts), options.models)
+    submit(core, adapters, len(adapters), options)
+    while core.has_work or core.is_preparing:  # which brings the adapters
+        core.step()
     for count in counts:
-        measure(core, adapters, count, options)
+        submit(core, adapters, count, options)
+        print(measure(core, count))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def _control(logits: Tensor, row: Row) -> None:
     """Penalties, biases and bans of one row, in place. logits: Shape [V]."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
+        seen = torch.from_numpy(np.array(row.token_ids)).to(logits.device)  # what is written twice is the same
         scores = logits[seen]
         logits[seen] = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
     if row.output_counts and (params.presence_penalty or params.frequency_penalty):
