@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +13,10 @@ from loraplex.engines.errors import EngineError
 from loraplex.engines.native.sequence import Sequence
 from loraplex.engines.protocol import TokenLogprobs
 
+_NONE = range(0)
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+
+class Segment(msgspec.Struct, frozen=True):
     """Positions `start … start + num_tokens - 1` of one sequence; `samples` where they reach its newest token.
 
     The last positions may hold `drafts`, guesses of the tokens that follow its newest one: what is sampled at a
@@ -36,7 +38,7 @@ class Segment:
         """The positions behind which a token of the prompt stands whose log-probability is still to be told."""
         sequence = self.sequence
         if sequence.request.sampling.num_prompt_logprobs is None:
-            return range(0)
+            return _NONE
         end = min(self.start + self.num_tokens, sequence.num_prompt_tokens - 1)
         return range(max(self.start, len(sequence.prompt_logprobs)), end)
 
@@ -44,7 +46,7 @@ class Segment:
     def pooled(self) -> range:
         """The positions whose hidden states are wanted for an embedding."""
         pool = self.sequence.pool
-        return pool.missing(self.start, self.start + self.num_tokens) if pool is not None else range(0)
+        return pool.missing(self.start, self.start + self.num_tokens) if pool is not None else _NONE
 
     @property
     def num_sampled(self) -> int:
@@ -52,22 +54,20 @@ class Segment:
         return len(self.drafts) + 1 if self.samples else 0
 
     @property
-    def rows(self) -> list[int]:
+    def rows(self) -> SequenceOf[int]:
         """Which of its positions the logits of are needed, counted from `start`: the scored, then the sampled ones."""
-        scored = [position - self.start for position in self.scored]
-        return [*scored, *range(self.num_tokens - self.num_sampled, self.num_tokens)]
+        sampled = range(self.num_tokens - self.num_sampled, self.num_tokens)
+        return [*(position - self.start for position in self.scored), *sampled] if self.scored else sampled
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True):
     """One token; log-probabilities where its request asks for them."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What one segment gave: a token for each position that samples, the prompt's log-probabilities, or an error.
 
     `hidden` are the hidden states of the positions that are pooled, each: Shape [H].
@@ -79,8 +79,7 @@ class Outcome:
     error: EngineError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """The segments of step number `step`, those of one adapter side by side."""
 
     step: int

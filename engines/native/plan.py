@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import msgspec
 
 from loraplex.engines.native.batch import Segment
 from loraplex.engines.native.sequence import Sequence
@@ -26,14 +26,15 @@ class Plan:
         self._kept = self.budget * num_others // (num_others + 1)
 
     def chunk(self, sequence: Sequence) -> int:
+        """As many of its next tokens as there is room for."""
         return min(sequence.num_uncomputed, self.room)
 
-    def add(self, sequence: Sequence) -> None:
-        num_tokens = self.chunk(sequence)
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """Its next tokens, so many of them."""
         samples = num_tokens == sequence.num_uncomputed and sequence.pool is None
         segment = Segment(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens, samples=samples)
         self.segments[sequence] = segment
-        self.budget -= segment.num_tokens
+        self.budget -= num_tokens
 
     def drop(self, sequence: Sequence) -> None:
         segment = self.segments.pop(sequence, None)
@@ -41,7 +42,7 @@ class Plan:
 
     def extend(self, segment: Segment, drafts: tuple[int, ...]) -> None:
         """Let a decode compute these after its token."""
-        longer = replace(segment, num_tokens=segment.num_tokens + len(drafts), drafts=drafts)
+        longer = msgspec.structs.replace(segment, num_tokens=segment.num_tokens + len(drafts), drafts=drafts)
         self.segments[segment.sequence] = longer
         self.budget -= len(drafts)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,29 @@ _SHORT = 8
 _FEW_POSITIONS = 64 * 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Decode:
-    """A token in row `row` of the step that looks at `length` positions, its own included."""
+class _Tokens(NamedTuple):
+    """A step's, one after another; `sampled` are the numbers of those behind which logits are wanted."""
 
-    row: int
-    length: int
-    block_table: list[int]
+    token_ids: list[int]
+    positions: list[int]
+    owners: list[Owners]
+    sampled: list[int]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> _Tokens:
+        tokens = cls([], [], [], [])
+        for segment in segments:
+            sequence, start, begin = segment.sequence, segment.start, len(tokens.positions)
+            if segment.num_tokens == 1:  # most are decodes
+                tokens.token_ids.append(sequence.token_ids[start])
+                tokens.positions.append(start)
+                tokens.owners.append(sequence.adapters_at(start))
+            else:
+                tokens.token_ids.extend(segment.token_ids)
+                tokens.positions.extend(range(start, start + segment.num_tokens))
+                tokens.owners.extend(_owners(segment))
+            tokens.sampled.extend([begin + row for row in segment.rows])
+        return tokens
 
 
 class Runner:
@@ -128,11 +144,7 @@ class Runner:
         """The forward pass: the logits behind the `rows` of each segment. Shape [N, V]."""
         self.is_settled = True
         segments = batch.segments
-        positions = [p for s in segments for p in range(s.start, s.start + s.num_tokens)]
-        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
-        starts = itertools.accumulate((segment.num_tokens for segment in segments), initial=0)
-        sampled = [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.rows]
-        owners = [owner for segment in segments for owner in _owners(segment)]
+        token_ids, positions, owners, sampled = _Tokens.of(segments)
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
         attention, is_even = self._attention_step(segments, self._model.device), len(token_ids) == len(segments)
@@ -231,7 +243,7 @@ class Runner:
             if segment.pooled:
                 first = begin + segment.pooled.start - segment.start
                 rows = self._hidden[first : first + len(segment.pooled)].float().cpu().numpy()
-                outcome = replace(outcome, hidden=rows)
+                outcome = msgspec.structs.replace(outcome, hidden=rows)
             found.append(outcome)
             begin += segment.num_tokens
         self._hidden = None
@@ -246,15 +258,18 @@ class Runner:
             return KernelStep.of(segments, self._block_size)
         new_slots: list[int] = []
         prefills: list[Prefill] = []
-        decodes: list[_Decode] = []
-        row = 0
+        rows: list[int] = []  # of decodes, each with the positions it looks at
+        lengths: list[int] = []
+        tables: list[list[int]] = []
+        row, size = 0, self._block_size
         for segment in segments:
             table, start, end = segment.sequence.block_table, segment.start, segment.start + segment.num_tokens
             if segment.num_tokens == 1 or (self._attention.reads_in_place and _is_short(segment)):
                 for position in range(start, end):
-                    block, offset = divmod(position, self._block_size)
-                    new_slots.append(table[block] * self._block_size + offset)
-                    decodes.append(_Decode(row + position - start, position + 1, table))
+                    new_slots.append(table[position // size] * size + position % size)
+                    rows.append(row + position - start)
+                    lengths.append(position + 1)
+                    tables.append(table)
             else:
                 slots = self._slots([table])[0, :end]
                 new_slots.extend(slots[start:].tolist())
@@ -262,20 +277,21 @@ class Runner:
             row += segment.num_tokens
         return AttentionStep(
             slots=torch.tensor(new_slots, device=device),
-            decodes=self._decodes(decodes, device) if decodes else None,
+            decodes=self._decodes(rows, lengths, tables, device) if rows else None,
             prefills=tuple(prefills),
         )
 
-    def _decodes(self, decodes: list[_Decode], device: torch.device) -> Decodes:
-        lengths = torch.tensor([decode.length for decode in decodes], device=device)
-        max_len = max(decode.length for decode in decodes)
-        padded = self._slots([decode.block_table for decode in decodes])[:, :max_len].to(device)
+    def _decodes(
+        self, rows: list[int], num_positions: list[int], tables: list[list[int]], device: torch.device
+    ) -> Decodes:
+        lengths, max_len = torch.tensor(num_positions, device=device), max(num_positions)
+        padded = self._slots(tables)[:, :max_len].to(device)
         if self._attention.reads_in_place:  # up to each length
             padded = padded.contiguous()
         else:
             padded = padded.masked_fill(torch.arange(max_len, device=device) >= lengths[:, None], self._num_slots)
         return Decodes(
-            rows=torch.tensor([decode.row for decode in decodes], device=device),
+            rows=torch.tensor(rows, device=device),
             slots=padded,
             lengths=lengths,
             in_place=DecodeRows(padded, lengths),
@@ -322,6 +338,19 @@ def _owners(segment: Segment) -> list[Owners]:
 
 def _outcomes(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> list[Outcome]:
     """logits: Shape [N, V], the `rows` of each segment."""
+    scores: Iterator[TokenLogprobs] = iter(())
+    if any(segment.scored for segment in segments):
+        scores, logits = _scores(segments, logits)
+    rows = [row for segment in segments if segment.samples for row in _rows(segment)]
+    tokens, outcomes, end = sample(logits, rows, pick), [], 0
+    for segment in segments:
+        begin, end = end, end + segment.num_sampled
+        outcomes.append(_outcome(tokens[begin:end], tuple(itertools.islice(scores, len(segment.scored)))))
+    return outcomes
+
+
+def _scores(segments: Sequence[Segment], logits: Tensor) -> tuple[Iterator[TokenLogprobs], Tensor]:
+    """Of the tokens of prompts whose log-probabilities are wanted, one after another; and the logits of the others."""
     scored: list[int] = []
     sampled: list[int] = []
     end = 0
@@ -329,20 +358,11 @@ def _outcomes(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> list[O
         begin, end = end, end + len(segment.rows)
         scored += range(begin, end - segment.num_sampled)
         sampled += range(end - segment.num_sampled, end)
-    scores: Iterator[TokenLogprobs] = iter(())
-    if scored:
-        wanted = [
-            (segment.sequence.token_ids[position + 1], segment.sequence.request.sampling.num_prompt_logprobs or 0)
-            for segment in segments for position in segment.scored
-        ]  # fmt: skip
-        scores = iter(describe(logits[scored], wanted))
-        logits = logits[sampled]
-    rows = [row for segment in segments if segment.samples for row in _rows(segment)]
-    tokens = iter(sample(logits, rows, pick))
-    return [
-        _outcome(list(itertools.islice(tokens, segment.num_sampled)), itertools.islice(scores, len(segment.scored)))
-        for segment in segments
-    ]
+    wanted = [
+        (segment.sequence.token_ids[position + 1], segment.sequence.request.sampling.num_prompt_logprobs or 0)
+        for segment in segments for position in segment.scored
+    ]  # fmt: skip
+    return iter(describe(logits[scored], wanted)), logits[sampled]
 
 
 def _each_outcome(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> list[Outcome]:
@@ -352,12 +372,12 @@ def _each_outcome(segments: Sequence[Segment], logits: Tensor, pick: Pick) -> li
             for outcome in _outcomes([segment], part, pick)]  # fmt: skip
 
 
-def _outcome(tokens: list[Sampled | EngineError], scores: Iterable[TokenLogprobs]) -> Outcome:
+def _outcome(tokens: list[Sampled | EngineError], scores: tuple[TokenLogprobs, ...]) -> Outcome:
     """An error behind a token that was sampled well is told by the next step, if it gets there."""
     sampled = tuple(itertools.takewhile(lambda token: isinstance(token, Sampled), tokens))
     if tokens and not sampled and isinstance(tokens[0], EngineError):
         return Outcome(error=tokens[0])
-    return Outcome(sampled=sampled, prompt_logprobs=tuple(scores))  # type: ignore[arg-type]
+    return Outcome(sampled=sampled, prompt_logprobs=scores)  # type: ignore[arg-type]
 
 
 def _rows(segment: Segment) -> list[Row]:

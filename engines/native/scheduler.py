@@ -23,6 +23,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from loraplex.engines.errors import EngineError, GenerationFailed
 from loraplex.engines.figures import DurationCounts
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
@@ -50,8 +52,7 @@ class Limits:
     newcomers_alone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
+class Emission(msgspec.Struct, frozen=True):
     """What a step gave one sequence: one token, perhaps its last; its embedding; or the error that ended it.
 
     With its first token come the prompt's log-probabilities, where asked for.
@@ -81,6 +82,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_preemptions = 0
+        self._preempted: set[Sequence] = set()  # in this step
         self.num_cached_tokens = 0
         self._newcomers_were_alone = False
         self.wait_durations = DurationCounts()
@@ -103,6 +105,7 @@ class Scheduler:
     def next(self) -> Batch | None:
         """The next step's batch; None where nothing can be computed now."""
         plan = Plan(self._limits.max_batch_tokens)
+        self._preempted.clear()
         self._admit_newcomers(plan)
         if not plan.segments:
             self._plan_all(plan)
@@ -118,7 +121,7 @@ class Scheduler:
         self._continue_prompts(plan)
         if self.num_preemptions == preemptions:
             self._admit(plan)
-        if plan.only_decodes:
+        if self.drafter.max_tokens and plan.only_decodes:
             self._draft(plan)
 
     def _admit_newcomers(self, plan: Plan) -> None:
@@ -150,13 +153,13 @@ class Scheduler:
         """Append what was sampled, up to the first draft that it contradicts, or to the answer's end."""
         sequence, drafts, taken = segment.sequence, segment.drafts, []
         for place, one in enumerate(sampled):
-            self.waiting.charge(sequence, OUTPUT_COST)
             told = () if sequence.num_generated else tuple(sequence.prompt_logprobs)
             finish_reason = sequence.append(one.token_id)
             emission = Emission(sequence=sequence, sampled=one, prompt_logprobs=told, finish_reason=finish_reason)
             taken.append(emission)
             if emission.finish_reason or drafts[place : place + 1] != (one.token_id,):
                 break
+        self.waiting.charge(sequence, OUTPUT_COST * len(taken))
         if drafts:
             self.drafter.learn(sequence, len(drafts), len(taken) - 1)
         return taken
@@ -200,18 +203,18 @@ class Scheduler:
 
     def _continue_all(self, sequences: list[Sequence], plan: Plan) -> None:
         for sequence in sequences:
-            if plan.room and sequence in self.running:
+            if plan.room and sequence not in self._preempted:
                 self._continue(sequence, plan)
 
     def _continue(self, sequence: Sequence, plan: Plan) -> None:
         """Plan a running sequence's next tokens, preempting the youngest ones while blocks are short."""
-        while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
+        while not self._blocks.grow(sequence.block_table, sequence.num_computed + (chunk := plan.chunk(sequence))):
             victim = max(self.running, key=lambda running: (running.request.is_background, running.arrival))
             self._preempt(victim)
             plan.drop(victim)
             if victim is sequence:
                 return
-        plan.add(sequence)
+        plan.add(sequence, chunk)
 
     def _make_way(self, victim: Sequence, plan: Plan) -> None:
         self._preempt(victim)
@@ -243,6 +246,7 @@ class Scheduler:
         self._stop(sequence)
         sequence.num_computed = 0
         self.waiting.put_back(sequence)
+        self._preempted.add(sequence)
         self.num_preemptions += 1
 
     def _start(self, sequence: Sequence) -> None:
@@ -292,14 +296,14 @@ class Scheduler:
                 continue
             if giver is not None:
                 self._make_way(giver, plan)
-            while not self._blocks.grow(sequence.block_table, sequence.num_computed + plan.chunk(sequence)):
+            while not self._blocks.grow(sequence.block_table, sequence.num_computed + (chunk := plan.chunk(sequence))):
                 victim = self._youngest_in_background(sequence)
                 if victim is None:
                     self._return_blocks(sequence)
                     return
                 self._make_way(victim, plan)
             self._start(sequence)
-            plan.add(sequence)
+            plan.add(sequence, chunk)
             coming.update(self._keys_to_compute(sequence))
 
     def _lacks_room(self, sequence: Sequence) -> bool:
@@ -365,5 +369,7 @@ class Scheduler:
         sequence, size = segment.sequence, self._blocks.block_size
         sequence.num_computed = segment.start + segment.num_tokens - len(segment.drafts) + num_accepted
         first, end = segment.start // size, sequence.num_computed // size
+        if first == end:
+            return
         for block, key in zip(sequence.block_table[first:end], sequence.block_keys(end, size)[first:], strict=True):
             self._blocks.publish(block, key)

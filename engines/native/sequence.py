@@ -64,17 +64,21 @@ class Sequence:
     num_cached_tokens: int = 0
     queue_seconds: float | None = None
     starts: tuple[int, ...] = field(init=False)
+    adapter_ids: tuple[str, ...] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     constraint: Constraint | None = None
     pool: Pool | None = None
     _keys: list[bytes] = field(default_factory=list)
+    _parts: tuple[tuple[str, float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
-        self.starts = (0,) * len(self.request.parts)
+        self._parts = tuple((part.adapter.id, part.weight) for part in self.request.parts)
+        self.adapter_ids = tuple(adapter_id for adapter_id, _ in self._parts)
+        self.starts = (0,) * len(self._parts)
 
     @property
     def was_admitted(self) -> bool:
@@ -100,8 +104,9 @@ class Sequence:
 
     def adapters_at(self, position: int) -> tuple[tuple[str, float], ...]:
         """(adapter id, weight) of those active at a position."""
-        parts = zip(self.request.parts, self.starts, strict=True)
-        return tuple((part.adapter.id, part.weight) for part, start in parts if start <= position)
+        if position >= max(self.starts, default=0):
+            return self._parts
+        return tuple(part for part, start in zip(self._parts, self.starts, strict=True) if start <= position)
 
     @property
     def _cache_scope(self) -> tuple[str, ...]:
@@ -111,10 +116,6 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
-
-    @property
-    def adapter_ids(self) -> tuple[str, ...]:
-        return tuple(part.adapter.id for part in self.request.parts)
 
     @property
     def is_ready(self) -> bool:
