@@ -42,8 +42,9 @@ class CpuInputs:
         padding = [0] * (self.token_ids.shape[1] - count)
         self.token_ids.numpy()[0] = [*step.token_ids, *padding]
         self.positions.numpy()[0] = [*step.positions, *padding]
-        self._slots.fill_(self._spare_slot)[:count] = attention.slots
-        self._lengths.zero_()[:count] = attention.decodes.lengths
+        slots, lengths = self._slots.numpy(), self._lengths.numpy()  # whose assignments cost less than torch's
+        slots[:count], slots[count:] = attention.slots.numpy(), self._spare_slot
+        lengths[:count], lengths[count:] = attention.decodes.lengths.numpy(), 0
         self._decodes.become(attention.decodes.slots, self._lengths)
         if not step.samples_all:
             self.sampled.numpy()[:] = step.sampled

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex.engines.native.batch import Segment
+from loraplex.engines.native.tensors import int_tensor
 from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form
@@ -61,7 +62,7 @@ class KernelStep:
                 slots.append(table[position // block_size] * block_size + position % block_size)
             row += segment.num_tokens
         return cls(
-            torch.tensor(slots),
+            int_tensor(slots),
             _decodes(decodes) if decodes else None,
             _prefills(chunks) if chunks else None,
             block_size,
@@ -108,9 +109,9 @@ class KernelStep:
 def _decodes(segments: Sequence[tuple[int, Segment]]) -> KernelDecodes:
     lengths = [segment.start + 1 for _, segment in segments]
     return KernelDecodes(
-        rows=torch.tensor([row for row, _ in segments]),
+        rows=int_tensor([row for row, _ in segments]),
         block_tables=_block_tables([segment for _, segment in segments]),
-        lengths=torch.tensor(lengths),
+        lengths=int_tensor(lengths),
         longest=max(lengths),
     )
 

@@ -34,6 +34,7 @@ from loraplex.engines.native.replays import Replays, Step
 from loraplex.engines.native.sampler import Pick, Row, describe, pick_by_sorting, sample, uniform
 from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.engines.native.stopwatch import Stopwatch
+from loraplex.engines.native.tensors import int_tensor
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 from loraplex.kernels import calls
 from loraplex.kernels.attention.cpu_decode import DecodeRows
@@ -94,6 +95,7 @@ class Runner:
         `replays`: steps may be those of `StepGraphs`.
         """
         self._model = model
+        self._device = model.device  # which transformers looks up among all parameters
         self.stopwatch = Stopwatch()
         self._num_slots = num_blocks * block_size
         self._attention = attention
@@ -117,9 +119,9 @@ class Runner:
             trial.decoder.register_forward_hook(self._keep_hidden)
 
     def _replays(self) -> Replays | None:
-        if self._model.device.type == "cuda" and self._uses_kernels:
+        if self._device.type == "cuda" and self._uses_kernels:
             num_blocks = self._num_slots // self._block_size
-            return CudaReplays(num_blocks, self._block_size, self._model.device, CudaRecorder())
+            return CudaReplays(num_blocks, self._block_size, self._device, CudaRecorder())
         return CpuReplays(self._num_slots + 1) if self._attention.reads_in_place and calls.is_available() else None
 
     @torch.inference_mode()
@@ -127,7 +129,7 @@ class Runner:
         """Have Triton compile what LoRA of up to that rank and draws want: the first requests would wait for it."""
         if isinstance(self._lora, DeviceLora):
             self._lora.compile_kernels(max_rank)
-            compile_draws(self._model.config.get_text_config().vocab_size, self._model.device)
+            compile_draws(self._model.config.get_text_config().vocab_size, self._device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Outcome]:
@@ -147,14 +149,14 @@ class Runner:
         token_ids, positions, owners, sampled = _Tokens.of(segments)
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
-        attention, is_even = self._attention_step(segments, self._model.device), len(token_ids) == len(segments)
+        attention, is_even = self._attention_step(segments, self._device), len(token_ids) == len(segments)
         step, graphs = Step(attention, token_ids, positions, owners, sampled, is_even), self.graphs
         if graphs and graphs.takes(step) and not any(segment.pooled for segment in segments):
-            self._effects.begin((), (), self._model.device)
+            self._effects.begin((), (), self._device)
             logits = graphs.logits(step)
             self.is_settled = graphs.is_settled
             return logits
-        self._attention.begin(attention.to(self._model.device) if isinstance(attention, KernelStep) else attention)
+        self._attention.begin(attention.to(self._device) if isinstance(attention, KernelStep) else attention)
         return self._forward(token_ids, positions, owners, sampled)
 
     def _in_tiles(
@@ -167,7 +169,7 @@ class Runner:
         tile: int,
     ) -> Tensor:
         """The same in forward passes of `tile` tokens, the last one padded; where logits are wanted, all are made."""
-        device = self._model.device
+        device = self._device
         slots = [self._slots([s.sequence.block_table])[0, : s.start + s.num_tokens].to(device) for s in segments]
         found, hidden = [], []
         for begin in range(0, len(token_ids), tile):
@@ -201,7 +203,7 @@ class Runner:
                 runs.append(Prefill(first + low - begin, first + high - begin, start, own))
                 new_slots.append(own[start:])
             first += segment.num_tokens
-        new_slots.append(torch.full((padding,), self._num_slots + 1, device=self._model.device))
+        new_slots.append(torch.full((padding,), self._num_slots + 1, device=self._device))
         each = _each_row(runs, end - begin + padding) if self._attention.reads_in_place else None
         return AttentionStep(torch.cat(new_slots), decodes=None, prefills=tuple(runs), one_by_one=True, each=each)
 
@@ -215,16 +217,16 @@ class Runner:
         one_by_one: bool = False,
     ) -> Tensor:
         """Over tokens whose attention is set. The logits behind those that are `sampled`. Shape [N, V]."""
-        device = self._model.device
+        device = self._device
         if isinstance(self._lora, LoraLayers):
             self._lora.begin(owners, sampled, device, one_by_one=one_by_one)
         else:
             self._lora.begin(owners, sampled, device)
         self._effects.begin(owners, sampled, device, one_by_one=one_by_one)
         return self._through_model(
-            torch.tensor([token_ids], device=device),
-            torch.tensor([positions], device=device),
-            torch.tensor(sampled, dtype=torch.long, device=device),
+            int_tensor(token_ids).to(device)[None],
+            int_tensor(positions).to(device)[None],
+            int_tensor(sampled).to(device),
         )
 
     def _through_model(self, token_ids: Tensor, positions: Tensor, sampled: Tensor) -> Tensor:
@@ -276,7 +278,7 @@ class Runner:
                 prefills.append(Prefill(row, row + segment.num_tokens, start, slots.to(device)))
             row += segment.num_tokens
         return AttentionStep(
-            slots=torch.tensor(new_slots, device=device),
+            slots=int_tensor(new_slots).to(device),
             decodes=self._decodes(rows, lengths, tables, device) if rows else None,
             prefills=tuple(prefills),
         )
@@ -284,14 +286,14 @@ class Runner:
     def _decodes(
         self, rows: list[int], num_positions: list[int], tables: list[list[int]], device: torch.device
     ) -> Decodes:
-        lengths, max_len = torch.tensor(num_positions, device=device), max(num_positions)
+        lengths, max_len = int_tensor(num_positions).to(device), max(num_positions)
         padded = self._slots(tables)[:, :max_len].to(device)
         if self._attention.reads_in_place:  # up to each length
             padded = padded.contiguous()
         else:
             padded = padded.masked_fill(torch.arange(max_len, device=device) >= lengths[:, None], self._num_slots)
         return Decodes(
-            rows=torch.tensor(rows, device=device),
+            rows=int_tensor(rows).to(device),
             slots=padded,
             lengths=lengths,
             in_place=DecodeRows(padded, lengths),
