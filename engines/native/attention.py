@@ -67,7 +67,7 @@ class AttentionStep:
     prefills: tuple[Prefill, ...]
     one_by_one: bool = False
     each: DecodeRows | None = None
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, bool], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +201,10 @@ class PagedAttention:
             return decodes.in_place.attend(query, keys, values, form)
         batch, longest = decodes.slots.shape
         slots = decodes.slots.view(-1)
-        mask = step.masks.get((-1, form.window))
+        mask = step.masks.get((-1, form.window, False))
         if mask is None:
             mask = _decode_mask(decodes, form.window)
-            step.masks[-1, form.window] = mask
+            step.masks[-1, form.window, False] = mask
         k = keys.index_select(0, slots).view(batch, longest, *keys.shape[1:])
         v = values.index_select(0, slots).view(batch, longest, *values.shape[1:])
         return attend_decode(query.contiguous(), k, v, mask, form)
@@ -289,10 +289,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, form: Form, prefill: Prefill, step: AttentionStep) -> Tensor:
-    mask = step.masks.get((prefill.begin, form.window))
+    mask = step.masks.get((prefill.begin, form.window, form.is_plain))
     if mask is None:
         mask = causal_mask(prefill.start, prefill.end - prefill.begin, form.window, query.device)
-        step.masks[prefill.begin, form.window] = mask
+        if form.is_plain:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        step.masks[prefill.begin, form.window, form.is_plain] = mask
     k = keys.index_select(0, prefill.slots).transpose(0, 1)[None]
     v = values.index_select(0, prefill.slots).transpose(0, 1)[None]
     return attend(query, k, v, mask, form)

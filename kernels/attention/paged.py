@@ -26,14 +26,20 @@ class Form:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sinks is None
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> Tensor:
     """Attention of B sequences at once.
 
     q: Shape [B, H, N, D]. k: Shape [B, Hk, L, D]. v: Shape [B, Hk, L, Dv]. mask: Shape [B or 1, 1, N, L], bool, True
-    where a query may look; None: everywhere. Result: Shape [B, H, N, Dv].
+    where a query may look; None: everywhere. Of a plain form it may be what is added to scores, of q's type: torch makes
+    that of it, in every call. Result: Shape [B, H, N, Dv].
     """
-    if form.softcap is not None or form.sinks is not None:
+    if not form.is_plain:
         return attend_reference(q, k, v, mask, form)
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=form.scale, enable_gqa=grouped)
@@ -46,7 +52,7 @@ def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: Form) -> 
     """
     batch, heads, width = q.shape
     key_heads = k.shape[2]
-    if form.softcap is not None or form.sinks is not None:
+    if not form.is_plain:
         out = attend_reference(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), mask[:, None, None], form)
         return out[:, :, 0]
     out = functional.scaled_dot_product_attention(
