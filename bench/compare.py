@@ -137,7 +137,7 @@ class Server(Contender):
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.key, models=",".join(names), mix="distinct",
             concurrency=options.requests, requests=options.requests * options.waves, max_tokens=options.max_tokens,
             prompt_tokens=options.prompt_tokens, vocabulary=2000, ignore_eos=True, extra=self.extra,
-            hangs_up=self.hangs_up,
+            hangs_up=self.hangs_up, temperature=options.temperature,
         )  # fmt: skip
         figures = asyncio.run(run(load, seed))
         if figures.num_failed:
@@ -241,7 +241,7 @@ class Generate(Contender):
         command = [
             sys.executable, str(Path(__file__).with_name("peft_generate.py")), "--base", str(scene.base),
             "--requests", str(options.requests), "--prompt-tokens", str(options.prompt_tokens),
-            "--max-tokens", str(options.max_tokens),
+            "--max-tokens", str(options.max_tokens), "--temperature", str(options.temperature),
         ]  # fmt: skip
         if self.with_lora:
             command += ["--adapters", ",".join(adapter.path for adapter in scene.adapters)]
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="concurrent ones")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=30)
+    parser.add_argument("--temperature", type=float, default=0.0, help="clients that send none are given 1")
     parser.add_argument("--waves", type=int, default=2, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")

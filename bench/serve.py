@@ -69,7 +69,7 @@ async def ask(session: aiohttp.ClientSession, options: argparse.Namespace, model
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": options.max_tokens,
-        "temperature": 0,
+        "temperature": options.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -167,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--prompt-tokens", type=int, help="random token ids instead of --prompt")
     parser.add_argument("--vocabulary", type=int, default=2000, help="token ids are below this")

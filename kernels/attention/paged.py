@@ -36,8 +36,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> 
     """Attention of B sequences at once.
 
     q: Shape [B, H, N, D]. k: Shape [B, Hk, L, D]. v: Shape [B, Hk, L, Dv]. mask: Shape [B or 1, 1, N, L], bool, True
-    where a query may look; None: everywhere. Of a plain form it may be what is added to scores, of q's type, which torch
-    would make of it in every call. Result: Shape [B, H, N, Dv].
+    where a query may look; None: everywhere. Of a plain form it may be what is added to scores, of q's type, which
+    torch would make of it in every call. Result: Shape [B, H, N, Dv].
     """
     if not form.is_plain:
         return attend_reference(q, k, v, mask, form)
