@@ -17,12 +17,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import torch
 import triton
 from gpu_steps import BLOCK, RANKS, World
@@ -197,7 +198,7 @@ def compiled_by_steps(capability: int) -> dict[str, int]:
         for batch in range(1, 41):
             decodes = world.decode(batch, world.adapters).segments
             chunk = world.prefill(world.adapters[batch % 40 :]).segments[0]
-            chunk = replace(chunk, num_tokens=8 + 13 * batch)
+            chunk = msgspec.structs.replace(chunk, num_tokens=8 + 13 * batch)
             chunk.sequence.block_table = list(range(40 * width, 40 * width + world.chunk // BLOCK))
             runner.logits(Batch(step=0, segments=decodes))
             runner.logits(Batch(step=0, segments=(chunk,)))

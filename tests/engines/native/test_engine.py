@@ -337,4 +337,5 @@ async def test_embedding_crosses_the_process_and_ends_with_it(engine: NativeEngi
     with pytest.raises(asyncio.CancelledError):
         await left
     await until(lambda: is_ready(engine))
-    assert await engine.embed(wanted("again")) == msgspec.structs.replace(found, request_id="again")
+    again = await engine.embed(wanted("again"))  # by a process that may multiply by another kernel
+    assert again.values == pytest.approx(found.values, rel=1e-4, abs=1e-4 * max(map(abs, expected)))
