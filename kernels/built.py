@@ -64,6 +64,15 @@ def library(module: str) -> ctypes.CDLL | None:
 
 
 @cache
+def constant(module: str, name: str) -> int:
+    """An int64_t of that library. Raises ValueError where it has none, or was not built."""
+    built = library(module)
+    if built is None:
+        raise ValueError(f"{module} has no library with {name}")
+    return ctypes.c_int64.in_dll(built, name).value
+
+
+@cache
 def function(module: str, name: str, *arguments: Any) -> Kernel:
     """A function of that library by its ctypes arguments. Raises AttributeError without one."""
     found = getattr(library(module), name)

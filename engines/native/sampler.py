@@ -51,7 +51,7 @@ def uniform(seed: int, num_generated: int) -> float:
 
 
 def picking(draw: Draw) -> Pick:
-    """Whichever device the logits are on."""
+    """A `Pick` on any device: torch finds the largest logits, `draw` the tokens of the rows that are drawn."""
 
     def pick(logits: Tensor, rows: Sequence[Row]) -> tuple[list[float], list[int]]:
         best, tokens = logits.max(dim=-1)

@@ -45,9 +45,9 @@ class Sequence:
     """`token_ids` is prompt then answer; keys and values of the first `num_computed` of them are in `block_table`.
 
     `num_cached_tokens` of the prompt were found in the prefix cache at the first admission, and `queue_seconds` had
-    passed since its arrival; None before. Its adapters are active from the positions `starts` on (an activated LoRA
-    from its invocation); what lies before is the base's. `prompt_logprobs`, where asked for, are those of the prompt's
-    tokens from the second on, as far as computed.
+    passed since its arrival; None before. Its adapters, `adapter_ids`, are active from the positions `starts` on (an
+    activated LoRA from its invocation); what lies before is the base's. `prompt_logprobs`, where asked for, are those
+    of the prompt's tokens from the second on, as far as computed.
     With a grammar it waits for its `constraint`. With a `pool` it is there for an embedding: it never samples, and is
     over when the pool has all it needs.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.

@@ -156,6 +156,7 @@ def _inspection(call: int, future: Future[AdapterCard]) -> Reply:
 
 
 def stepped(step: int, emissions: list[Emission]) -> Stepped:
+    """The message that tells what step number `step` gave."""
     tokens = [
         Token(
             e.sequence.request_id,

@@ -38,8 +38,8 @@ static float number_of(uint32_t word) {
     return x;
 }
 
-/* The largest threshold >= `least` whose logits, those >= it, weigh `wanted` or more; each weighs 1 where `weights` is
-   NULL. `least` where even all of them do not. */
+/* The largest threshold >= `least` whose logits, those >= it, weigh `wanted` or more, and something; each weighs 1 where
+   `weights` is NULL. `least` where even all of them do not. */
 #define DEFINE_THRESHOLD(T)                                                                       \
     static float threshold_##T(const T *logits, const float *weights, int64_t width, float least, double wanted) { \
         static const int shifts[4] = {32, 21, 10, 0};                                             \
@@ -53,7 +53,7 @@ static float number_of(uint32_t word) {
                 if ((pass && word >> shifts[pass] != found) || word < lowest) continue;           \
                 sums[word >> shift & (ranges - 1)] += weights ? weights[i] : 1;                   \
             }                                                                                     \
-            while (range && above + sums[range] < wanted) above += sums[range--];                 \
+            while (range && (!sums[range] || above + sums[range] < wanted)) above += sums[range--]; \
             found = pass ? found << (shifts[pass] - shift) | range : (uint32_t)range;             \
         }                                                                                         \
         return number_of(found > lowest ? found : lowest);                                        \

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.kernels.built import function, library
+from loraplex.kernels.built import constant, function, library
 
 _NAMES = {torch.float32: "loraplex_draw_float", torch.bfloat16: "loraplex_draw_bfloat16"}
 _ARGUMENTS = (*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int)
@@ -57,7 +56,7 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[list[float], lis
     each = np.array(draws, dtype=_DRAW)
     num_threads = torch.get_num_threads()
     weights = torch.empty(num_threads * width)
-    sums = torch.empty(num_threads * -(-width // _block()), dtype=torch.float64)
+    sums = torch.empty(num_threads * -(-width // constant(__file__, "loraplex_draw_block")), dtype=torch.float64)
     largest, tokens = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
     call = _Draws(width, each.ctypes.data, weights.data_ptr(), sums.data_ptr())
     function(__file__, _NAMES[logits.dtype], *_ARGUMENTS)(call, logits, largest, tokens, num_rows, num_threads)
@@ -67,14 +66,6 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> tuple[list[float], lis
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `draw_tokens` can be used for these."""
     return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
-
-
-@cache
-def _block() -> int:
-    """Tokens that are added up together."""
-    built = library(__file__)
-    assert built is not None
-    return ctypes.c_int64.in_dll(built, "loraplex_draw_block").value
 
 
 def draw_reference(logits: Tensor, draw: Draw) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex.kernels.built import function, library
+from loraplex.kernels.built import constant, function, library
 
 _NAMES = {torch.float32: "loraplex_lora_decode_float", torch.bfloat16: "loraplex_lora_decode_bfloat16"}
 _PADDING = 32  # numbers that a row of the scratch for x may have more
@@ -100,7 +99,7 @@ class DecodeStep:
         ends = np.cumsum([0, *(len(group) for group in groups.values())])
         self._table = table
         num_threads, row = torch.get_num_threads(), (table.widest_input + _PADDING) * 4
-        own_x = min(len(tokens), _tokens_a_pass()) * row
+        own_x = min(len(tokens), constant(__file__, "loraplex_lora_decode_pass")) * row  # that a thread gathers at once
         sizes = [
             len(tokens) * row // 2 if in_tiles else num_threads * own_x,
             len(tokens) * table.max_rank * 4,
@@ -156,14 +155,6 @@ def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep
     """
     table, tokens = step.structures
     function(__file__, _NAMES[x.dtype], *_ARGUMENTS)(table, module, tokens, x, y)
-
-
-@cache
-def _tokens_a_pass() -> int:
-    """How many tokens a thread gathers at a time, not in tiles."""
-    built = library(__file__)
-    assert built is not None
-    return ctypes.c_int64.in_dll(built, "loraplex_lora_decode_pass").value
 
 
 def _own_bytes(num_tokens: int, max_rank: int) -> int:

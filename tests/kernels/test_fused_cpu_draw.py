@@ -115,6 +115,14 @@ def test_draw_never_meets_what_weighs_nothing() -> None:
     assert draw_tokens(logits, draws)[1] == [2100, 2100]
 
 
+@pytest.mark.parametrize("top_p", [0.0, 1e-46, 1e-30])
+def test_least_top_p_keeps_the_likeliest(top_p: float) -> None:
+    """Also where it is nothing, or as float32."""
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1))
+    draw = Draw(draw=0.5, temperature=1.0, top_p=top_p)
+    assert draw_tokens(logits, [draw])[1] == [int(logits.argmax())] == [draw_reference(logits[0], draw)]
+
+
 def test_temperature_whose_inverse_is_no_number_is_none() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert draw_tokens(logits, [Draw(draw=0.9, temperature=1e-45)])[1] == [1]
