@@ -10,6 +10,7 @@ as engines store them that pad. Medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -32,8 +33,9 @@ from loraplex.engines.protocol import SamplingParams
 from loraplex.kernels.attention import cpu_rotary, rotary
 from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.cpu_decode import DecodeRows
+from loraplex.kernels.attention.cpu_prefill import PrefillRuns
 from loraplex.kernels.attention.decode import attend_paged_decode
-from loraplex.kernels.attention.paged import Form, attend_decode
+from loraplex.kernels.attention.paged import Form, attend_chunk, attend_decode, chunk_mask
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.calls import Calls
 from loraplex.kernels.dense.linear import Linear
@@ -89,6 +91,28 @@ def attention_decode(shape: Shape, device: torch.device) -> list[Case]:
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         run = partial(attend_paged_decode, q, keys, values, table, lengths, 16, Form(0.1))
         cases.append(Case(f"{batch} × {length}", run, 2 * keys.numel() * 2))
+    return cases
+
+
+def attention_cpu_prefill(shape: Shape, device: torch.device) -> list[Case]:
+    """One layer's of a chunk of 512 tokens, first or behind others, beside torch's; what is read is a small part."""
+    cases = []
+    for before, dtype in itertools.product((0, 512, 3584), (torch.bfloat16, torch.float32)):
+        length = before + 512
+        keys, values = (cache.to(dtype) for cache in _cache(shape, 1, length, device)[:2])
+        q = torch.randn(shape.heads, 512, shape.width, device=device).to(dtype)
+        slots = (torch.randperm(length // 16)[:, None] * 16 + torch.arange(16)).view(-1)
+        runs, form, out = PrefillRuns([(0, 512, before, slots)]), Form(0.1), q.new_empty(512, shape.heads, shape.width)
+        name = f"512 tokens behind {before}, {str(dtype).removeprefix('torch.')}"
+        num_bytes = 2 * keys.nbytes + q.nbytes + out.nbytes
+        cases.append(Case(name, partial(runs.attend, q, keys, values, form, out), num_bytes))
+        theirs = partial(attend_chunk, q[None], keys, values, slots, chunk_mask(before, 512, form, q), form)
+        if not before:
+            k, v = (cache.transpose(0, 1)[None] for cache in (keys, values))
+            theirs = partial(
+                functional.scaled_dot_product_attention, q[None], k, v, is_causal=True, scale=0.1, enable_gqa=True
+            )
+        cases.append(Case(f"{name}, torch", theirs, num_bytes))
     return cases
 
 
@@ -241,6 +265,7 @@ ON_CPU = {
     "lora/decode": lora_decode,
     "lora/grouped": lora_grouped,
     "attention/cpu_decode": attention_cpu_decode,
+    "attention/cpu_prefill": attention_cpu_prefill,
     "attention/cpu_rotary": attention_rotary,
     "attention/paged": attention_paged,
     "fused/cpu_rms_norm": fused_cpu_rms_norm,

@@ -19,7 +19,7 @@ from shapes import SHAPES, make_base
 from loraplex.config.settings import EngineSettings, Model, Settings
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
-from loraplex.engines.protocol import GenerateRequest, SamplingParams
+from loraplex.engines.protocol import Adapter, GenerateRequest, SamplingParams
 
 NUM_STREAM_TOKENS = 30  # of a stream's prompt
 
@@ -45,12 +45,12 @@ class Bench:
         self._rng = random.Random(0)
         self._count = 0
 
-    def submit(self, num_prompt: int, max_tokens: int, tenant: str = "") -> str:
+    def submit(self, num_prompt: int, max_tokens: int, tenant: str = "", adapter: Adapter | None = None) -> str:
         self._count += 1
         prompt = tuple(self._rng.randrange(10, self._vocabulary) for _ in range(num_prompt))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         request = GenerateRequest(
-            request_id=str(self._count), prompt_token_ids=prompt, sampling=sampling, tenant=tenant
+            request_id=str(self._count), prompt_token_ids=prompt, sampling=sampling, tenant=tenant, adapter=adapter
         )
         self.core.submit(request)
         return str(self._count)

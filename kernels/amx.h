@@ -20,7 +20,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define FOR_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#define FOR_AMX __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
 #define WRITTEN __asm__ volatile("" ::: "memory") /* before tiles are loaded: the compiler does not know what they read */
 
 #define ARCH_REQ_XCOMP_PERM 0x1023 /* of Linux: tile registers are had by asking */
@@ -28,8 +28,7 @@
 
 static int multiplies_tiles(void) {
     return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+           has_broad() && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
 /* The shapes of the eight registers, as the instruction wants them told; all of them whole here. */

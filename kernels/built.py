@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -79,3 +79,12 @@ def function(module: str, name: str, *arguments: Any) -> Kernel:
     found.argtypes = arguments
     found.restype = None
     return Kernel(found)
+
+
+@cache
+def size(module: str, name: str, *arguments: Any) -> Callable[..., int]:
+    """A function of that library that gives an int64_t, which makes it no kernel. Raises AttributeError without one."""
+    found = getattr(library(module), name)
+    found.argtypes = arguments
+    found.restype = ctypes.c_int64
+    return cast("Callable[..., int]", found)

@@ -70,6 +70,9 @@ typedef __m512 Broad;
 #define LOAD_bfloat16_Broad(from)                                                                 \
     ((Broad)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from))), 16))
 
+/* a > b ? a : b */
+#define LARGER_Broad(a, b) _mm512_max_ps(a, b)
+
 static inline int has_broad(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -87,6 +90,7 @@ static inline int has_broad(void) { return 0; }
 #define FOR_Lanes
 #define LOAD_float_Lanes LOAD_float
 #define LOAD_bfloat16_Lanes LOAD_bfloat16
+#define LARGER_Lanes(a, b) CHOOSE((a) > (b), a, b)
 
 #define STRIP 16 /* numbers: two of LANES */
 

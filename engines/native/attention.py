@@ -26,9 +26,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from loraplex.engines.native import compiled_ops
+from loraplex.engines.native.chunks import is_faster
 from loraplex.engines.native.device_attention import KernelStep
-from loraplex.kernels.attention.cpu_decode import DecodeRows, is_available, write
-from loraplex.kernels.attention.paged import Form, attend, attend_decode, causal_mask
+from loraplex.kernels.attention import cpu_decode, cpu_prefill
+from loraplex.kernels.attention.cpu_decode import DecodeRows, write
+from loraplex.kernels.attention.cpu_prefill import PrefillRuns
+from loraplex.kernels.attention.paged import Form, attend, attend_chunk, attend_decode, causal_mask, chunk_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class AttentionStep:
     prefills: tuple[Prefill, ...]
     one_by_one: bool = False
     each: DecodeRows | None = None
+    runs: PrefillRuns | None = None
     masks: dict[tuple[int, int | None, bool], Tensor] = field(default_factory=dict)
 
 
@@ -106,6 +110,7 @@ class PagedAttention:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self.reads_in_place = False  # whether tokens here and there of a sequence cost no copy of what they look at
+        self.attends_runs = False  # whether a kernel attends chunks of prompts, all of a step in one call
 
     def intercepting(self) -> AbstractContextManager[object]:
         """Within it the model's calls of torch's own attention come here, where it knows no other way."""
@@ -130,8 +135,12 @@ class PagedAttention:
         for shape in self.shapes:
             self._keys.append(_zeros((num_slots + 2, shape.num_heads, shape.key_width), dtype, device))
             self._values.append(_zeros((num_slots + 2, shape.num_heads, shape.value_width), dtype, device))
-        self.reads_in_place = all(
-            is_available(dtype, device, shape.key_width, shape.value_width) for shape in self.shapes
+        self.reads_in_place, self.attends_runs = (
+            all(kernel.is_available(dtype, device, shape.key_width, shape.value_width) for shape in self.shapes)
+            for kernel in (cpu_decode, cpu_prefill)
+        )
+        self.attends_runs = self.attends_runs and all(
+            is_faster(shape.num_heads, shape.key_width, shape.value_width, dtype) for shape in {*self.shapes}
         )
 
     def __call__(
@@ -180,6 +189,9 @@ class PagedAttention:
         if step.decodes is not None:
             rows = step.decodes.rows
             out[rows] = self._decode(query[0, :, rows].transpose(0, 1), keys, values, form, step)
+        if step.runs is not None and form.scale > 0:
+            step.runs.attend(query[0], keys, values, form, out)
+            return out[None], None
         for prefill in step.prefills:
             own = slice(prefill.begin, prefill.end)
             if prefill.start == 0 and sliding_window is None and softcap is None and s_aux is None:
@@ -291,13 +303,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, form: Form, prefill: Prefill, step: AttentionStep) -> Tensor:
     mask = step.masks.get((prefill.begin, form.window, form.is_plain))
     if mask is None:
-        mask = causal_mask(prefill.start, prefill.end - prefill.begin, form.window, query.device)
-        if form.is_plain:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        mask = chunk_mask(prefill.start, prefill.end - prefill.begin, form, query)
         step.masks[prefill.begin, form.window, form.is_plain] = mask
-    k = keys.index_select(0, prefill.slots).transpose(0, 1)[None]
-    v = values.index_select(0, prefill.slots).transpose(0, 1)[None]
-    return attend(query, k, v, mask, form)
+    return attend_chunk(query, keys, values, prefill.slots, mask, form)
 
 
 def _decode_mask(decodes: Decodes, window: int | None) -> Tensor:

@@ -36,6 +36,7 @@ from loraplex.engines.native.stopwatch import Stopwatch
 from loraplex.engines.native.tensors import int_tensor
 from loraplex.kernels import calls
 from loraplex.kernels.attention.cpu_decode import DecodeRows
+from loraplex.kernels.attention.cpu_prefill import PrefillRuns
 from loraplex.kernels.fused.cpu_draw import is_available as draws
 
 # What is attended token by token, where that costs no copies: a decode and its drafts, and a short prompt, as long as
@@ -280,6 +281,7 @@ class Runner:
             slots=int_tensor(new_slots).to(device),
             decodes=self._decodes(rows, lengths, tables, device) if rows else None,
             prefills=tuple(prefills),
+            runs=_runs_of(prefills) if prefills and self._attention.attends_runs else None,
         )
 
     def _decodes(
@@ -315,6 +317,10 @@ def _pick_for(model: PreTrainedModel, *, uses_kernels: bool) -> Pick:
 def _is_short(segment: Segment) -> bool:
     end = segment.start + segment.num_tokens
     return segment.num_tokens <= _SHORT or segment.num_tokens * end <= _FEW_POSITIONS
+
+
+def _runs_of(prefills: Sequence[Prefill]) -> PrefillRuns:
+    return PrefillRuns([(run.begin, run.end, run.start, run.slots) for run in prefills])
 
 
 def _each_row(runs: Sequence[Prefill], num_rows: int) -> DecodeRows:

@@ -45,6 +45,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> 
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=form.scale, enable_gqa=grouped)
 
 
+def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, mask: Tensor | None, form: Form) -> Tensor:
+    """Attention of one sequence's tokens over the cache rows of all its positions, which are gathered.
+
+    q: Shape [1, H, N, D]. keys: Shape [S, Hk, D]. values: Shape [S, Hk, Dv]. slots: Shape [L]. mask: as of `attend`.
+    Result: Shape [1, H, N, Dv].
+    """
+    k, v = (cache.index_select(0, slots).transpose(0, 1)[None] for cache in (keys, values))
+    return attend(q, k, v, mask, form)
+
+
 def attend_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: Form) -> Tensor:
     """One query a sequence: the heads that share a key head become its queries, so that nothing is repeated.
 
@@ -80,6 +90,12 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form:
     else:
         weights = scores.softmax(dim=-1)
     return weights.to(v.dtype) @ v
+
+
+def chunk_mask(start: int, num_queries: int, form: Form, like: Tensor) -> Tensor:
+    """As `causal_mask`, for `attend_chunk`: of a plain form what is added to scores, of the type of `like`."""
+    mask = causal_mask(start, num_queries, form.window, like.device)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf")) if form.is_plain else mask
 
 
 def causal_mask(start: int, num_queries: int, window: int | None, device: torch.device) -> Tensor:

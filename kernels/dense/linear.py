@@ -8,34 +8,16 @@ libraries multiply it number by number, and those for large matrices waste most 
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable
-from functools import cache
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from loraplex.kernels.built import function, library
+from loraplex.kernels.built import function, library, size
+from loraplex.kernels.scratch import scratch_of
 
 _NAMES = {torch.float32: "loraplex_linear_float", torch.bfloat16: "loraplex_linear_bfloat16"}
+_SIZE = (ctypes.c_int64,) * 3  # in, number of tokens, number of threads -> bytes that a call in bfloat16 needs
 _ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
-
-
-class _Scratch(threading.local):
-    """Memory that the calls of a thread use one after another."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, size: int) -> Tensor:
-        """At least so many bytes; whoever has them from an earlier call may keep using them."""
-        if len(self._bytes) < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes
-
-
-_scratch = _Scratch()
 
 
 class _Layer(ctypes.Structure):
@@ -77,24 +59,16 @@ class Linear:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self._out)
         num_tokens, num_threads = x.numel() // self.in_features, torch.get_num_threads()
-        scratch = _scratch.of(self._scratch_bytes(num_tokens, num_threads))
+        scratch = scratch_of(self._scratch_bytes(num_tokens, num_threads))
         self._run(self._layer, x, y, num_tokens, num_threads, scratch)
         return y
 
     def _scratch_bytes(self, num_tokens: int, num_threads: int) -> int:
-        return 0 if self._dtype == torch.float32 else _scratch_size()(self.in_features, num_tokens, num_threads)
+        if self._dtype == torch.float32:
+            return 0
+        return size(__file__, "loraplex_linear_scratch", *_SIZE)(self.in_features, num_tokens, num_threads)
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `Linear` can be used for these."""
     return device.type == "cpu" and dtype in _NAMES and library(__file__) is not None
-
-
-@cache
-def _scratch_size() -> Callable[[int, int, int], int]:
-    """(in, number of tokens, number of threads) -> the bytes that a call in bfloat16 needs."""
-    built = library(__file__)
-    assert built is not None
-    found = built.loraplex_linear_scratch
-    found.argtypes, found.restype = [ctypes.c_int64] * 3, ctypes.c_int64
-    return cast("Callable[[int, int, int], int]", found)

@@ -7,7 +7,7 @@
 #ifndef LORAPLEX_TILE_H
 #define LORAPLEX_TILE_H
 
-#include "floats.h"
+#include "width.h"
 
 #define TILE 24          /* outputs; a multiple of OUTPUTS and of OUTPUTS_ALONE */
 #define DEPTH 2048       /* inputs */
@@ -18,13 +18,6 @@
 #define TOKENS_Broad 6
 #define OUTPUTS_ALONE 8  /* the same for a single token: several rows of weights are on their way at a time */
 #define WORTH_WIDENING 8 /* tokens, beyond which a tile is widened once for all of them */
-
-int loraplex_broad = -1; /* whether vectors are broad: -1 not asked yet */
-
-static int takes_broad(void) {
-    if (loraplex_broad < 0) loraplex_broad = has_broad();
-    return loraplex_broad;
-}
 
 #include "fold.h"
 
@@ -122,9 +115,6 @@ DEFINE_DOT(bfloat16, Lanes) DEFINE_DOTS(bfloat16, Lanes) DEFINE_TILE(bfloat16, L
 #if HAS_BROAD
 DEFINE_DOT(float, Broad) DEFINE_DOTS(float, Broad) DEFINE_TILE(float, Broad, FOR_Broad)
 DEFINE_DOT(bfloat16, Broad) DEFINE_DOTS(bfloat16, Broad) DEFINE_TILE(bfloat16, Broad, FOR_Broad)
-#define BY_WIDTH(function) (takes_broad() ? function##_Broad : function##_Lanes)
-#else
-#define BY_WIDTH(function) function##_Lanes
 #endif
 
 #include "pairs.h"

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from loraplex.kernels.attention import cpu_prefill
 from loraplex.kernels.built import library
 from loraplex.kernels.dense import linear
 from loraplex.kernels.lora import decode
@@ -29,10 +30,11 @@ def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     one = torch.zeros(1, 1, dtype=torch.bfloat16)
     linear.Linear(one)(one)  # which asks the CPU
-    tiles, pairs, broad = (
-        [_flag(module, name) for module in (linear, decode)]
-        for name in ("loraplex_tiles", "loraplex_pairs", "loraplex_broad")
+    tiles, broad = (
+        [_flag(module, name) for module in (linear, decode, cpu_prefill)]
+        for name in ("loraplex_tiles", "loraplex_broad")
     )
+    pairs = [_flag(module, "loraplex_pairs") for module in (linear, decode)]
     assert all(flag.value in (0, 1) for flag in (tiles[0], pairs[0]))
     flags = {
         "as the CPU can": [],
