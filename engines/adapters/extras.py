@@ -19,6 +19,7 @@ from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 
 Shape = tuple[int, ...]
+TYING = "ensure_weight_tying = True is not supported with a base that ties its embeddings"
 _BASE_LAYER = ".base_layer"
 # What two roundings of one number to half precision may differ by, relative to it.
 _SAME = 2.0**-7
@@ -114,7 +115,7 @@ class ExtraPlanner:
             if self._config.targets(module):
                 adapted |= {module}
                 self._embedding(module, shape)
-            self._tokens(module, shape)
+            self._tokens(module, shape, adapted)
         for module in adapted:
             if f"{module}.lora_B.bias" in self._left:
                 self._lora_bias(module)
@@ -129,7 +130,7 @@ class ExtraPlanner:
         ):
             raise AdapterUnsupported(f"trainable_token_indices names {sorted(unused)[0]}, which is no embedding")
         if self._config.ties_weights and self._base.tied_head is not None and self._extras:
-            raise AdapterUnsupported("ensure_weight_tying = True is not supported with a base that ties its embeddings")
+            raise AdapterUnsupported(TYING)
         return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._size)
 
     def _add(self, extra: Extra, sources: dict[str, str]) -> None:
@@ -183,7 +184,7 @@ class ExtraPlanner:
         spans = {"a": self._span((shape[0], rank)), "b": self._span((rank, shape[1]))}
         self._add(Extra("embedding", module, spans, scale=self._config.scale_of(module)), sources)
 
-    def _tokens(self, module: str, shape: Shape) -> None:
+    def _tokens(self, module: str, shape: Shape, adapted: frozenset[str]) -> None:
         is_input = module == self._base.input_embedding
         if not (token_ids := self._config.token_ids_of(module, is_input=is_input)):
             return
@@ -194,7 +195,17 @@ class ExtraPlanner:
         spans = {"rows": self._span(rows)}
         self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
         if is_input and self._base.tied_head is not None:
+            self._require_plain(self._base.tied_head, adapted)
             self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
+
+    def _require_plain(self, head: str, adapted: frozenset[str]) -> None:
+        """Raises AdapterUnsupported where a tied head with trained rows has more than B·A beside it."""
+        if self._config.use_dora and head in adapted:
+            raise AdapterUnsupported(f"use_dora = True on {head}, which trainable_token_indices changes as well")
+        if self._config.targets_parameter(f"{head}.weight"):
+            raise AdapterUnsupported(
+                f"target_parameters names {head}.weight, which trainable_token_indices changes as well"
+            )
 
     def _lora_bias(self, module: str) -> None:
         if not self._config.lora_bias:

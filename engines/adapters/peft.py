@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
-from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
+from loraplex.engines.adapters.extras import TYING, ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
@@ -287,6 +287,8 @@ def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
             )
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
+        if config.ties_weights and name == base.tied_head:  # PEFT took it out of the targets
+            raise AdapterUnsupported(TYING)
         if not config.targets(name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
 

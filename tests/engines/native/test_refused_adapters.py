@@ -17,7 +17,7 @@ from support.worlds import SmallWorld
 from transformers import MixtralConfig
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
-from loraplex.engines.adapters.peft import plan_adapter
+from loraplex.engines.adapters.peft import Base, plan_adapter
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
@@ -191,14 +191,47 @@ def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path:
         plan_adapter(adapter, base)
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")  # PEFT's word on it
-def test_tied_weights_that_an_adapter_would_tie_as_well_are_refused(tmp_path: Path) -> None:
-    make_model(llama_config(num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "base")
-    spec = AdapterSpec("tied", 4, ("q_proj", "embed_tokens"))
-    adapter = make_adapter(tmp_path / "base", spec, tmp_path)
-    path = Path(adapter.path) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": True}))
-    world = SmallWorld(tmp_path / "base", {}, None)  # type: ignore[arg-type]
-    base = load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
-    with pytest.raises(AdapterUnsupported, match="ensure_weight_tying = True is not supported with a base that ties"):
+TRAINED_TOKENS = ("trainable_token_indices", [50, 3])
+# Adapters that a base with tied embeddings cannot carry, as PEFT is asked for them, and what is said of each.
+ON_TIED = {
+    "DoRA beside trained tokens": (
+        AdapterSpec("dora", 4, ("q_proj", "lm_head"), (("use_dora", True), TRAINED_TOKENS)),
+        "use_dora = True on lm_head, which trainable_token_indices changes as well",
+    ),
+    "the weight beside trained tokens": (
+        AdapterSpec("weight", 4, ("q_proj",), (("target_parameters", ["lm_head.weight"]), TRAINED_TOKENS)),
+        "target_parameters names lm_head.weight, which trainable_token_indices changes as well",
+    ),
+    "LoRA of the embeddings, tied": (
+        AdapterSpec("tied-embeddings", 4, ("q_proj", "embed_tokens"), (("ensure_weight_tying", True),)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+    "LoRA of the head, tied": (
+        AdapterSpec("tied-head", 4, ("q_proj", "lm_head"), (("ensure_weight_tying", True),)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+    "trained tokens, tied": (
+        AdapterSpec("tied-tokens", 4, ("q_proj",), (("ensure_weight_tying", True), TRAINED_TOKENS)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Base]:
+    """A base's directory, and what adapters are checked against."""
+    directory = tmp_path_factory.mktemp("tied")
+    make_model(llama_config(num_hidden_layers=1, tie_word_embeddings=True), directory)
+    world = SmallWorld(directory, {}, None)  # type: ignore[arg-type]
+    return directory, load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings", "ignore:You have requested")  # PEFT's words on it
+@pytest.mark.parametrize("case", ON_TIED)
+def test_what_a_base_with_tied_embeddings_cannot_carry_is_refused_by_name(
+    tied: tuple[Path, Base], tmp_path: Path, case: str
+) -> None:
+    (spec, says), (directory, base) = ON_TIED[case], tied
+    adapter = make_adapter(directory, spec, tmp_path)
+    with pytest.raises(AdapterUnsupported, match=says):
         plan_adapter(adapter, base)
