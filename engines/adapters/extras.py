@@ -16,6 +16,7 @@ from torch import Tensor
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig
 from loraplex.engines.adapters.pieces import Pieces
+from loraplex.engines.adapters.tensor_names import claim
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 
 Shape = tuple[int, ...]
@@ -106,6 +107,7 @@ class ExtraPlanner:
         self._extras: list[Extra] = []
         self._sources: list[dict[str, str]] = []
         self._copies: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
 
     def plan(self, adapted: frozenset[str]) -> ExtraPlan:
         """`adapted`: the linear layers that the adapter has A and B for. Raises AdapterError."""
@@ -222,6 +224,7 @@ class ExtraPlanner:
             raise AdapterUnsupported(f"{module} cannot be adapted: in this model it {self._base.unfit[module]}")
         if name not in self._base.parameters:
             raise AdapterUnsupported(f"tensor {tensor} is not part of a LoRA that this base can carry")
+        claim(self._whole, name, tensor)
         is_saved, is_bias = self._config.saves(module), "bias" in own and self._config.saves_biases
         if module in adapted and not is_bias:
             self._copies[self._take(tensor, self._base.parameters[name])] = name

@@ -44,6 +44,27 @@ def without(name: str) -> Any:
     return lambda config, tensors: tensors.pop(name)
 
 
+def _a_second_half(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors[f"{Q}.lora_A"] = torch.ones(1, 64)
+
+
+def _a_bare_row(config: dict[str, Any], tensors: Tensors) -> None:
+    """As the name of A, and of a shape that would be copied into all of A's rows."""
+    tensors[f"{Q}.lora_A"] = tensors.pop(f"{Q}.lora_A.weight")[:1].clone()
+
+
+def _two_magnitudes(config: dict[str, Any], tensors: Tensors) -> None:
+    config["use_dora"] = True
+    for ending in ("", ".weight"):
+        tensors[f"{Q}.lora_magnitude_vector{ending}"] = torch.ones(64)
+
+
+def _two_heads(config: dict[str, Any], tensors: Tensors) -> None:
+    config["modules_to_save"] = ["lm_head"]
+    for infix in ("", ".base_layer"):
+        tensors[f"base_model.model.lm_head{infix}.weight"] = torch.ones(320, 64)
+
+
 def _empty(config: dict[str, Any], tensors: Tensors) -> None:
     config["target_modules"] = ["nothing"]
     tensors.clear()
@@ -79,6 +100,20 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], Tensors], object], type[Adapt
     ),
     "weights of another width": (
         with_tensor(f"{Q}.lora_A.weight", 4, 65), AdapterMismatch, "has shape [4, 65]; the base needs [4, 64]",
+    ),
+    "a half of another shape, without an ending": (
+        _a_bare_row, AdapterMismatch,
+        "lora_A of model.layers.1.self_attn.q_proj has shape [1, 64]; the base needs [4, 64]",
+    ),
+    "a half twice": (
+        _a_second_half, AdapterInvalid, f"two tensors for one thing: {Q}.lora_A and {Q}.lora_A.weight",
+    ),
+    "a magnitude twice": (
+        _two_magnitudes, AdapterInvalid,
+        f"two tensors for one thing: {Q}.lora_magnitude_vector and {Q}.lora_magnitude_vector.weight",
+    ),
+    "a saved weight twice": (
+        _two_heads, AdapterInvalid, "two tensors for one thing: lm_head.base_layer.weight and lm_head.weight",
     ),
     "a layer too many": (
         with_tensor("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", 4, 64), AdapterMismatch,
@@ -234,4 +269,19 @@ def test_what_a_base_with_tied_embeddings_cannot_carry_is_refused_by_name(
     (spec, says), (directory, base) = ON_TIED[case], tied
     adapter = make_adapter(directory, spec, tmp_path)
     with pytest.raises(AdapterUnsupported, match=says):
+        plan_adapter(adapter, base)
+
+
+def test_bias_under_its_old_and_its_new_name_is_refused_by_both(tmp_path: Path) -> None:
+    make_model(llama_config(num_hidden_layers=1, attention_bias=True), tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", AdapterSpec("bias", 4, ("q_proj",), (("bias", "lora_only"),)), tmp_path)
+    weights = Path(adapter.path) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({**tensors, f"{name}.bias": tensors[f"{name}.base_layer.bias"] + 2}, weights)
+    world = SmallWorld(tmp_path / "base", {}, None)  # type: ignore[arg-type]
+    base = load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
+    with pytest.raises(
+        AdapterInvalid, match=r"two tensors for one thing: .*q_proj\.base_layer\.bias and .*q_proj\.bias"
+    ):
         plan_adapter(adapter, base)
