@@ -1,4 +1,4 @@
-"""Features of adapters that meet in one module, each served and held against PEFT on a base where they do."""
+"""Forms of adapters beside those of the table: features that meet in one module, and what PEFT takes for others."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ import pytest
 import torch
 from conformance.cells import make_base, run_cell
 from conformance.features import Feature
+from conformance.shrinking import tiny_config
 from support.models import llama_config
+from transformers import PretrainedConfig
 
 QV = ["q_proj", "v_proj"]
-# How PEFT is asked, and whether the base ties its head to its embeddings.
-FORMS: dict[str, tuple[dict[str, Any], bool]] = {
+TIED, UNTIED = llama_config(tie_word_embeddings=True), llama_config()
+# The base's config, and how PEFT is asked.
+FORMS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "tokens-and-lora-of-tied-head": (
-        {"target_modules": [*QV, "lm_head"], "trainable_token_indices": [50, 3]}, True,
+        TIED, {"target_modules": [*QV, "lm_head"], "trainable_token_indices": [50, 3]},
     ),
     "tokens-and-biased-lora-of-tied-head": (
-        {"target_modules": [*QV, "lm_head"], "trainable_token_indices": [50, 3], "lora_bias": True}, True,
+        TIED, {"target_modules": [*QV, "lm_head"], "trainable_token_indices": [50, 3], "lora_bias": True},
     ),
+    "saved-head-that-is-a-target": (UNTIED, {"target_modules": [*QV, "lm_head"], "modules_to_save": ["lm_head"]}),
+    "saved-embeddings-that-are-a-target": (
+        UNTIED, {"target_modules": [*QV, "embed_tokens"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "saved-parents-of-targets": (UNTIED, {"target_modules": "all-linear", "modules_to_save": ["mlp"]}),
+    "dora-of-one-output": (
+        tiny_config("qwen2_moe"), {"target_modules": [*QV, "shared_expert_gate"], "use_dora": True},
+    ),
+    "initialised-by-null": (UNTIED, {"target_modules": QV, "init_lora_weights": None}),
+    "initialised-by-nought": (UNTIED, {"target_modules": QV, "init_lora_weights": 0}),
 }  # fmt: skip
 
 
@@ -36,8 +49,8 @@ def quiet() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")  # of PEFT, about tied weights
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_served_as_peft_computes_it(name: str, tmp_path: Path) -> None:
-    options, is_tied = FORMS[name]
-    make_base(llama_config(tie_word_embeddings=is_tied), tmp_path / "base")
+    config, options = FORMS[name]
+    make_base(config, tmp_path / "base")
     outcome = run_cell(tmp_path / "base", Feature(name, 4, lambda model: options))
     assert outcome.is_exact
     assert outcome.is_forced
