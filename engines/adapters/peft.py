@@ -25,8 +25,8 @@ from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 from loraplex.kernels.lora.table import ALIGNMENT_BYTES
 
 UNUSED = "is not used"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_EXPERT = re.compile(r".+\.experts\.\d+\.[^.]+")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +210,8 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     except (AdapterInvalid, OSError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(_DTYPES)}")
+        if tensor.dtype not in DTYPES:
+            raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(DTYPES)}")
     return tensors
 
 
@@ -228,7 +228,7 @@ class _WeightsFile:
 
     def tensor(self, name: str) -> Tensor:
         info = self._tensors[name]
-        own, dtype = self._bytes[info.begin : info.end], _DTYPES[info.dtype]
+        own, dtype = self._bytes[info.begin : info.end], DTYPES[info.dtype]
         aligned = own if info.begin % dtype.itemsize == 0 else own.clone()
         return aligned.view(dtype).view(info.shape)
 
