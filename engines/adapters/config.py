@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
-
+from loraplex.engines.adapters import patterns
 from loraplex.engines.adapters.safetensors_header import shown
 from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 
@@ -32,9 +31,7 @@ _UNDERSTOOD = frozenset(
         "ensure_weight_tying",
     }
 )
-_MATCH_SECONDS = 0.1
 _LARGEST = 2**31  # of ranks and alphas
-_NO_PATTERN = (regex.error, RecursionError, OverflowError)
 # Initialisations that leave the base model as it was; the others subtract something from it before training.
 _HARMLESS_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
@@ -64,6 +61,8 @@ class LoraConfig:
     def targets(self, module: str) -> bool:
         """Whether the config's patterns name this module, as PEFT's `check_target_module_exists` decides it."""
         if self.exclude_modules and _names(self.exclude_modules, module):
+            return False
+        if any(patterns.match(patterns.PARENT, saved, module) for saved in self.modules_to_save):
             return False
         if not _names(self.target_modules, module):
             return False
@@ -109,10 +108,13 @@ class LoraConfig:
         return float(alpha) / (rank**0.5 if self.use_rslora else rank)
 
     def _layer_of(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.)(?:{name})\.(\d+)\." for name in self.layers_pattern]
-        found = (_match(pattern, module) for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."])
-        match = next((match for match in found if match), None)
-        return int(match.groups()[-1]) if match else None
+        if self.layers_pattern:
+            found = (patterns.match(patterns.LAYERS, name, module) for name in self.layers_pattern)
+            match = next((match for match in found if match), None)
+        else:
+            match = patterns.match(patterns.ANY_LAYERS, r"[^.]*", module)
+        layer = match["idx"] if match else None  # none where the pattern is several, and matched as the first
+        return None if layer is None else int(layer)
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -135,9 +137,9 @@ def read_config(directory: Path) -> LoraConfig:
         target_modules=_module_names(raw, "target_modules"),
         exclude_modules=_module_names(raw, "exclude_modules"),
         layers_to_transform=_layers(raw),
-        layers_pattern=tuple(_listed(raw.get("layers_pattern"))),
+        layers_pattern=_part_patterns(raw, "layers_pattern", patterns.LAYERS),
         saves_biases=raw.get("bias", "none") != "none",
-        modules_to_save=tuple(_listed(raw.get("modules_to_save"))),
+        modules_to_save=_part_patterns(raw, "modules_to_save", patterns.PARENT),
         target_parameters=tuple(_listed(raw.get("target_parameters"))),
         token_ids=_token_ids(raw),
         invocation=_invocation(raw),
@@ -153,7 +155,9 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterInvalid(f"bias = {shown(raw['bias'])} is not one of none, all, lora_only")
     init = raw.get("init_lora_weights", True)
-    if str(init).lower() not in _HARMLESS_INITS:
+    if init and not isinstance(init, str | bool):
+        raise AdapterInvalid(f"init_lora_weights = {shown(init)} is not valid")
+    if init and str(init).lower() not in _HARMLESS_INITS:  # PEFT takes null and nought for false
         raise AdapterUnsupported(
             f"init_lora_weights = {shown(init)} changed the base model's weights; convert the adapter to plain LoRA "
             "when saving it (path_initial_model_for_weight_conversion)"
@@ -181,7 +185,7 @@ def _pattern(raw: dict[str, Any], field: str, kind: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(n, kind) and _is_positive(n) for n in value.values()):
         raise AdapterInvalid(f"{field} = {shown(value)} is not a map of module patterns to positive numbers")
     for pattern in value:
-        _check_regex(field, pattern)
+        patterns.check(field, pattern, patterns.ENDING)
     return value
 
 
@@ -190,9 +194,17 @@ def _module_names(raw: dict[str, Any], field: str) -> str | tuple[str, ...]:
     if isinstance(value, str):
         if value == "all-linear":
             raise AdapterUnsupported(f"{field} = 'all-linear' was not resolved when the adapter was saved")
-        _check_regex(field, value)
+        patterns.check(field, value)
         return value
     return tuple(_listed(value))
+
+
+def _part_patterns(raw: dict[str, Any], field: str, wrapped: str) -> tuple[str, ...]:
+    """Names that PEFT reads as parts of patterns; an empty text is none."""
+    names = _listed(raw.get(field) or None)
+    for name in names:
+        patterns.check(field, name, wrapped)
+    return tuple(names)
 
 
 def _invocation(raw: dict[str, Any]) -> tuple[int, ...]:
@@ -236,29 +248,12 @@ def _listed(value: Any) -> list[str]:
     return values
 
 
-def _check_regex(field: str, pattern: str) -> None:
-    try:
-        regex.compile(pattern)
-    except _NO_PATTERN as error:
-        raise AdapterInvalid(f"{field}: {shown(pattern)} is not a regular expression: {error}") from error
+def _names(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return patterns.match(patterns.WHOLE, names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _match(pattern: str, module: str) -> regex.Match[str] | None:
-    """`re.match` that a hostile pattern can neither keep for ever nor keep others waiting by. Raises AdapterInvalid."""
-    try:
-        return regex.match(pattern, module, timeout=_MATCH_SECONDS, concurrent=True)
-    except _NO_PATTERN as error:  # what is one alone need not be one as a part of ours
-        raise AdapterInvalid(f"the pattern {shown(pattern)} is not a regular expression") from error
-    except TimeoutError as error:
-        raise AdapterInvalid(f"the pattern {shown(pattern)} takes too long to match") from error
-
-
-def _names(patterns: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(patterns, str):
-        return _match(rf"(?:{patterns})\Z", module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in patterns)
-
-
-def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:
+def _pattern_value(values: dict[str, Any], module: str, default: float) -> float:
     """The value of the first pattern that ends the module's name, as PEFT's `get_pattern_key` chooses it."""
-    return next((value for key, value in patterns.items() if _match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in values.items() if patterns.match(patterns.ENDING, key, module)), default)

@@ -16,12 +16,14 @@ from torch import Tensor
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig
 from loraplex.engines.adapters.pieces import Pieces
+from loraplex.engines.adapters.tensor_names import claim
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 
 Shape = tuple[int, ...]
+TYING = "ensure_weight_tying = True is not supported with a base that ties its embeddings"
 _BASE_LAYER = ".base_layer"
-# What two roundings of one number to half precision may differ by, relative to it.
-_SAME = 2.0**-7
+_HALVES = (torch.bfloat16, torch.float16)  # the coarser one first
+_SMALLEST = 2.0**-24  # above nought, in float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class ExtraPlanner:
         self._extras: list[Extra] = []
         self._sources: list[dict[str, str]] = []
         self._copies: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
 
     def plan(self, adapted: frozenset[str]) -> ExtraPlan:
         """`adapted`: the linear layers that the adapter has A and B for. Raises AdapterError."""
@@ -114,7 +117,7 @@ class ExtraPlanner:
             if self._config.targets(module):
                 adapted |= {module}
                 self._embedding(module, shape)
-            self._tokens(module, shape)
+            self._tokens(module, shape, adapted)
         for module in adapted:
             if f"{module}.lora_B.bias" in self._left:
                 self._lora_bias(module)
@@ -129,7 +132,7 @@ class ExtraPlanner:
         ):
             raise AdapterUnsupported(f"trainable_token_indices names {sorted(unused)[0]}, which is no embedding")
         if self._config.ties_weights and self._base.tied_head is not None and self._extras:
-            raise AdapterUnsupported("ensure_weight_tying = True is not supported with a base that ties its embeddings")
+            raise AdapterUnsupported(TYING)
         return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._size)
 
     def _add(self, extra: Extra, sources: dict[str, str]) -> None:
@@ -183,7 +186,7 @@ class ExtraPlanner:
         spans = {"a": self._span((shape[0], rank)), "b": self._span((rank, shape[1]))}
         self._add(Extra("embedding", module, spans, scale=self._config.scale_of(module)), sources)
 
-    def _tokens(self, module: str, shape: Shape) -> None:
+    def _tokens(self, module: str, shape: Shape, adapted: frozenset[str]) -> None:
         is_input = module == self._base.input_embedding
         if not (token_ids := self._config.token_ids_of(module, is_input=is_input)):
             return
@@ -194,7 +197,17 @@ class ExtraPlanner:
         spans = {"rows": self._span(rows)}
         self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
         if is_input and self._base.tied_head is not None:
+            self._require_plain(self._base.tied_head, adapted)
             self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
+
+    def _require_plain(self, head: str, adapted: frozenset[str]) -> None:
+        """Raises AdapterUnsupported where a tied head with trained rows has more than B·A beside it."""
+        if self._config.use_dora and head in adapted:
+            raise AdapterUnsupported(f"use_dora = True on {head}, which trainable_token_indices changes as well")
+        if self._config.targets_parameter(f"{head}.weight"):
+            raise AdapterUnsupported(
+                f"target_parameters names {head}.weight, which trainable_token_indices changes as well"
+            )
 
     def _lora_bias(self, module: str) -> None:
         if not self._config.lora_bias:
@@ -211,6 +224,7 @@ class ExtraPlanner:
             raise AdapterUnsupported(f"{module} cannot be adapted: in this model it {self._base.unfit[module]}")
         if name not in self._base.parameters:
             raise AdapterUnsupported(f"tensor {tensor} is not part of a LoRA that this base can carry")
+        claim(self._whole, name, tensor)
         is_saved, is_bias = self._config.saves(module), "bias" in own and self._config.saves_biases
         if module in adapted and not is_bias:
             self._copies[self._take(tensor, self._base.parameters[name])] = name
@@ -263,16 +277,43 @@ def read_extras(
 
 
 def _are_same(own: Tensor, ours: Tensor) -> Pieces[bool]:
-    """But for rounding."""
-    largest = 0.0
+    """Whether the file's tensor is a copy of the base's, as far as the coarser of their two formats can tell.
+
+    One of the two was rounded once more than the other, so rounding that one to the coarser format gives the other.
+    Only between the two half formats is it otherwise, as either may have been rounded from float32 by itself: those
+    copies are a unit in bfloat16's last place apart at most. What is too small for float16 may be nought in it.
+    """
+    own_format = yield from _format_of(own)
+    formats = {own_format, ours.dtype}
+    coarse = next((dtype for dtype in _HALVES if dtype in formats), torch.float32)
+    num_units = 1 if formats == {*_HALVES} else 0
+    may_differ = num_units > 0 or own_format != own.dtype
     for rows in pieces.slices(ours):
-        largest = max(largest, float(ours[rows].abs().max()))
-        yield
-    for rows in pieces.slices(ours):
-        if not torch.allclose(own[rows].float(), ours[rows].float().cpu(), rtol=_SAME, atol=_SAME * largest * 2**-7):
+        one, other = own[rows].to(coarse), ours[rows].float().cpu().to(coarse)
+        if not (torch.equal(one, other) or (may_differ and _are_near(one, other, num_units))):
             return False
         yield
     return True
+
+
+def _format_of(tensor: Tensor) -> Pieces[torch.dtype]:
+    """What the numbers were rounded to: files of float32 are also written from models in half precision."""
+    if tensor.dtype != torch.float32:
+        return tensor.dtype
+    for dtype in _HALVES:
+        for rows in pieces.slices(tensor):
+            if not torch.equal(tensor[rows].to(dtype).float(), tensor[rows]):
+                break
+            yield
+        else:
+            return dtype
+    return torch.float32
+
+
+def _are_near(one: Tensor, other: Tensor, num_units: int) -> bool:
+    """Of two tensors in half precision: numbers of one sign are as many units apart as their bits, read as integers."""
+    apart = (one.view(torch.int16).int() - other.view(torch.int16).int()).abs()
+    return bool(((apart <= num_units) | ((one.float() - other.float()).abs() <= _SMALLEST)).all())
 
 
 def _numel(shape: Shape) -> int:

@@ -21,11 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.engines.adapters.config import read_config
+from loraplex.engines.adapters.config import LoraConfig, read_config
+from loraplex.engines.adapters.peft import DTYPES
 from loraplex.engines.adapters.recipe import MergeRecipe, SignMethod
+from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterUnsupported, EngineError, to_wire
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.weight)?")
+_HALVES = {"lora_A", "lora_B"}
 # Singular values are left out while all that is left out is at most this share of the merged weights' norm.
 TOLERANCE = 1e-4
 # A whole decomposition takes cubic time; beyond this many rows and columns the leading part is computed alone.
@@ -59,8 +61,8 @@ def merge(recipe: MergeRecipe, directory: Path) -> None:
         merged = merged_deltas([delta for delta, _ in found], [weight for _, weight in found], recipe, generator)
         a, b = factors_of(merged, recipe.max_rank)
         ranks[module] = a.shape[0]
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise AdapterInvalid("what comes out of the merge is not finite")
     save_file(tensors, directory / "adapter_model.safetensors")
@@ -123,24 +125,60 @@ def _elected(stacked: Tensor, method: SignMethod) -> Tensor:
 
 
 def _read(directory: Path, adapter_id: str) -> dict[str, _Factors]:
-    """The modules of one adapter. Raises AdapterUnsupported for one that is more than A and B of linear layers."""
+    """The modules of one adapter, as far as they can be judged without its base.
+
+    Raises AdapterUnsupported for one that is more than A and B of linear layers, AdapterInvalid where the file is not
+    what the config says.
+    """
     config = read_config(directory)
     shown = adapter_id[:12]
-    if config.use_dora:
-        raise AdapterUnsupported(f"{shown} is a DoRA, whose change is not a sum of B·A, so it cannot be merged")
-    if config.invocation:
-        raise AdapterUnsupported(f"{shown} is active from its invocation on only, so it cannot be merged")
+    if reason := _unmergeable(config):
+        raise AdapterUnsupported(f"{shown} {reason}, so it cannot be merged")
     halves: dict[str, dict[str, Tensor]] = {}
+    names: dict[tuple[str, str], str] = {}
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  not a dict
-            match = _KEY.fullmatch(key)
-            if match is None:
+            part = lora_part(key)
+            if part is None or part[1] not in _HALVES:
                 raise AdapterUnsupported(f"{shown} has {key}, no A or B of a linear layer, so it cannot be merged")
-            halves.setdefault(match["module"], {})[match["part"]] = file.get_tensor(key)
-    if incomplete := sorted(module for module, parts in halves.items() if len(parts) < 2):
-        raise AdapterInvalid(f"{shown} lacks A or B of {incomplete[0]}")
-    return {module: _Factors(parts["lora_A"], parts["lora_B"], config.scale_of(module))
-            for module, parts in halves.items()}  # fmt: skip
+            claim(names, part, key)
+            halves.setdefault(part[0], {})[part[1]] = file.get_tensor(key)
+    if not halves:
+        raise AdapterInvalid(f"{shown} holds no LoRA weights")
+    return {module: _factors(config, module, parts, shown) for module, parts in halves.items()}
+
+
+def _unmergeable(config: LoraConfig) -> str | None:
+    """What it does beside adding B·A to linear layers, by the field that says so."""
+    if config.use_dora:
+        return "is a DoRA, whose change is not a sum of B·A"
+    if config.invocation:
+        return "is active from its invocation on only"
+    for field, names in (
+        ("modules_to_save", config.modules_to_save),
+        ("trainable_token_indices", config.token_ids),
+        ("target_parameters", config.target_parameters),
+    ):
+        if names:
+            return f"has {field}, which is more than A and B of linear layers"
+    return None
+
+
+def _factors(config: LoraConfig, module: str, parts: dict[str, Tensor], shown: str) -> _Factors:
+    """Raises AdapterInvalid where the config says otherwise, AdapterUnsupported for numbers of another kind."""
+    if missing := _HALVES - parts.keys():
+        raise AdapterInvalid(f"{shown} lacks {min(missing)} of {module}")
+    if not config.targets(module):
+        raise AdapterInvalid(f"{shown} has weights for {module}, which target_modules does not name")
+    a, b, rank = parts["lora_A"], parts["lora_B"], config.rank_of(module)
+    for part, tensor in (("lora_A", a), ("lora_B", b)):
+        if tensor.dtype not in DTYPES.values():
+            raise AdapterUnsupported(f"{part} of {module} in {shown} is {tensor.dtype}; there are {sorted(DTYPES)}")
+        if tensor.dim() != 2 or tensor.shape[0 if part == "lora_A" else 1] != rank:
+            raise AdapterInvalid(
+                f"{part} of {module} in {shown} has shape {list(tensor.shape)}; its config says rank {rank}"
+            )
+    return _Factors(a, b, config.scale_of(module))
 
 
 def _config(ranks: dict[str, int]) -> dict[str, object]:

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
-from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
+from loraplex.engines.adapters.extras import TYING, ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
+from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 from loraplex.kernels.lora.table import ALIGNMENT_BYTES
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
-_PREFIX = "base_model.model."
 UNUSED = "is not used"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_EXPERT = re.compile(r".+\.experts\.\d+\.[^.]+")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
         if (gain := entry.gain_of(flat)) is not None:
             magnitude = file.part(entry.module.name, "lora_magnitude_vector").float().flatten()
             yield from _read_gain(gain, base.weight(entry.module.index), a, b, entry.scale, magnitude)
-    yield from read_extras(plan.extra, flat, lambda name: file.tensor(_PREFIX + name), base.parameter)
+    yield from read_extras(plan.extra, flat, lambda name: file.tensor(PREFIX + name), base.parameter)
     if not (yield from pieces.are_finite(flat)):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
@@ -211,8 +210,8 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     except (AdapterInvalid, OSError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors cannot be read: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(_DTYPES)}")
+        if tensor.dtype not in DTYPES:
+            raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(DTYPES)}")
     return tensors
 
 
@@ -229,41 +228,40 @@ class _WeightsFile:
 
     def tensor(self, name: str) -> Tensor:
         info = self._tensors[name]
-        own, dtype = self._bytes[info.begin : info.end], _DTYPES[info.dtype]
+        own, dtype = self._bytes[info.begin : info.end], DTYPES[info.dtype]
         aligned = own if info.begin % dtype.itemsize == 0 else own.clone()
         return aligned.view(dtype).view(info.shape)
 
     def part(self, module: str, part: str) -> Tensor:
         """Of a module's LoRA: its `lora_A`, `lora_B` or `lora_magnitude_vector`."""
-        name = f"{_PREFIX}{module}.{part}"
+        name = f"{PREFIX}{module}.{part}"
         return self.tensor(name if name in self._tensors else f"{name}.weight")
 
     def halves(self, module: str) -> tuple[Tensor, Tensor]:
         return self.part(module, "lora_A"), self.part(module, "lora_B")
 
 
-def _parse_key(key: str) -> tuple[str, str] | None:
-    """(module, part) of a tensor's name; None for what is no A, B or magnitude."""
-    match = _KEY.fullmatch(key)
-    return (match["module"], match["part"]) if match else None
-
-
 def _group_by_module(
     shapes: dict[str, Shape], config: LoraConfig, base: Base
 ) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape]]:
-    """The parts of LoRAs on linear layers by module, and all other tensors, their names without PEFT's prefix."""
+    """The parts of LoRAs on linear layers by module, and all other tensors, their names without PEFT's prefix.
+
+    Raises AdapterInvalid where two tensors are one part, AdapterUnsupported where one is of no LoRA.
+    """
     wrapped = {name.rpartition(".")[0] for name in base.parameters if config.targets_parameter(name)}
     unused = {module for module, why in base.unfit.items() if why == UNUSED}
     parts: dict[str, dict[str, Shape]] = {}
     others: dict[str, Shape] = {}
+    names: dict[tuple[str, str], str] = {}
     for key, shape in shapes.items():
-        match = _parse_key(key)
+        match = lora_part(key)
         if unused and not unused.isdisjoint(_modules_of(key)):
             continue  # a layer that no token passes: whatever stands beside it or in it, it changes nothing
         if match is not None and match[0].replace(".base_layer", "") not in wrapped:
+            claim(names, match, key)
             parts.setdefault(match[0], {})[match[1]] = shape
-        elif key.startswith(_PREFIX):
-            others[key.removeprefix(_PREFIX)] = shape
+        elif key.startswith(PREFIX):
+            others[key.removeprefix(PREFIX)] = shape
         else:
             raise AdapterUnsupported(f"tensor {key} is not part of a LoRA")
     return parts, others
@@ -271,7 +269,7 @@ def _group_by_module(
 
 def _modules_of(key: str) -> list[str]:
     """Every module's name that the tensor's name begins with."""
-    parts = key.removeprefix(_PREFIX).replace(".base_layer", "").split(".")
+    parts = key.removeprefix(PREFIX).replace(".base_layer", "").split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
@@ -287,6 +285,8 @@ def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
             )
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
+        if config.ties_weights and name == base.tied_head:  # PEFT took it out of the targets
+            raise AdapterUnsupported(TYING)
         if not config.targets(name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
 
@@ -310,8 +310,8 @@ def _plan_module(
     for part, shape in expected.items():
         if part not in shapes:
             raise AdapterInvalid(f"{module.name} lacks {part}")
-        found = tuple(size for size in shapes[part] if part != "lora_magnitude_vector" or size != 1)
-        if found != shape:
+        found = shapes[part]
+        if found != shape and not (part == "lora_magnitude_vector" and _without_ones(found) == _without_ones(shape)):
             raise AdapterMismatch(f"{part} of {module.name} has shape {list(found)}; the base needs {list(shape)}")
     unit = ALIGNMENT_BYTES // base.dtype.itemsize
     a = offset
@@ -320,6 +320,10 @@ def _plan_module(
     gain = end if config.use_dora else None
     end += _aligned(module.out_features, unit) if config.use_dora else 0
     return ModuleEntry(module=module, rank=rank, scale=config.scale_of(module.name), a=a, b=b, gain=gain), end
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
 
 
 def _aligned(size: int, unit: int) -> int:

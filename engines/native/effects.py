@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.extras import Extra
+from loraplex.engines.adapters.peft import AdapterPlan
 from loraplex.engines.native.experts import experts_with_lora, runs_experts
 from loraplex.engines.native.lora import Owners
 from loraplex.engines.native.model import Passage, Trial
@@ -50,8 +51,9 @@ class Effects:
         """Set the step; the arguments are those of `LoraLayers.begin`."""
         self._now = {}
         for adapter_id in {adapter_id for parts in set(owners) for adapter_id, _ in parts}:
+            plan = self._arena.plan(adapter_id)
             by_module: dict[str, list[Extra]] = {}
-            for extra in self._arena.plan(adapter_id).extra.extras:
+            for extra in plan.extra.extras:
                 by_module.setdefault(extra.module, []).append(extra)
             if not by_module:
                 continue
@@ -61,7 +63,7 @@ class Effects:
             for name, extras in by_module.items():
                 chosen = picked if self._passages[name].selected else rows
                 if chosen:
-                    effect = self._effect(name, extras, self._arena.flat(adapter_id))
+                    effect = self._effect(name, extras, plan, self._arena.flat(adapter_id))
                     groups = [[row] for row in chosen] if one_by_one else [chosen]
                     self._now.setdefault(name, []).extend(
                         _Owned(effect, torch.tensor(group, device=device)) for group in groups
@@ -87,7 +89,7 @@ class Effects:
 
         module.forward = forward_with_effects
 
-    def _effect(self, name: str, extras: Sequence[Extra], flat: Tensor) -> Effect:
+    def _effect(self, name: str, extras: Sequence[Extra], plan: AdapterPlan, flat: Tensor) -> Effect:
         """All that one adapter does at one module, in the order: whole parameters, then what is added."""
         module = self._model.get_submodule(name)
         swapped = {extra.parameter: extra.spans["new"].of(flat) for extra in extras if extra.kind == "swap"}
@@ -95,7 +97,10 @@ class Effects:
             extra.parameter: (extra.spans["a"].of(flat), extra.spans["b"].of(flat), extra.scale)
             for extra in extras if extra.kind == "parameter"
         }  # fmt: skip
-        steps = [_added(extra, module, flat) for extra in extras if extra.kind not in ("swap", "parameter")]
+        steps = [
+            _trained_head(extra, module, plan, flat) if extra.kind == "head" else _added(extra, module, flat)
+            for extra in extras if extra.kind not in ("swap", "parameter")
+        ]  # fmt: skip
         raw: Callable[..., Any] = type(module).forward  # beneath the LoRA, whose step knows all tokens
 
         def apply(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,10 +125,6 @@ def _added(extra: Extra, module: nn.Module, flat: Tensor) -> Callable[[Tensor, T
     if extra.kind == "embedding":
         return lambda y, ids: y + _scaled(module, (functional.embedding(ids, parts["a"]) @ parts["b"]) * extra.scale)
     token_ids = torch.tensor(extra.token_ids, device=flat.device)
-    if extra.kind == "head":
-        return lambda y, x: _without_bias(module, y).index_copy(
-            y.dim() - 1, token_ids, (x @ parts["rows"].t()).to(y.dtype)
-        )
 
     def replace_tokens(y: Tensor, ids: Tensor) -> Tensor:
         is_own = ids[..., None] == token_ids
@@ -131,6 +132,24 @@ def _added(extra: Extra, module: nn.Module, flat: Tensor) -> Callable[[Tensor, T
         return torch.where(is_own.any(-1)[..., None], rows, y)
 
     return replace_tokens
+
+
+def _trained_head(extra: Extra, head: nn.Module, plan: AdapterPlan, flat: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits, input) -> logits, those of the trained tokens with their own rows: rows·x + scale·B·A·x.
+
+    The LoRA's part is computed again: what the logits have of it cannot be told from the base's rows.
+    """
+    rows, token_ids = extra.spans["rows"].of(flat), torch.tensor(extra.token_ids, device=flat.device)
+    entry = next((entry for entry in plan.entries.values() if entry.module.name == extra.module), None)
+    lora = None if entry is None else (entry.a_of(flat).t(), entry.b_of(flat)[:, token_ids] * entry.scale)
+
+    def replace_logits(y: Tensor, x: Tensor) -> Tensor:
+        own = x @ rows.t()
+        if lora is not None:
+            own = own + x @ lora[0] @ lora[1]
+        return _without_bias(head, y).index_copy(y.dim() - 1, token_ids, own.to(y.dtype))
+
+    return replace_logits
 
 
 def _without_bias(head: nn.Module, y: Tensor) -> Tensor:

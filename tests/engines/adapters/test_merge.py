@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loraplex.config.settings import Adapters
 from loraplex.engines.adapters.merge import TOLERANCE, factors_of, merge, merged_deltas
 from loraplex.engines.adapters.recipe import MergePart, MergeRecipe, SignMethod, Strategy
 from loraplex.engines.adapters.store import AdapterStore
-from loraplex.engines.errors import AdapterMismatch, AdapterUnsupported
+from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterUnsupported
 
 MODULES = {"model.layers.0.self_attn.q_proj": (24, 16), "model.layers.1.mlp.down_proj": (16, 40)}
 PREFIX = "base_model.model."
@@ -160,11 +161,78 @@ def test_chance_is_the_recipes_own() -> None:
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [({"use_dora": True}, "DoRA"), ({"alora_invocation_tokens": [1, 2]}, "invocation")],
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"alora_invocation_tokens": [1, 2]}, "invocation"),
+        ({"modules_to_save": ["lm_head"]}, "bbbb has modules_to_save"),  # though the file has no such tensor
+        ({"trainable_token_indices": [3]}, "bbbb has trainable_token_indices"),
+        ({"target_parameters": ["q_proj.weight"]}, "bbbb has target_parameters"),
+    ],
 )
 def test_what_is_no_sum_of_products_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     parts = [write_lora(tmp_path / "a", 1, 4), write_lora(tmp_path / "b", 2, 4, **config)]
     with pytest.raises(AdapterUnsupported, match=reason):
+        merge(recipe(parts, "ties"), tmp_path)
+
+
+Q = next(iter(MODULES))
+A = f"{PREFIX}{Q}.lora_A.weight"
+
+
+def _five_rows(tensors: dict[str, Tensor]) -> None:
+    tensors[A] = torch.randn(5, 16)
+
+
+def _five_columns(tensors: dict[str, Tensor]) -> None:
+    tensors[A.replace("lora_A", "lora_B")] = torch.randn(24, 5)
+
+
+def _second_half(tensors: dict[str, Tensor]) -> None:
+    tensors[A.removesuffix(".weight")] = torch.randn(4, 16)
+
+
+def _integers(tensors: dict[str, Tensor]) -> None:
+    tensors[A] = torch.ones(4, 16, dtype=torch.int32)
+
+
+def _flat(tensors: dict[str, Tensor]) -> None:
+    tensors[A] = torch.ones(4)
+
+
+# What the config says otherwise, what is done to the file, and the error.
+CONTRADICTIONS: list[tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], type[AdapterError], str]] = [
+    ({"r": 8}, list, AdapterInvalid, r"has shape \[4, 16\]; its config says rank 8"),
+    ({"rank_pattern": {"q_proj": 2}}, list, AdapterInvalid, r"q_proj in bbbb has shape \[4, 16\]; .* rank 2"),
+    (
+        {"target_modules": ["down_proj"]},
+        list,
+        AdapterInvalid,
+        "for .*q_proj, which target_modules does not name",
+    ),
+    ({"layers_to_transform": [0]}, list, AdapterInvalid, "weights for .*down_proj, which target_modules does not name"),
+    ({"exclude_modules": ["q_proj"]}, list, AdapterInvalid, "for .*q_proj, which target_modules does not name"),
+    ({}, _five_rows, AdapterInvalid, r"lora_A of .*q_proj in bbbb has shape \[5, 16\]; its config says rank 4"),
+    ({}, _five_columns, AdapterInvalid, r"lora_B of .*q_proj in bbbb has shape \[24, 5\]; its config says rank 4"),
+    ({}, _flat, AdapterInvalid, r"has shape \[4\]"),
+    ({}, _second_half, AdapterInvalid, r"two tensors for one thing: .*q_proj\.lora_A and .*q_proj\.lora_A\.weight"),
+    ({}, _integers, AdapterUnsupported, r"is torch\.int32"),
+    ({}, dict.clear, AdapterInvalid, "bbbb holds no LoRA weights"),
+]
+
+
+@pytest.mark.parametrize(("config", "change", "error", "reason"), CONTRADICTIONS)
+def test_part_that_is_not_what_its_config_says_is_refused(
+    tmp_path: Path,
+    config: dict[str, Any],
+    change: Callable[[dict[str, Tensor]], object],
+    error: type[AdapterError],
+    reason: str,
+) -> None:
+    parts = [write_lora(tmp_path / "a", 1, 4), write_lora(tmp_path / "b", 2, 4, **config)]
+    tensors = load_file(parts[1] / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, parts[1] / "adapter_model.safetensors")
+    with pytest.raises(error, match=reason):
         merge(recipe(parts, "ties"), tmp_path)
 
 

@@ -45,6 +45,10 @@ def peft_targets(config: peft.LoraConfig, module: str) -> bool:
         {"target_modules": ["w1", "q_proj"], "layers_to_transform": [3], "layers_pattern": ["layers"]},
         {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
         {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.1.*"},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": r".*(q_proj|up_proj|w1)", "modules_to_save": ["mlp", "norm"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": ""},
+        {"target_modules": ["w1", "q_proj"], "layers_to_transform": [3], "layers_pattern": ["experts", "layers"]},
     ],
     ids=str,
 )

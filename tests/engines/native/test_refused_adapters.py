@@ -17,7 +17,7 @@ from support.worlds import SmallWorld
 from transformers import MixtralConfig
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
-from loraplex.engines.adapters.peft import plan_adapter
+from loraplex.engines.adapters.peft import Base, plan_adapter
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
@@ -42,6 +42,27 @@ def with_tensor(name: str, *shape: int, dtype: torch.dtype = torch.float32, **fi
 
 def without(name: str) -> Any:
     return lambda config, tensors: tensors.pop(name)
+
+
+def _a_second_half(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors[f"{Q}.lora_A"] = torch.ones(1, 64)
+
+
+def _a_bare_row(config: dict[str, Any], tensors: Tensors) -> None:
+    """As the name of A, and of a shape that would be copied into all of A's rows."""
+    tensors[f"{Q}.lora_A"] = tensors.pop(f"{Q}.lora_A.weight")[:1].clone()
+
+
+def _two_magnitudes(config: dict[str, Any], tensors: Tensors) -> None:
+    config["use_dora"] = True
+    for ending in ("", ".weight"):
+        tensors[f"{Q}.lora_magnitude_vector{ending}"] = torch.ones(64)
+
+
+def _two_heads(config: dict[str, Any], tensors: Tensors) -> None:
+    config["modules_to_save"] = ["lm_head"]
+    for infix in ("", ".base_layer"):
+        tensors[f"base_model.model.lm_head{infix}.weight"] = torch.ones(320, 64)
 
 
 def _empty(config: dict[str, Any], tensors: Tensors) -> None:
@@ -79,6 +100,20 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], Tensors], object], type[Adapt
     ),
     "weights of another width": (
         with_tensor(f"{Q}.lora_A.weight", 4, 65), AdapterMismatch, "has shape [4, 65]; the base needs [4, 64]",
+    ),
+    "a half of another shape, without an ending": (
+        _a_bare_row, AdapterMismatch,
+        "lora_A of model.layers.1.self_attn.q_proj has shape [1, 64]; the base needs [4, 64]",
+    ),
+    "a half twice": (
+        _a_second_half, AdapterInvalid, f"two tensors for one thing: {Q}.lora_A and {Q}.lora_A.weight",
+    ),
+    "a magnitude twice": (
+        _two_magnitudes, AdapterInvalid,
+        f"two tensors for one thing: {Q}.lora_magnitude_vector and {Q}.lora_magnitude_vector.weight",
+    ),
+    "a saved weight twice": (
+        _two_heads, AdapterInvalid, "two tensors for one thing: lm_head.base_layer.weight and lm_head.weight",
     ),
     "a layer too many": (
         with_tensor("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", 4, 64), AdapterMismatch,
@@ -191,14 +226,62 @@ def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path:
         plan_adapter(adapter, base)
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")  # PEFT's word on it
-def test_tied_weights_that_an_adapter_would_tie_as_well_are_refused(tmp_path: Path) -> None:
-    make_model(llama_config(num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "base")
-    spec = AdapterSpec("tied", 4, ("q_proj", "embed_tokens"))
-    adapter = make_adapter(tmp_path / "base", spec, tmp_path)
-    path = Path(adapter.path) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": True}))
+TRAINED_TOKENS = ("trainable_token_indices", [50, 3])
+# Adapters that a base with tied embeddings cannot carry, as PEFT is asked for them, and what is said of each.
+ON_TIED = {
+    "DoRA beside trained tokens": (
+        AdapterSpec("dora", 4, ("q_proj", "lm_head"), (("use_dora", True), TRAINED_TOKENS)),
+        "use_dora = True on lm_head, which trainable_token_indices changes as well",
+    ),
+    "the weight beside trained tokens": (
+        AdapterSpec("weight", 4, ("q_proj",), (("target_parameters", ["lm_head.weight"]), TRAINED_TOKENS)),
+        "target_parameters names lm_head.weight, which trainable_token_indices changes as well",
+    ),
+    "LoRA of the embeddings, tied": (
+        AdapterSpec("tied-embeddings", 4, ("q_proj", "embed_tokens"), (("ensure_weight_tying", True),)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+    "LoRA of the head, tied": (
+        AdapterSpec("tied-head", 4, ("q_proj", "lm_head"), (("ensure_weight_tying", True),)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+    "trained tokens, tied": (
+        AdapterSpec("tied-tokens", 4, ("q_proj",), (("ensure_weight_tying", True), TRAINED_TOKENS)),
+        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Base]:
+    """A base's directory, and what adapters are checked against."""
+    directory = tmp_path_factory.mktemp("tied")
+    make_model(llama_config(num_hidden_layers=1, tie_word_embeddings=True), directory)
+    world = SmallWorld(directory, {}, None)  # type: ignore[arg-type]
+    return directory, load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings", "ignore:You have requested")  # PEFT's words on it
+@pytest.mark.parametrize("case", ON_TIED)
+def test_what_a_base_with_tied_embeddings_cannot_carry_is_refused_by_name(
+    tied: tuple[Path, Base], tmp_path: Path, case: str
+) -> None:
+    (spec, says), (directory, base) = ON_TIED[case], tied
+    adapter = make_adapter(directory, spec, tmp_path)
+    with pytest.raises(AdapterUnsupported, match=says):
+        plan_adapter(adapter, base)
+
+
+def test_bias_under_its_old_and_its_new_name_is_refused_by_both(tmp_path: Path) -> None:
+    make_model(llama_config(num_hidden_layers=1, attention_bias=True), tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", AdapterSpec("bias", 4, ("q_proj",), (("bias", "lora_only"),)), tmp_path)
+    weights = Path(adapter.path) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({**tensors, f"{name}.bias": tensors[f"{name}.base_layer.bias"] + 2}, weights)
     world = SmallWorld(tmp_path / "base", {}, None)  # type: ignore[arg-type]
     base = load_machine(world.settings(kv_cache_bytes=2**20), lambda progress: None).base
-    with pytest.raises(AdapterUnsupported, match="ensure_weight_tying = True is not supported with a base that ties"):
+    with pytest.raises(
+        AdapterInvalid, match=r"two tensors for one thing: .*q_proj\.base_layer\.bias and .*q_proj\.bias"
+    ):
         plan_adapter(adapter, base)
