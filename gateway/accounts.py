@@ -186,6 +186,11 @@ class Meter:
         """All of a request's prompts were computed, or found in the cache, and nothing is generated for them."""
         self.num_cached_tokens = num_cached_tokens
 
+    def forget_answer(self) -> None:
+        """What was generated is thrown away unseen, for the client is to ask again: it costs nothing."""
+        self.num_completion_tokens = self.num_cached_tokens = 0
+        self._first_token_at = None
+
     def settle(self, error: BaseException | None = None) -> None:
         """The request is over, with this error or well. Settling again changes nothing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,10 @@ from openai import OpenAI
 from openai.types import Completion
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
+
+from loraplex.config.settings import EngineSettings
+from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.gateway.turns import parts_at_once
 
 
 @pytest.fixture
@@ -107,6 +111,39 @@ def test_prompts_beyond_the_limit_are_refused_before_any_runs(gateway: Gateway) 
             response = client.post("/v1/completions", json={"model": BASE, "prompt": prompt, "n": n})
             assert "2048" in assert_problem(response, 400, "invalid_request", "prompt")
     assert gateway.stats().total_prompt_tokens == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("num_prompts", "n"), [(1200, 1), (16, 128)])
+def test_request_of_many_answers_is_the_engines_a_part_at_a_time(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_prompts: int, n: int, stream: bool
+) -> None:
+    engine = gateway.services.engine
+    generate, started, running, most = engine.generate, [], 0, 0
+
+    async def counting(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        nonlocal running, most
+        started.append(tuple(int(part) for part in request.request_id.split("-")[2:]))
+        running += 1
+        most = max(most, running)
+        try:
+            async for event in generate(request):
+                yield event
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(engine, "generate", counting)
+    body = {"model": BASE, "prompt": [[97, 98]] * num_prompts, "n": n, "max_tokens": 2, "stream": stream}
+    with gateway.client() as client:
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    frames = [json.loads(frame[6:]) for frame in response.text.split("\n\n")[:-2]] if stream else [response.json()]
+    texts: dict[int, str] = {}
+    for choice in (choice for frame in frames for choice in frame["choices"]):
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    assert texts == dict.fromkeys(range(num_prompts * n), "ab")
+    assert started == [(place, number) for place in range(num_prompts) for number in range(n)]
+    assert most == parts_at_once(EngineSettings())
 
 
 def test_stop_is_cut_or_included(client: OpenAI) -> None:
