@@ -97,6 +97,7 @@ class Embedder:
                 tenant=caller.tenant_id,
                 weight=caller.policy.weight,
                 priority=caller.policy.priority,
+                is_background=caller.is_background,
             )
             for place, prompt in enumerate(wanted.prompts)
         ]

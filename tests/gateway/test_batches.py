@@ -20,7 +20,7 @@ from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 from support.strict import strictly
 
-from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.engines.protocol import Embedding, EmbedRequest, GenerateRequest, TokenEvent
 
 SLOW = "<slow>" + "x" * 12  # most of a second
 
@@ -275,6 +275,26 @@ def test_lines_reach_the_engine_in_the_background_as_their_tenant(
         (True, gateway.tenant_id),
         (False, gateway.tenant_id),
     ]
+
+
+def test_texts_to_embed_reach_the_engine_in_the_background(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[EmbedRequest] = []
+    engine = gateway.services.engine
+    embed = engine.embed
+
+    async def watching(request: EmbedRequest) -> Embedding:
+        seen.append(request)
+        return await embed(request)
+
+    monkeypatch.setattr(engine, "embed", watching)
+    body = {"model": BASE, "input": ["a", "b"]}
+    with gateway.client() as client:
+        line = {**request_line("a", url="/v1/embeddings"), "body": body}
+        wait(client, begin(client, jsonl(line), "/v1/embeddings"))
+        client.post("/v1/embeddings", json=body)
+    assert [request.is_background for request in seen] == [True, True, False, False]
 
 
 def test_batch_leaves_room_for_its_tenants_users(gateway: Gateway) -> None:
