@@ -113,6 +113,42 @@ def test_prompts_beyond_the_limit_are_refused_before_any_runs(gateway: Gateway) 
     assert gateway.stats().total_prompt_tokens == before
 
 
+def scored(client: OpenAI, prompt: Any, **fields: Any) -> list[tuple[str, Any]]:
+    """Of each choice the text and the log-probabilities, told at once; streamed they must come to the same."""
+    whole = client.completions.create(model=BASE, prompt=prompt, echo=True, logprobs=1, **fields)
+    told = [(choice.text, choice.logprobs) for choice in whole.choices]
+    texts, lists = [""] * len(told), [{} for _ in told]  # type: ignore[var-annotated]
+    for chunk in client.completions.create(model=BASE, prompt=prompt, echo=True, logprobs=1, stream=True, **fields):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            for name, entries in (choice.logprobs.model_dump() if choice.logprobs else {}).items():
+                lists[choice.index].setdefault(name, []).extend(entries)
+    assert texts == [text for text, _ in told]
+    assert lists == [logprobs.model_dump() if logprobs else {} for _, logprobs in told]
+    return told
+
+
+def test_echoed_prompt_of_one_token_has_its_entry(client: OpenAI) -> None:
+    for prompt in ("a", [97]):
+        [(text, logprobs)] = scored(client, prompt, max_tokens=1)
+        assert (text, logprobs.tokens, logprobs.text_offset) == ("aa", ["a", "a"], [0, 1])
+        assert (logprobs.token_logprobs, logprobs.top_logprobs) == ([None, 0.0], [None, {"a": 0.0}])
+    (_, first), (_, second) = scored(client, [[97], [98, 99]], max_tokens=1)
+    assert (first.tokens, first.token_logprobs) == (["a", "a"], [None, 0.0])
+    assert (second.tokens, second.token_logprobs) == (["b", "c", "b"], [None, 0.0, 0.0])
+
+
+def test_offsets_are_places_in_the_text_behind_parts_of_characters_and_special_tokens(client: OpenAI) -> None:
+    end = 256  # the echo's special token, whose name is no part of the text
+    [(text, logprobs)] = scored(client, [end, *"é😀x".encode(), end, 121], max_tokens=1)
+    assert text.startswith("é😀xy")
+    assert logprobs.text_offset == [0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 4]
+    assert logprobs.tokens[:8] == [
+        "<eos>", r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80", "x",
+    ]  # fmt: skip
+    assert logprobs.top_logprobs[4] == {r"bytes:\x9f": 0.0}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("num_prompts", "n"), [(1200, 1), (16, 128)])
 def test_request_of_many_answers_is_the_engines_a_part_at_a_time(
