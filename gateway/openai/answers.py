@@ -1,19 +1,28 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
 
 from litestar import Request
 from litestar.types import ASGIApp
+from msgspec.structs import replace
 
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
 from loraplex.engines.errors import EngineOverloaded, InvalidRequest
 from loraplex.engines.events import each
-from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
+from loraplex.engines.protocol import (
+    EmbedRequest,
+    Engine,
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    SamplingParams,
+    TokenEvent,
+)
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.clients import unless_client_leaves
 from loraplex.gateway.guards import caller_of
@@ -159,12 +168,15 @@ class Answers:
             async with turns.turn(choice) as choice:
                 with self._metrics.watching(model, choice) as watch:
                     counting = _Counting(watch, meter, number, take)
-                    async with aclosing(self._engine.generate(choice)) as events:  # type: ignore[type-var]
+                    async with aclosing(self._events(choice)) as events:  # type: ignore[type-var]
                         while (event := await each(events, counting.take)) is not None:
                             if not await meter.reserves(event):
                                 take(number, _cut(event))
                                 return
                             take(number, event)
+
+    def _events(self, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        return self._engine.generate(choice) if choice.sampling.max_tokens else _of_prompt_alone(self._engine, choice)
 
     async def _stream(
         self,
@@ -181,6 +193,14 @@ class Answers:
             await relay.close()
             raise
         return StreamResponse(relay, self._event_source)
+
+
+async def _of_prompt_alone(engine: Engine, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    """An engine computes a prompt for its first token, which is nobody's here: neither told nor counted."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, num_prompt_logprobs=choice.sampling.num_prompt_logprobs)
+    async with aclosing(engine.generate(replace(choice, sampling=sampling))) as events:  # type: ignore[type-var]
+        async for event in events:
+            yield replace(event, token_ids=(), text="", finish_reason="length")
 
 
 def _cut(event: TokenEvent) -> TokenEvent:

@@ -21,7 +21,7 @@ from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
 from loraplex.gateway.openai.routing import route_of
-from loraplex.gateway.openai.wire import GenerationFields, Usage
+from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
 from loraplex.gateway.prompts import completion_requests, tokenizer_for
 
 
@@ -29,6 +29,7 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     """`prompt` is a text, a list of texts, the token ids of one prompt, or a list of those."""
 
     prompt: str | list[str | int | list[int]]
+    max_tokens: Natural | None = None  # none at all: the prompt alone is told, or scored
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None

@@ -277,9 +277,7 @@ def test_lines_reach_the_engine_in_the_background_as_their_tenant(
     ]
 
 
-def test_texts_to_embed_reach_the_engine_in_the_background(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_to_embed_reach_the_engine_in_the_background(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EmbedRequest] = []
     engine = gateway.services.engine
     embed = engine.embed

@@ -82,6 +82,8 @@ def test_chunks_are_strictly_the_sdks_type(gateway: Gateway) -> None:
         ({"prompt": [257]}, "invalid_request", "prompt"),
         ({"prompt": 5}, "invalid_request", "prompt"),
         ({"prompt": "x" * 512}, "context_length_exceeded", "prompt"),
+        ({"max_tokens": -1}, "invalid_request", "max_tokens"),
+        ({"max_tokens": 0, "min_tokens": 1}, "invalid_request", "min_tokens"),
         ({"max_tokens": 600}, "context_length_exceeded", "max_tokens"),
         ({"logprobs": 21}, "invalid_request", "logprobs"),
         ({"echo": 1}, "invalid_request", "echo"),
@@ -147,6 +149,28 @@ def test_offsets_are_places_in_the_text_behind_parts_of_characters_and_special_t
         "<eos>", r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80", "x",
     ]  # fmt: skip
     assert logprobs.top_logprobs[4] == {r"bytes:\x9f": 0.0}
+
+
+def test_no_tokens_asked_for_tell_the_prompt_alone(client: OpenAI, gateway: Gateway) -> None:
+    """Evaluation harnesses score prompts so."""
+    [(text, logprobs)] = scored(client, "abc", max_tokens=0)
+    assert (text, logprobs.tokens, logprobs.text_offset) == ("abc", ["a", "b", "c"], [0, 1, 2])
+    assert logprobs.token_logprobs == [None, 0.0, 0.0]
+    (_, first), (_, second) = scored(client, [[97], [98, 99]], max_tokens=0)
+    assert (first.tokens, first.token_logprobs) == (["a"], [None])
+    assert (second.tokens, second.token_logprobs) == (["b", "c"], [None, 0.0])
+    for stop in (None, ["a"]):  # nothing that speaks of generated tokens matters
+        whole = client.completions.create(model=BASE, prompt="abc", max_tokens=0, n=2, best_of=3, stop=stop)
+        assert [(choice.text, choice.finish_reason) for choice in whole.choices] == [("", "length")] * 2
+        assert whole.usage is not None
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (3, 0, 3)
+    chunks = list(client.completions.create(model=BASE, prompt="abc", max_tokens=0, stream=True))
+    assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in chunks] == [("", "length")]
+    tenant, key = gateway.new_tenant("scores")
+    with gateway.client(key) as own, gateway.admin() as admin:
+        assert own.post("/v1/completions", json={"model": BASE, "prompt": "abc", "max_tokens": 0}).status_code == 200
+        [row] = admin.get("/admin/v1/usage", params={"tenant_id": tenant}).json()["data"]
+    assert (row["num_prompt_tokens"], row["num_completion_tokens"]) == (3, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
