@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import time
@@ -102,6 +103,19 @@ def test_lines_that_fail_are_in_the_error_file_with_their_status(gateway: Gatewa
         "wrong": (400, "invalid_request"),
         "breaks": (500, "generation_failed"),
     }
+
+
+def test_answer_with_ends_of_lines_in_it_is_one_line_to_every_reader(gateway: Gateway) -> None:
+    text = "a\u2028b\u2029c\x85d\ne\rf\x1c\\u2028é"
+    lines = [request_line(text, text), request_line(f"{text}wrong", text, model=text)]
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key) as client, gateway.client() as http:
+        batch = wait(http, begin(http, jsonl(*lines)))
+        [good], [bad] = (
+            [json.loads(line) for line in client.files.content(batch[field]).iter_lines()]
+            for field in ("output_file_id", "error_file_id")
+        )
+    assert (good["custom_id"], text_of(good)) == (text, text)
+    assert bad["custom_id"] == f"{text}wrong"
 
 
 def test_engine_that_dies_is_waited_for_but_not_by_the_line_that_kills_it(gateway: Gateway) -> None:
