@@ -371,6 +371,31 @@ def test_batch_goes_on_after_the_gateway_was_killed_and_answers_each_line_once(t
     assert used <= 60 - resumed["request_counts"]["completed"], "what had an answer was asked again"
 
 
+def test_lines_that_a_shutdown_cuts_off_are_interrupted_and_cost_nothing(tmp_path: Path) -> None:
+    """They are asked again, and paid for then."""
+    content = jsonl(*(request_line(f"line-{number}", SLOW) for number in range(12)))
+    extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 4\n'
+    port = free_port()
+    with serving_at(tmp_path, port, extra) as (process, admin):
+        tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+        key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
+            batch_id = begin(client, content)
+            wait(client, batch_id, answered=4)
+            time.sleep(0.3)  # some tokens of the next ones
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    with serving_at(tmp_path, port, extra) as (process, admin):
+        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
+            assert wait(client, batch_id, seconds=60)["request_counts"]["completed"] == 12
+        rows = admin.get("/admin/v1/usage/requests").json()["data"]
+    cut = [row for row in rows if row["outcome"] == "interrupted"]
+    assert {row["outcome"] for row in rows} == {"completed", "interrupted"}
+    assert {(row["num_prompt_tokens"], row["num_completion_tokens"]) for row in cut} == {(0, 0)}
+    assert len(rows) - len(cut) == 12
+
+
 def wait_running(gateway: Gateway) -> None:
     deadline = time.monotonic() + 10
     while not gateway.stats().num_running:
