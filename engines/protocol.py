@@ -160,6 +160,7 @@ class EmbedRequest(_Request, frozen=True, kw_only=True):
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    is_background: bool = False
     timeout_seconds: float | None = None
 
 

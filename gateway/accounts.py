@@ -13,7 +13,7 @@ from loraplex.auth.caller import Caller
 from loraplex.auth.errors import InvalidApiKey, LimitReached, QuotaSpent
 from loraplex.auth.limits.admission import Admission, Reservation
 from loraplex.auth.limits.charges import Standing
-from loraplex.auth.metering import ABORTED, COMPLETED, RUNNING, Books, Demand, Entry, UsageRecord
+from loraplex.auth.metering import ABORTED, COMPLETED, INTERRUPTED, RUNNING, Books, Demand, Entry, UsageRecord
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
 from loraplex.gateway.errors import ClientLeft, MalformedRequest
@@ -28,7 +28,14 @@ class Accounts:
         self._books = books
         self._tenants = tenants
         self._open: set[Meter] = set()
+        self._is_ending = False
         tenants.on_change(self._end_requests_of_dead_keys)
+
+    def interrupt_background(self) -> None:
+        """The process ends, and with it work in the background, which whoever goes on does again."""
+        self._is_ending = True
+        for meter in self._open:
+            meter.interrupt()
 
     async def _end_requests_of_dead_keys(self) -> None:
         """Who may do what has changed: requests under keys that are revoked or gone end with InvalidApiKey."""
@@ -66,8 +73,18 @@ class Accounts:
         except BaseException:
             reservation.settle(0, 0)
             raise
-        meter = Meter(record, entry, self._books, self._admission, reservation, self._open.discard)
+        meter = Meter(
+            record,
+            entry,
+            self._books,
+            self._admission,
+            reservation,
+            self._open.discard,
+            is_background=caller.is_background,
+        )
         self._open.add(meter)
+        if self._is_ending:
+            meter.interrupt()
         if caller.as_of != self._tenants.num_changes:  # it was let in before a change, which missed this meter
             try:
                 await self._end_requests_of_dead_keys()
@@ -82,9 +99,9 @@ class Meter:
     """What one request uses. `on_settled` is called with it once it is over."""
 
     __slots__ = (
-        "_admission", "_at_end", "_books", "_end", "_entry", "_first_token_at", "_is_settled", "_num_covered",
-        "_on_settled", "_outcome", "_record", "_reservation", "_workers", "num_cached_tokens", "num_completion_tokens",
-        "refusal",
+        "_admission", "_at_end", "_books", "_end", "_entry", "_first_token_at", "_is_background", "_is_interrupted",
+        "_is_settled", "_num_covered", "_on_settled", "_outcome", "_record", "_reservation", "_workers",
+        "num_cached_tokens", "num_completion_tokens", "refusal",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +112,8 @@ class Meter:
         admission: Admission,
         reservation: Reservation,
         on_settled: "Callable[[Meter], None]",
+        *,
+        is_background: bool,
     ) -> None:
         self._on_settled = on_settled
         self._workers: set[asyncio.Task[Any]] = set()
@@ -109,6 +128,8 @@ class Meter:
         self.num_cached_tokens = 0
         self._first_token_at: float | None = None
         self._is_settled = False
+        self._is_interrupted = False
+        self._is_background = is_background
         self._outcome = RUNNING
         self._at_end: list[Callable[[str], None]] = []
         self.refusal: QuotaSpent | None = None  # why the answer was cut short, if it was
@@ -126,6 +147,10 @@ class Meter:
         self._end = error
         for task in self._workers:
             task.cancel()
+
+    def interrupt(self) -> None:
+        """A request in the background that is cut off from now on is to be asked again: it costs nothing till then."""
+        self._is_interrupted = self._is_background
 
     @property
     def is_complete(self) -> bool:
@@ -186,6 +211,11 @@ class Meter:
         """All of a request's prompts were computed, or found in the cache, and nothing is generated for them."""
         self.num_cached_tokens = num_cached_tokens
 
+    def forget_answer(self) -> None:
+        """What was generated is thrown away unseen, for the client is to ask again: it costs nothing."""
+        self.num_completion_tokens = self.num_cached_tokens = 0
+        self._first_token_at = None
+
     def settle(self, error: BaseException | None = None) -> None:
         """The request is over, with this error or well. Settling again changes nothing.
 
@@ -195,7 +225,11 @@ class Meter:
             return
         self._is_settled = True
         self._on_settled(self)
-        outcome = self._outcome = _outcome(error or self.refusal)
+        outcome = _outcome(error or self.refusal)
+        if outcome == ABORTED and self._is_interrupted:
+            outcome = INTERRUPTED
+            self.forget_answer()
+        self._outcome = outcome
         has_failed = self._first_token_at is None and outcome not in (COMPLETED, ABORTED)
         num_prompt = 0 if has_failed else self._record.num_prompt_tokens
         try:

@@ -37,6 +37,7 @@ from loraplex.gateway.problems import respond
 from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.services import Services
+from loraplex.gateway.turns import parts_at_once
 from loraplex.gateway.vllm.adapters import vllm_adapter_routes
 from loraplex.gateway.vllm.tokens import token_routes
 
@@ -52,8 +53,9 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     engine, tenants, catalogue = services.engine, services.tenants, services.catalogue
     metrics = Metrics(settings.adapters.max_names_in_figures)
     prompt_log = PromptLog(settings.usage.prompt_log)
-    answers = Answers(engine, services.store, metrics, services.accounts, settings.server, prompt_log)
-    embedder = Embedder(engine, services.store, metrics, services.accounts, settings.model)
+    at_once = parts_at_once(settings.engine)
+    answers = Answers(engine, services.store, metrics, services.accounts, settings.server, prompt_log, at_once)
+    embedder = Embedder(engine, services.store, metrics, services.accounts, settings.model, at_once)
     adapters = RequestAdapters(
         catalogue,
         settings.adapters.request_trust_seconds,

@@ -5,6 +5,9 @@ be complete within `header_seconds` of its first byte (of the connection, for th
 `body_seconds`, and longer only as far as what came by then was at least `_LEAST_RATE`. What a body has beside its
 bytes, such as headers behind it, is bounded like a head, and kept nowhere.
 
+A body of unknown length it would send in chunks to a client of HTTP/1.0 as well, which knows none: that one gets it as
+it is, up to the connection's end.
+
 It would also lose the body of a request that offers another protocol, as Java's client and curl do by themselves
 (`Upgrade: h2c`). The offer is declined instead: such a request is read as one that did not make it (RFC 9110, 7.8).
 """
@@ -16,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from loraplex.config.settings import Server
 from loraplex.gateway.middleware import new_request_id
@@ -81,6 +84,20 @@ def connection_of(scope: Any) -> Connection | None:
 def protocol_for(server: Server) -> type[HttpToolsProtocol]:
     """uvicorn's protocol within the bounds of these settings."""
     return type("BoundedProtocol", (_BoundedProtocol,), {"bounds": server})
+
+
+class _UnframedCycle(RequestResponseCycle):
+    """A response to HTTP/1.0, whose connection uvicorn closes behind it."""
+
+    _has_no_length = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._has_no_length = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            self.chunked_encoding = False if self._has_no_length else None
+        elif self._has_no_length:
+            self.expected_content_length = len(message.get("body", b""))  # else it would be longer than was said
+        await super().send(message)
 
 
 class _BoundedProtocol(HttpToolsProtocol):
@@ -180,7 +197,11 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._body_began_at = self.loop.time()
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle.scope is self.scope:
+        if self.cycle is None or self.cycle.scope is not self.scope:
+            return
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = _UnframedCycle  # it has only just been made, and nobody has a part to say which
+        else:
             self.scope["extensions"] = {_CONNECTION: {"it": self._connection}}
 
     def on_body(self, body: bytes) -> None:

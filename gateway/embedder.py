@@ -24,8 +24,6 @@ from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.answers import computed_with
 from loraplex.gateway.sse import together
 
-MAX_AT_ONCE = 64  # of one request, so that a long list fills no queue
-
 
 class Wanted(Struct, frozen=True, kw_only=True):
     """What is to be embedded. `pooling` and `normalize` where the client says them; `model` as it names it.
@@ -48,12 +46,16 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 class Embedder:
     """For all routes over one engine."""
 
-    def __init__(self, engine: Engine, store: DiskTier, metrics: Metrics, accounts: Accounts, model: Model) -> None:
+    def __init__(
+        self, engine: Engine, store: DiskTier, metrics: Metrics, accounts: Accounts, model: Model, at_once: int
+    ) -> None:
+        """Of one request's texts the engine has `at_once` at a time."""
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._accounts = accounts
         self._model = model
+        self._at_once = at_once
 
     async def embed(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[Vector]:
         """A vector for each prompt, in order. Raises what the engine and the limits raise, and ClientLeft."""
@@ -61,7 +63,7 @@ class Embedder:
         demand = _demand(request, wanted, asked)
         meter = await self._accounts.open(caller_of(request), demand, partial(tell_limits, request))
         tell_meter(request, meter)
-        at_once = asyncio.Semaphore(MAX_AT_ONCE)
+        at_once = asyncio.Semaphore(self._at_once)
 
         async def one(wish: EmbedRequest) -> Embedding:
             async with at_once:
@@ -95,6 +97,7 @@ class Embedder:
                 tenant=caller.tenant_id,
                 weight=caller.policy.weight,
                 priority=caller.policy.priority,
+                is_background=caller.is_background,
             )
             for place, prompt in enumerate(wanted.prompts)
         ]

@@ -79,7 +79,7 @@ async def completion_requests(
     info = engine.info()
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
-    wanted = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    wanted = _either(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
     return _choices(body, limited, completion_id, route, caller, engine, tokenizer)
 
@@ -144,7 +144,7 @@ def _limit(num_prompt: int, prompt_field: str, wanted: int | None, field: str, m
             f"which leaves {room} of the {wanted} asked for.",
             field,
         )
-    return wanted or room
+    return _either(wanted, room)
 
 
 def _choices(

@@ -13,6 +13,7 @@ import uvicorn
 
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine
+from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.app import create_app
 from loraplex.gateway.batches.answering import Answerer
 from loraplex.gateway.batches.runner import BatchRunner
@@ -32,15 +33,24 @@ class _Server(uvicorn.Server):
     with an error its client can read. Batches stop at once, for they go on later.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, runner: BatchRunner, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        runner: BatchRunner,
+        accounts: Accounts,
+        drain_seconds: float,
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._runner = runner
+        self._accounts = accounts
         self._drain_seconds = drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._close_engine_after_drain())
         try:
+            self._accounts.interrupt_background()
             await self._runner.close()
             await super().shutdown(sockets)
         finally:
@@ -93,6 +103,7 @@ async def serve(
         ),
         services.engine,
         runner,
+        services.accounts,
         settings.server.drain_seconds,
     )
 

@@ -191,7 +191,9 @@ class Relay:
 
 def event_source(*, keep_alive_seconds: float, send_timeout_seconds: float) -> EventSourceResponse:
     """What all streams have in common: headers, and times that make sense. Raises ValueError where they do not."""
-    return EventSourceResponse(iter(()), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
+    common = EventSourceResponse(iter(()), ping=keep_alive_seconds, sep="\n", send_timeout=send_timeout_seconds)
+    del common.headers["connection"]  # the server's to say: it may be about to close it
+    return common
 
 
 class StreamResponse:

@@ -285,6 +285,7 @@ def _as_generation(request: EmbedRequest) -> GenerateRequest:
         tenant=request.tenant,
         weight=request.weight,
         priority=request.priority,
+        is_background=request.is_background,
         timeout_seconds=request.timeout_seconds,
     )
 

@@ -35,7 +35,8 @@ class Constraint:
         return self._matcher.is_stopped()
 
     def consume(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
+        if not self._matcher.consume_token(token_id):  # it counts as stopped from then on, as at its proper end
+            raise self._failure()
 
     def forced(self) -> list[int]:
         return self._matcher.compute_ff_tokens()
@@ -51,9 +52,12 @@ class Constraint:
             if place < len(drafts):
                 matcher.consume_token(drafts[place])
         if matcher.is_error():
-            raise GenerationFailed(f"the grammar cannot be followed any further: {in_short(matcher.get_error())}")
+            raise self._failure()
         matcher.rollback(len(drafts))
         return found
+
+    def _failure(self) -> GenerationFailed:
+        return GenerationFailed(f"the grammar cannot be followed any further: {in_short(self._matcher.get_error())}")
 
 
 class Grammars:

@@ -153,16 +153,22 @@ class Scheduler:
         """Append what was sampled, up to the first draft that it contradicts, or to the answer's end."""
         sequence, drafts, taken = segment.sequence, segment.drafts, []
         for place, one in enumerate(sampled):
-            told = () if sequence.num_generated else tuple(sequence.prompt_logprobs)
-            finish_reason = sequence.append(one.token_id)
-            emission = Emission(sequence=sequence, sampled=one, prompt_logprobs=told, finish_reason=finish_reason)
-            taken.append(emission)
-            if emission.finish_reason or drafts[place : place + 1] != (one.token_id,):
+            taken.append(emission := self._append(sequence, one))
+            if emission.is_last or drafts[place : place + 1] != (one.token_id,):
                 break
         self.waiting.charge(sequence, OUTPUT_COST * len(taken))
         if drafts:
             self.drafter.learn(sequence, len(drafts), len(taken) - 1)
         return taken
+
+    def _append(self, sequence: Sequence, one: Sampled) -> Emission:
+        """A token behind which the sequence's grammar breaks is its error: no answer ends well there."""
+        told = () if sequence.num_generated else tuple(sequence.prompt_logprobs)
+        try:
+            finish_reason = sequence.append(one.token_id)
+        except GenerationFailed as error:
+            return Emission(sequence=sequence, error=error)
+        return Emission(sequence=sequence, sampled=one, prompt_logprobs=told, finish_reason=finish_reason)
 
     def _pool(self, segment: Segment, pool: Pool, outcome: Outcome) -> list[Emission]:
         """Add a segment's hidden states to its pool, which may complete it."""

@@ -21,7 +21,7 @@ class Constraint(Protocol):
         ...
 
     def consume(self, token_id: int) -> None:
-        """The answer has one more token, an admitted one."""
+        """The answer has one more token, an admitted one. Raises GenerationFailed where nothing is known behind it."""
         ...
 
     def forced(self) -> list[int]:
@@ -131,7 +131,7 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take one sampled token; the reason to finish, if it gives one."""
+        """Take one sampled token; the reason to finish, if it gives one. Raises what its constraint raises."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
         sampling = self.request.sampling

@@ -15,6 +15,8 @@ from loraplex.gateway.inner import Reply, post
 from loraplex.gateway.problems import problem_of
 
 _LONGEST_PAUSE = 30.0  # seconds between two tries of a line
+# JSON may hold them as they are; readers of lines that split texts, such as the SDK's, end a line at each.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _MAX_CRASHES = 3  # a line may lose its engine so often before it is told so: it may be what brings it down
 
 
@@ -92,8 +94,12 @@ class Answerer:
 def unanswered(batch: Batch, line: Line, code: str, message: str) -> Answer:
     """What a line gets that was never answered."""
     told = {"id": _request_id(batch, line), "custom_id": line.custom_id, "response": None}
-    text = msgspec.json.encode({**told, "error": {"code": code, "message": message}}).decode()
+    text = _as_line({**told, "error": {"code": code, "message": message}})
     return Answer(line=line.number, text=text, is_error=True)
+
+
+def _as_line(told: dict[str, Any]) -> str:
+    return msgspec.json.encode(told).decode().translate(_LINE_ENDS)
 
 
 def _request_id(batch: Batch, line: Line) -> str:
@@ -110,7 +116,7 @@ def _answer(line: Line, request_id: str, reply: Reply) -> Answer:
     completion = usage.completion_tokens_details or usage.output_tokens_details or _Details()
     return Answer(
         line=line.number,
-        text=msgspec.json.encode(told).decode(),
+        text=_as_line(told),
         is_error=is_error,
         num_prompt_tokens=usage.prompt_tokens or usage.input_tokens,
         num_cached_tokens=prompt.cached_tokens,

@@ -1,19 +1,28 @@
 """One generation request of a client -> its answer, streamed or whole; how it looks on the wire is the route's part."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
 
 from litestar import Request
 from litestar.types import ASGIApp
+from msgspec.structs import replace
 
 from loraplex.auth.metering import Demand
 from loraplex.config.settings import Server
-from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.errors import EngineOverloaded, InvalidRequest
 from loraplex.engines.events import each
-from loraplex.engines.protocol import EmbedRequest, Engine, FinishReason, GenerateRequest, Grammar, TokenEvent
+from loraplex.engines.protocol import (
+    EmbedRequest,
+    Engine,
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    SamplingParams,
+    TokenEvent,
+)
 from loraplex.gateway.accounts import Accounts, Meter, fitted
 from loraplex.gateway.clients import unless_client_leaves
 from loraplex.gateway.guards import caller_of
@@ -25,6 +34,7 @@ from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
 from loraplex.gateway.prompt_log import PromptLog
 from loraplex.gateway.replies import EncodedJson
 from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, event_source, together
+from loraplex.gateway.turns import Turns
 
 
 class Asked(Protocol):
@@ -84,13 +94,16 @@ class Answers:
         accounts: Accounts,
         server: Server,
         prompt_log: PromptLog,
+        at_once: int,
     ) -> None:
+        """Of one request's choices the engine has `at_once` at a time."""
         self._engine = engine
         self._store = store
         self._accounts = accounts
         self._metrics = metrics
         self._server = server
         self._prompt_log = prompt_log
+        self._at_once = at_once
         self._event_source = event_source(
             keep_alive_seconds=server.keep_alive_seconds, send_timeout_seconds=server.send_timeout_seconds
         )
@@ -124,11 +137,14 @@ class Answers:
                 meter.at_end(record.end)
                 witnesses = (*witnesses, record.saw)
             answer = _Answer(wire, meter, witnesses, before_end)
-            generations = [partial(self._generate, body.model, choice, meter) for choice in choices]
+            turns = Turns(self._at_once)
+            generations = [partial(self._generate, body.model, choice, meter, turns) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
         except BaseException as error:
+            if isinstance(error, EngineOverloaded):
+                meter.forget_answer()
             meter.settle(error)
             _name_as_asked(error, body)
             raise
@@ -136,20 +152,31 @@ class Answers:
         return EncodedJson(collected)
 
     async def _generate(
-        self, model: str, choice: GenerateRequest, meter: Meter, number: int, take: Callable[[int, TokenEvent], None]
+        self,
+        model: str,
+        choice: GenerateRequest,
+        meter: Meter,
+        turns: Turns,
+        number: int,
+        take: Callable[[int, TokenEvent], None],
     ) -> None:
-        """One choice's events, each given to `take` with its number once it is counted.
+        """One choice's events, when it is its turn, each given to `take` with its number once it is counted.
 
         Where the budget is spent the last event is an empty one of the reason `length`, and the meter says why.
         """
-        with meter.working(), self._metrics.watching(model, choice) as watch, holding(self._store, choice.parts):
-            counting = _Counting(watch, meter, number, take)
-            async with aclosing(self._engine.generate(choice)) as events:  # type: ignore[type-var]
-                while (event := await each(events, counting.take)) is not None:
-                    if not await meter.reserves(event):
-                        take(number, _cut(event))
-                        return
-                    take(number, event)
+        with meter.working(), holding(self._store, choice.parts):
+            async with turns.turn(choice) as choice:
+                with self._metrics.watching(model, choice) as watch:
+                    counting = _Counting(watch, meter, number, take)
+                    async with aclosing(self._events(choice)) as events:  # type: ignore[type-var]
+                        while (event := await each(events, counting.take)) is not None:
+                            if not await meter.reserves(event):
+                                take(number, _cut(event))
+                                return
+                            take(number, event)
+
+    def _events(self, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        return self._engine.generate(choice) if choice.sampling.max_tokens else _of_prompt_alone(self._engine, choice)
 
     async def _stream(
         self,
@@ -166,6 +193,14 @@ class Answers:
             await relay.close()
             raise
         return StreamResponse(relay, self._event_source)
+
+
+async def _of_prompt_alone(engine: Engine, choice: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    """An engine computes a prompt for its first token, which is nobody's here: neither told nor counted."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, num_prompt_logprobs=choice.sampling.num_prompt_logprobs)
+    async with aclosing(engine.generate(replace(choice, sampling=sampling))) as events:  # type: ignore[type-var]
+        async for event in events:
+            yield replace(event, token_ids=(), text="", finish_reason="length")
 
 
 def _cut(event: TokenEvent) -> TokenEvent:

@@ -19,8 +19,9 @@ from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers, told_tokens
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
 from loraplex.gateway.openai.routing import route_of
-from loraplex.gateway.openai.wire import LEAST_LOGPROB, GenerationFields, Usage
+from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
 from loraplex.gateway.prompts import completion_requests, tokenizer_for
 
 
@@ -28,6 +29,7 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     """`prompt` is a text, a list of texts, the token ids of one prompt, or a list of those."""
 
     prompt: str | list[str | int | list[int]]
+    max_tokens: Natural | None = None  # none at all: the prompt alone is told, or scored
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
@@ -57,15 +59,6 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     def is_contest(self) -> bool:
         """Whether more answers are generated than told."""
         return self.num_choices > (self.n or 1)
-
-
-class CompletionLogprobs(Struct):
-    """One entry a token; `text_offset` counts characters from the text's start. A prompt's first token has None."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
 
 
 class CompletionChoice(Struct):
@@ -180,7 +173,7 @@ class _CompletionWire:
             self._describe_prompt(number, events[0].prompt_logprobs, described)
         for event in told_tokens(events):
             for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=False):
-                self._describe(described, token_id, logprobs, self._offsets[number])
+                described.add(token_id, logprobs, self._offsets[number], self._tokenizer)
             self._offsets[number] += len(event.text)
         return described if described.tokens and self._body.logprobs is not None else None
 
@@ -189,23 +182,13 @@ class _CompletionWire:
     ) -> None:
         if not self._body.echo:
             return
-        for token_id, told in zip(self._prompts[number], logprobs, strict=False):
-            self._describe(described, token_id, told, self._offsets[number])
-            self._offsets[number] += len(self._text(token_id))
-        self._offsets[number] = len(self._tokenizer.decode(self._prompts[number]))
-
-    def _describe(
-        self, described: CompletionLogprobs, token_id: int, logprobs: TokenLogprobs | None, offset: int
-    ) -> None:
-        described.tokens.append(self._text(token_id))
-        described.text_offset.append(offset)
-        described.token_logprobs.append(None if logprobs is None else max(logprobs.logprob, LEAST_LOGPROB))
-        described.top_logprobs.append(
-            None if logprobs is None else {self._text(other): max(told, LEAST_LOGPROB) for other, told in logprobs.top}
-        )
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        prompt, text = self._prompts[number], self._tokenizer.decode(self._prompts[number])
+        self._offsets[number] = len(text)
+        if self._body.logprobs is None:
+            return
+        told = logprobs or (None,) * len(prompt)  # of a prompt of one token an engine has nothing to tell
+        for token_id, one, offset in zip(prompt, told, offsets_of(prompt, text, self._tokenizer), strict=True):
+            described.add(token_id, one, offset, self._tokenizer)
 
 
 def _mean_logprob(events: Sequence[TokenEvent]) -> float:

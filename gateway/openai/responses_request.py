@@ -225,4 +225,6 @@ def named_as_asked() -> Iterator[None]:
         if field is not None:
             is_place = field == "messages"  # its places are other ones here
             error.param = _FIELDS[field] + ("" if is_place else said.removeprefix(field))
+        elif said.startswith("tools["):
+            error.param = said.replace(".function.", ".", 1)  # a tool here is what a chat's tool says of its function
         raise

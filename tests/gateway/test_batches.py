@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import time
@@ -20,7 +21,7 @@ from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 from support.strict import strictly
 
-from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.engines.protocol import Embedding, EmbedRequest, GenerateRequest, TokenEvent
 
 SLOW = "<slow>" + "x" * 12  # most of a second
 
@@ -102,6 +103,19 @@ def test_lines_that_fail_are_in_the_error_file_with_their_status(gateway: Gatewa
         "wrong": (400, "invalid_request"),
         "breaks": (500, "generation_failed"),
     }
+
+
+def test_answer_with_ends_of_lines_in_it_is_one_line_to_every_reader(gateway: Gateway) -> None:
+    text = "a\u2028b\u2029c\x85d\ne\rf\x1c\\u2028é"
+    lines = [request_line(text, text), request_line(f"{text}wrong", text, model=text)]
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key) as client, gateway.client() as http:
+        batch = wait(http, begin(http, jsonl(*lines)))
+        [good], [bad] = (
+            [json.loads(line) for line in client.files.content(batch[field]).iter_lines()]
+            for field in ("output_file_id", "error_file_id")
+        )
+    assert (good["custom_id"], text_of(good)) == (text, text)
+    assert bad["custom_id"] == f"{text}wrong"
 
 
 def test_engine_that_dies_is_waited_for_but_not_by_the_line_that_kills_it(gateway: Gateway) -> None:
@@ -277,6 +291,24 @@ def test_lines_reach_the_engine_in_the_background_as_their_tenant(
     ]
 
 
+def test_texts_to_embed_reach_the_engine_in_the_background(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EmbedRequest] = []
+    engine = gateway.services.engine
+    embed = engine.embed
+
+    async def watching(request: EmbedRequest) -> Embedding:
+        seen.append(request)
+        return await embed(request)
+
+    monkeypatch.setattr(engine, "embed", watching)
+    body = {"model": BASE, "input": ["a", "b"]}
+    with gateway.client() as client:
+        line = {**request_line("a", url="/v1/embeddings"), "body": body}
+        wait(client, begin(client, jsonl(line), "/v1/embeddings"))
+        client.post("/v1/embeddings", json=body)
+    assert [request.is_background for request in seen] == [True, True, False, False]
+
+
 def test_batch_leaves_room_for_its_tenants_users(gateway: Gateway) -> None:
     tenant, key = gateway.new_tenant("narrow")
     with gateway.admin() as admin, gateway.client(key) as client:
@@ -337,6 +369,31 @@ def test_batch_goes_on_after_the_gateway_was_killed_and_answers_each_line_once(t
     assert {line["custom_id"]: text_of(line) for line in found} == texts
     assert len(found) == 60
     assert used <= 60 - resumed["request_counts"]["completed"], "what had an answer was asked again"
+
+
+def test_lines_that_a_shutdown_cuts_off_are_interrupted_and_cost_nothing(tmp_path: Path) -> None:
+    """They are asked again, and paid for then."""
+    content = jsonl(*(request_line(f"line-{number}", SLOW) for number in range(12)))
+    extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 4\n'
+    port = free_port()
+    with serving_at(tmp_path, port, extra) as (process, admin):
+        tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+        key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
+            batch_id = begin(client, content)
+            wait(client, batch_id, answered=4)
+            time.sleep(0.3)  # some tokens of the next ones
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    with serving_at(tmp_path, port, extra) as (process, admin):
+        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
+            assert wait(client, batch_id, seconds=60)["request_counts"]["completed"] == 12
+        rows = admin.get("/admin/v1/usage/requests").json()["data"]
+    cut = [row for row in rows if row["outcome"] == "interrupted"]
+    assert {row["outcome"] for row in rows} == {"completed", "interrupted"}
+    assert {(row["num_prompt_tokens"], row["num_completion_tokens"]) for row in cut} == {(0, 0)}
+    assert len(rows) - len(cut) == 12
 
 
 def wait_running(gateway: Gateway) -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import select
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -288,6 +289,48 @@ def test_request_line_odd_is_answered_or_refused(
     assert found.status == status, found
     assert status == 200 or found.content["error"]["message"]
     assert caplog.records == []
+
+
+def stream_of(gateway: Gateway, version: str, *more: str) -> tuple[list[bytes], bytes]:
+    """The head's lines of a stream that ends with its connection, and everything behind it."""
+    body = CHAT.replace(b'"model"', b'"stream": true, "model"').replace(b'"x"', b'"<slow>"')
+    with connect(gateway) as connection:
+        connection.sendall(said(gateway, body, length(body), *more, line=f"POST /v1/chat/completions HTTP/{version}"))
+        head, _, rest = answer(connection).partition(b"\r\n\r\n")
+    return head.lower().split(b"\r\n"), rest
+
+
+@pytest.mark.parametrize("more", [(), ("connection: keep-alive",)], ids=["by itself", "asked to stay"])
+def test_stream_to_a_client_of_http_1_0_is_no_chunks_and_ends_with_the_connection(
+    strict: Gateway, more: tuple[str, ...]
+) -> None:
+    head, rest = stream_of(strict, "1.0", *more)
+    assert not [line for line in head if line.startswith((b"transfer-encoding", b"content-length"))]
+    assert [line for line in head if line.startswith(b"connection")] == [b"connection: close"]
+    frames = rest.split(b"\n\n")
+    assert frames[-2:] == [b"data: [DONE]", b""]
+    texts = [json.loads(frame.removeprefix(b"data: "))["choices"][0]["delta"].get("content") for frame in frames[:-2]]
+    assert "".join(text or "" for text in texts) == "<slow>"
+
+
+def test_client_of_http_1_0_that_leaves_ends_its_stream(strict: Gateway) -> None:
+    body = CHAT.replace(b'"model"', b'"stream": true, "model"').replace(b'"x"', b'"<slow>%s"' % (b"x" * 200))
+    with connect(strict) as connection:
+        connection.sendall(said(strict, body, length(body), line="POST /v1/chat/completions HTTP/1.0"))
+        while b"data: " not in connection.recv(65536):
+            pass
+        assert strict.stats().num_running == 1
+    deadline = time.monotonic() + 5
+    while strict.stats().num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stream_says_of_its_connection_one_thing(strict: Gateway) -> None:
+    head, rest = stream_of(strict, "1.1", "connection: close")
+    assert [line for line in head if line.startswith(b"connection")] == [b"connection: close"]
+    assert b"transfer-encoding: chunked" in head
+    assert rest.endswith(b"0\r\n\r\n")
 
 
 def test_host_of_any_kind_breaks_no_route(strict: Gateway) -> None:

@@ -6,12 +6,16 @@ import csv
 import io
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
+
+from loraplex.engines.errors import EngineOverloaded
+from loraplex.engines.protocol import GenerateRequest, TokenEvent
 
 DAY = 86400
 
@@ -103,6 +107,26 @@ def test_failed_request_is_there_with_its_reason(gateway: Gateway) -> None:
         client.post("/v1/completions", json={"model": BASE, "prompt": "<fail> x"})
     (row,) = customer.usage(customer.boss, "/requests").json()["data"]
     assert (row["outcome"], row["num_completion_tokens"]) == ("GenerationFailed", 4)
+
+
+def test_request_that_the_engine_sheds_costs_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client gets none of what was generated, and is told to ask again."""
+    customer, engine = Customer(gateway), gateway.services.engine
+    generate = engine.generate
+
+    async def shedding(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        async for event in generate(request):
+            yield event
+            if request.request_id.endswith("-1"):
+                raise EngineOverloaded("1 requests are waiting already")
+
+    monkeypatch.setattr(engine, "generate", shedding)
+    with gateway.client(customer.one) as client:
+        answer = client.post("/v1/completions", json={"model": BASE, "prompt": "abc", "n": 2})
+    assert_problem(answer, 503, "engine_overloaded", None)
+    (row,) = customer.usage(customer.boss, "/requests").json()["data"]
+    assert row["outcome"] == "EngineOverloaded"
+    assert (row["num_prompt_tokens"], row["num_cached_tokens"], row["num_completion_tokens"]) == (0, 0, 0)
 
 
 def test_usage_outlives_its_tenant(gateway: Gateway) -> None:

@@ -50,6 +50,13 @@ def embed(core: EngineCore, one: EmbedRequest) -> torch.Tensor:
     return embedding(run(core)[one.request_id])
 
 
+def test_text_in_the_background_comes_after_one_that_is_not(small: SmallWorld) -> None:
+    core = make_core(small, max_running=1)
+    core.embed(wanted("background", prompt_of(1, 5), is_background=True, tenant="a"))
+    core.embed(wanted("foreground", prompt_of(2, 5), tenant="b"))
+    assert list(run(core)) == ["foreground", "background"]
+
+
 @pytest.mark.parametrize("engine", [
     {}, {"max_batch_tokens": 7}, {"max_batch_tokens": 7, "kv_block_size": 4, "kv_cache_bytes": 40_000},
 ], ids=["whole", "in-chunks", "preempted"])  # fmt: skip

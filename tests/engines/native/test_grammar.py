@@ -14,7 +14,7 @@ from support.json_schemas import SCHEMAS
 from support.models import make_tokenizer
 from support.worlds import SmallWorld
 
-from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.errors import GenerationFailed, InvalidRequest
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.native.scheduler import Emission
@@ -175,6 +175,30 @@ def test_grammar_that_nothing_can_follow_fails_alone(core: EngineCore) -> None:
     emissions = run(core)
     assert "nothing can follow" in str(emissions["a"][-1].error)
     assert tokens(emissions["b"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("regex", "a{1000000}"),
+        ("lark", 'start: "a" start'),
+        ("json_schema", json.dumps({"type": "string", "pattern": "^a{1000000}$"})),
+    ],
+)
+@pytest.mark.parametrize("max_draft_tokens", [0, 8])
+def test_grammar_that_breaks_while_it_is_followed_fails_alone(
+    small: SmallWorld, kind: Any, source: str, max_draft_tokens: int
+) -> None:
+    core = make_core(small, max_draft_tokens=max_draft_tokens)
+    core.submit(request("a", prompt_of(1, 5), grammar=Grammar(kind=kind, source=source), max_tokens=100))
+    core.submit(request("b", prompt_of(2, 5)))
+    emissions = run(core)
+    last = emissions["a"][-1]
+    assert last.finish_reason is None
+    assert isinstance(last.error, GenerationFailed)
+    assert "cannot be followed any further" in str(last.error)
+    assert emissions["b"][-1].finish_reason is not None
+    assert core.blocks.num_used == 0
 
 
 def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld) -> None:

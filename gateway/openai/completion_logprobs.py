@@ -1,0 +1,60 @@
+"""Tokens with their log-probabilities, as completions tell them: lists of one entry a token."""
+
+import codecs
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from loraplex.engines.protocol import TokenLogprobs
+from loraplex.engines.tokenizer_protocol import Tokenizer
+from loraplex.gateway.openai.wire import LEAST_LOGPROB
+
+
+class CompletionLogprobs(Struct):
+    """One entry a token; `text_offset` counts characters from the text's start. A prompt's first token has None.
+
+    A token that is no text by itself, such as a part of a character, is written `bytes:\\xf0\\x9f`, as OpenAI does.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+    def add(self, token_id: int, logprobs: TokenLogprobs | None, offset: int, tokenizer: Tokenizer) -> None:
+        self.tokens.append(_written(token_id, tokenizer))
+        self.text_offset.append(offset)
+        self.token_logprobs.append(None if logprobs is None else max(logprobs.logprob, LEAST_LOGPROB))
+        self.top_logprobs.append(None if logprobs is None else _top(logprobs, tokenizer))
+
+
+def offsets_of(token_ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
+    """Where in the text, which `decode` gives of these tokens, each of them begins, in characters.
+
+    A part of a character begins where that does, and a token that is not in the text where the next one does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    place, places = 0, []
+    for token_id in token_ids:
+        places.append(place)
+        if token_id not in tokenizer.special_token_ids:
+            place += len(decoder.decode(tokenizer.token_bytes(token_id)))
+    place += len(decoder.decode(b"", final=True))
+    left_out = max(place - len(text), 0)  # SentencePiece's space before the first word
+    return [min(max(place - left_out, 0), len(text)) for place in places]
+
+
+def _top(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
+    """Of tokens that are written alike the likeliest."""
+    top: dict[str, float] = {}
+    for token_id, told in logprobs.top:
+        top.setdefault(_written(token_id, tokenizer), max(told, LEAST_LOGPROB))
+    return top
+
+
+def _written(token_id: int, tokenizer: Tokenizer) -> str:
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return f"bytes:{str(raw)[2:-1]}"

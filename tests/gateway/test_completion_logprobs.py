@@ -1,0 +1,68 @@
+"""How completions write tokens, and where these stand in the text, for each kind of vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.models import make_tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+
+from loraplex.engines.codecs import JsonCodec
+from loraplex.engines.protocol import TokenLogprobs
+from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> TemplatedTokenizer:
+    """Words begin with a space that the text's first one loses; what no word has is told in bytes."""
+    names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁ab", "c"]
+    tokenizer = Tokenizer(BPE({name: place for place, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    return TemplatedTokenizer(JsonCodec(tokenizer), None)
+
+
+def places(tokenizer: TemplatedTokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
+    text = tokenizer.decode(token_ids)
+    return text, offsets_of(token_ids, text, tokenizer)
+
+
+def test_offsets_count_the_characters_before_a_token(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = HubTokenizer(tmp_path)
+    special = min(tokenizer.special_token_ids)
+    token_ids = [special, *tokenizer.encode("é😀x", add_special_tokens=False), special, *tokenizer.encode("y")]
+    text, found = places(tokenizer, token_ids)
+    for token_id, place in zip(token_ids, found, strict=True):
+        written = tokenizer.token_bytes(token_id).decode(errors="ignore")
+        if token_id not in tokenizer.special_token_ids and written:
+            assert text.startswith(written, place)
+    assert found == sorted(found)
+    assert found[0] == 0
+
+
+def test_offsets_where_the_text_loses_its_first_space(sentencepiece: TemplatedTokenizer) -> None:
+    begin, space, word, letter = 1, 258, 259, 260
+    assert places(sentencepiece, [begin, word, letter, word]) == ("abc ab", [0, 0, 2, 3])
+    assert places(sentencepiece, [space, word]) == (" ab", [0, 0])
+    emoji = [2 + byte for byte in "😀".encode()]
+    assert places(sentencepiece, [word, *emoji, letter]) == ("ab😀c", [0, 2, 2, 2, 2, 3])
+
+
+def test_offsets_of_broken_bytes_are_in_the_text(sentencepiece: TemplatedTokenizer) -> None:
+    text, found = places(sentencepiece, [2 + 0x9F, 2 + 0xF0, 260, 2 + 0xFF])
+    assert found == sorted(found)
+    assert found[-1] <= len(text)
+
+
+def test_tokens_written_alike_keep_the_likeliest(sentencepiece: TemplatedTokenizer) -> None:
+    described = CompletionLogprobs([], [], [], [])
+    same = TokenLogprobs(-0.1, ((260, -0.1), (2 + ord("c"), -2.0), (2 + 0xF0, -3.0), (2 + 0x9F, -4.0)))
+    described.add(260, same, 0, sentencepiece)
+    assert described.tokens == ["c"]
+    assert described.top_logprobs == [{"c": -0.1, r"bytes:\xf0": -3.0, r"bytes:\x9f": -4.0}]
