@@ -288,7 +288,10 @@ class Engine(Protocol):
         ...
 
     async def load(self, adapter: Adapter) -> None:
-        """Bring an adapter to the device ahead of its first request. Raises AdapterError."""
+        """Bring an adapter to the device ahead of its first request.
+
+        Raises AdapterError, at once NoRoomBesidePins where pins leave too little for it.
+        """
         ...
 
     async def unload(self, adapter_id: str) -> None:

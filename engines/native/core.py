@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 from loraplex.engines.errors import (
     AdapterError,
-    AdapterTooLarge,
     AdapterUnsupported,
     DeadlineExceeded,
     EngineError,
@@ -73,6 +72,7 @@ class EngineCore:
         self._deadlines = Deadlines(settings.engine.max_wait_seconds)
         self._sequences: dict[str, Sequence] = {}
         self._unsettled: dict[str, Sequence] = {}  # whose adapters were not known together so far
+        self._num_pins = 0
         self._unconstrained: dict[str, Sequence] = {}  # whose grammars are being compiled
         self._failed: list[Emission] = []
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
@@ -234,15 +234,19 @@ class EngineCore:
                 self._fail(sequence, EngineOverloaded(f"the request waited {self._max_wait:g} s for its first step"))
 
     def _settle(self) -> None:
-        """Once its adapters are known: from where on each is active in a sequence, and whether they can be composed."""
+        """Once its adapters are known: from where on each is active in a sequence, and whether they can be composed.
+
+        Behind each new pin those that wait are looked at once more, or one without room beside it would wait in vain.
+        """
+        if self.adapters.num_pins > self._num_pins:
+            self._num_pins = self.adapters.num_pins
+            self._unsettled |= {one.request_id: one for one in self.scheduler.waiting if one.request.composition}
         for sequence in list(self._unsettled.values()):
             plans = self.adapters.plans(sequence.adapter_ids)
             if len(plans) < len(sequence.adapter_ids):
                 continue
-            if len(plans) > 1 and sum(plan.size for plan in plans) > self._machine.arena_capacity:
-                self._fail(
-                    sequence, AdapterTooLarge("together the composition's adapters exceed adapters.device_bytes")
-                )
+            if len(plans) > 1 and (error := self.adapters.lack_of_room(plans)) is not None:
+                self._fail(sequence, error)
             elif sequence.request.composition and (plan := next((plan for plan in plans if plan.why_alone), None)):
                 self._fail(sequence, AdapterUnsupported(f"{plan.adapter.name} {plan.why_alone}"))
             else:
