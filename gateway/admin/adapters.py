@@ -109,11 +109,11 @@ def _arrival_routes(
     @post(_ADAPTERS, guards=[require_tenant_admin])
     async def register_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_adapter.of(request)
-        source = without_credentials(wanted.source)
-        tell_audit(request, f"adapters/{wanted.name}", tenant_id=wanted.tenant_id, source=source)
+        tell_audit(request, f"adapters/{wanted.name}", source=without_credentials(wanted.source))
+        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        tell_audit(request, tenant_id=tenant_id)
         if wanted.base not in (None, catalogue.base):
             raise MalformedRequest(f"This server's base model is {catalogue.base!r}.", "base")
-        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
         await require_fetchable(caller_of(request), wanted.source, catalogue)
         entry = await catalogue.register(wanted.name, wanted.source, tenant_id, waits=wanted.wait)
         if wanted.pinned:
@@ -124,7 +124,9 @@ def _arrival_routes(
     async def validate_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         """What registering would find; nothing is registered."""
         wanted = await _examined.of(request)
+        tell_audit(request, source=without_credentials(wanted.source))
         tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        tell_audit(request, tenant_id=tenant_id)
         await require_fetchable(caller_of(request), wanted.source, catalogue)
         return json_reply(listed_versions([await catalogue.validate(wanted.source, tenant_id)], None)[0])
 
