@@ -11,6 +11,8 @@ from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, Malf
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
 _NUMBER = re.compile(r"[1-9][0-9]{0,6}")
 _HASH = re.compile(r"[0-9a-f]{8,64}")
+_ADAPTERS = "/admin/v1/adapters"
+_OWN_PATHS = frozenset({"upload", "validate"})
 
 
 class Names:
@@ -111,8 +113,18 @@ class Names:
                 "where no part between slashes is empty or begins with a dot.",
                 "name",
             )
+        if (reserved := _reserved(name)) is not None:
+            message = f"{name!r} would hide {_ADAPTERS}/{reserved} of the admin API; choose another name."
+            raise MalformedRequest(message, "name")
         if name == self._base or key in self.entries:
             raise AdapterNameTaken(f"There is a model named {name!r} already.", "name")
+
+
+def _reserved(name: str) -> str | None:
+    """What of the admin API, below its adapters, goes by this path."""
+    if name in _OWN_PATHS:
+        return name
+    return "NAME/versions" if name.endswith("/versions") else None
 
 
 def contents(entry: Registered) -> set[str]:
