@@ -142,10 +142,11 @@ class RequestAdapters:
 
     async def _fetch(self, caller: Caller, adapter_id: str, kind: str | None, token: str | None) -> Adapter:
         uri = _uri(adapter_id, kind)
-        address = await self._catalogue.store.address(uri)
-        if address.startswith("upload:") or not caller.policy.may_fetch(address):
+        address = await self._address(caller, uri)
+        if address is None:
+            # told as it was sent: the address says where on this machine a relative path leads
             raise AdapterSourceForbidden(
-                f"{address}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
+                f"{adapter_id}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
             )
         key = caller.tenant_id, uri, "" if token is None else hashlib.sha256(token.encode()).hexdigest()
         known = self._known.get(key)
@@ -159,6 +160,14 @@ class RequestAdapters:
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
         return stored.adapter
+
+    async def _address(self, caller: Caller, uri: str) -> str | None:
+        """What an address leads to; None, whatever the reason, where this caller may not fetch from there."""
+        try:
+            address = await self._catalogue.store.address(uri)
+        except AdapterSourceForbidden:
+            return None
+        return None if address.startswith("upload:") or not caller.policy.may_fetch(address) else address
 
 
 def _uri(adapter_id: str, kind: str | None) -> str:

@@ -340,6 +340,15 @@ def test_adapter_source_of_a_tenant_without_any_is_403(gateway: Gateway) -> None
     assert "adapter_source" in assert_flat(response, 422, "not_offered")
 
 
+def test_refused_source_is_told_as_it_was_sent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it leads on the server, nor whether there is anything."""
+    monkeypatch.chdir(gateway.adapter_dir)
+    for name in ("shared", "nothing-here", "../local/shared"):
+        response = post(gateway, "/generate", "abc", adapter_id=name, adapter_source="local")
+        told = assert_flat(response, 403, "validation")
+        assert told == f"{name}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
+
+
 def test_adapter_that_nobody_registered_where_the_tenant_may(gateway: Gateway) -> None:
     tenant, key = gateway.new_tenant("request-adapters")
     source = str(gateway.adapter_dir / "shared")
