@@ -5,8 +5,10 @@ import random
 import re
 from collections.abc import Mapping
 
+from loraplex.engines.protocol import AdapterResidency, AdapterUse
 from loraplex.gateway.adapter_records import SHARED, Key, Registered, Target, Version
 from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, MalformedRequest, ModelNotFound
+from loraplex.gateway.pins import pins_of
 
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
 _NUMBER = re.compile(r"[1-9][0-9]{0,6}")
@@ -98,6 +100,20 @@ class Names:
             ),
             None,
         )
+
+    def num_requests(self, entry: Registered, residency: Mapping[str, AdapterResidency]) -> int:
+        """How many requests name this entry right now; not those of others that have the same content."""
+        uses = [use for one in contents(entry) if one in residency for use in residency[one].uses]
+        own = [use for use in uses if use.name == entry.name and self._key_of(use) == entry.key]
+        return sum(use.num_requests for use in own)
+
+    def _key_of(self, use: AdapterUse) -> Key | None:
+        entry = self.find(use.name, use.tenant)
+        return None if entry is None else entry.key
+
+    def pinned_by_others(self, entry: Registered) -> set[str]:
+        """The contents that other entries keep on the device."""
+        return {other.shown.adapter_id for other in pins_of(self.entries.values()) if other is not entry}
 
     def only_its_own(self, entry: Registered) -> set[str]:
         """The contents that no other name leads to."""

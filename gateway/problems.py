@@ -48,6 +48,7 @@ TABLE: dict[type[Exception], Row] = {
     gateway.AdapterNotReady: Row(503, _SERVER, "adapter_not_ready", 1.0),
     gateway.AdapterFailed: Row(424, _INVALID, "adapter_failed"),
     gateway.AdapterNameTaken: Row(409, _INVALID, "name_taken"),
+    gateway.PinsFull: Row(409, _INVALID, "pins_full"),
     gateway.NoSuchPage: Row(404, _INVALID, "not_found"),
     gateway.FileNotFound: Row(404, _INVALID, "file_not_found"),
     gateway.FileInUse: Row(409, _INVALID, "file_in_use"),
