@@ -180,6 +180,12 @@ class Adapters(_Section, frozen=True):
         Share | None,
         Help(description="Instead of device_bytes: their share of what is free on the device beside the weights."),
     ] = None
+    pinned_share: Annotated[
+        Share, Help(description="Most of the device's room for adapters that pinned ones may take, all together.")
+    ] = 0.5
+    tenant_pinned_share: Annotated[
+        Share, Help(description="Most of that room that the pinned adapters of one tenant may take.")
+    ] = 0.25
     preload: Annotated[
         tuple[str, ...], Help(description="Shared adapters that are brought to the device when the server starts.")
     ] = ()

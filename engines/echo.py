@@ -48,6 +48,7 @@ from loraplex.engines.protocol import (
     TokenEvent,
 )
 from loraplex.engines.stats import EngineStats
+from loraplex.engines.uses import uses_of
 
 FAULT_AFTER = 4
 EMBEDDING_WIDTH = 9
@@ -234,10 +235,12 @@ class EchoEngine:
         self._pinned.discard(adapter_id)
 
     async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
-        await self.load(adapter)
+        if pinned:
+            await self.load(adapter)
         (self._pinned.add if pinned else self._pinned.discard)(adapter.id)
 
     async def residency(self) -> list[AdapterResidency]:
+        uses = uses_of(self._in_flight.values())
         return [
             AdapterResidency(
                 adapter_id=adapter.id,
@@ -247,6 +250,7 @@ class EchoEngine:
                 num_bytes=0,
                 num_requests=self._num_naming(adapter.id),
                 num_running=self._num_naming(adapter.id),
+                uses=uses.get(adapter.id, ()),
             )
             for adapter in self._adapters.values()
         ]

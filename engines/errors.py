@@ -47,6 +47,10 @@ class AdapterTooLarge(AdapterError):
     """The adapter exceeds a configured limit (rank, bytes, device room)."""
 
 
+class NoRoomBesidePins(AdapterError):
+    """Too little of the device is left beside the pinned adapters, until one of them is unpinned."""
+
+
 class AdapterSourceForbidden(AdapterError):
     """The operator's settings do not allow this source."""
 

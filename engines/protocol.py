@@ -51,8 +51,19 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
 
 
+class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
+    """How many requests of one tenant name an adapter by one name; several names may mean the same content."""
+
+    tenant: str
+    name: str
+    num_requests: int
+
+
 class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one adapter is right now. `num_requests` name it, `num_running` of them run, the others wait."""
+    """Where one adapter is right now. `num_requests` name it, `num_running` of them run, the others wait.
+
+    `uses` says whose requests these are.
+    """
 
     adapter_id: str
     name: str
@@ -61,6 +72,7 @@ class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     num_requests: int
     num_running: int = 0
+    uses: tuple[AdapterUse, ...] = ()
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,7 +301,10 @@ class Engine(Protocol):
         ...
 
     async def load(self, adapter: Adapter) -> None:
-        """Bring an adapter to the device ahead of its first request. Raises AdapterError."""
+        """Bring an adapter to the device ahead of its first request.
+
+        Raises AdapterError, at once NoRoomBesidePins where pins leave too little for it.
+        """
         ...
 
     async def unload(self, adapter_id: str) -> None:
@@ -297,7 +312,7 @@ class Engine(Protocol):
         ...
 
     async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
-        """Keep an adapter on the device, or stop doing so. Raises AdapterError."""
+        """Keep an adapter on the device, or stop doing so; that needs its `id` alone. Raises what `load` does."""
         ...
 
     async def residency(self) -> list[AdapterResidency]:

@@ -5,8 +5,8 @@ on every change, so that a request sees either the old version of a name or the 
 """
 
 import asyncio
-import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterSourceUnavailable, EngineError
-from loraplex.engines.protocol import Adapter, Engine, WeightedAdapter
+from loraplex.engines.protocol import Adapter, AdapterResidency, Engine, WeightedAdapter
 from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered, Target, Version
 from loraplex.gateway.arrivals import Arrivals, NoTokens, OtherBase, SourceTokens, Store
 from loraplex.gateway.errors import (
@@ -25,13 +25,11 @@ from loraplex.gateway.errors import (
     MalformedRequest,
     ModelNotAllowed,
     ModelNotFound,
+    PinsFull,
 )
 from loraplex.gateway.names import Names, contents, version_of
+from loraplex.gateway.pins import PinBudget, PinShares
 from loraplex.gateway.upkeep import Upkeep
-
-_NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
-_NUMBER = re.compile(r"[1-9][0-9]{0,6}")
-_HASH = re.compile(r"[0-9a-f]{8,64}")
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +53,7 @@ class Catalogue:
         tokens: SourceTokens | None = None,
         other_base: OtherBase | None = None,
         preload: tuple[str, ...] = (),
+        pin_shares: PinShares | None = None,
     ) -> None:
         """Adapters that name another base than `other_base` knows are treated as it says; None asks nothing.
 
@@ -69,7 +68,8 @@ class Catalogue:
         self._tokens = tokens or NoTokens()
         other_base = other_base or OtherBase(frozenset())
         self._arrivals = Arrivals(self._records, store, engine, self._refresh, self._tokens, other_base)
-        self._upkeep = Upkeep(self._records, engine, self)
+        self._pin_budget = PinBudget(engine, pin_shares or PinShares())
+        self._upkeep = Upkeep(self._records, engine, self, self._pin_budget)
         self._preload = preload
 
     async def __aenter__(self) -> Self:
@@ -135,6 +135,10 @@ class Catalogue:
     def everything(self) -> list[Registered]:
         """The adapters and routes of all tenants and those shared, oldest first."""
         return list(self._names.entries.values())
+
+    def num_requests(self, entry: Registered, residency: Mapping[str, AdapterResidency]) -> int:
+        """How many requests name this entry right now; not those of others that have the same content."""
+        return self._names.num_requests(entry, residency)
 
     def last_used_at(self, entry: Registered) -> float | None:
         """Seconds since 1970; None for one that no request named so far."""
@@ -222,12 +226,32 @@ class Catalogue:
         return self.get(*key)
 
     async def pin(self, key: Key, *, pinned: bool) -> Registered:
-        """Keep the current version on the device, also after restarts, or stop doing so. Raises EngineError."""
+        """Keep the current version on the device, also after restarts, or let go of it.
+
+        While other entries pin the same content it stays. Raises PinsFull or EngineError; nothing has changed then.
+        """
         entry = await self._servable(key)
-        await self._engine.pin(entry.adapter(), pinned=pinned)
-        await self._records.change(key, pinned=pinned)
-        await self._refresh(key)
+        if pinned:
+            await self._pin(entry)
+        else:
+            await self._records.change(key, pinned=False)
+            await self._refresh(key)
+            await self._upkeep.release_pins()
         return self.get(*key)
+
+    async def _pin(self, entry: Registered) -> None:
+        await self._pin_budget.require_room(entry, self.everything())
+        await self._records.change(entry.key, pinned=True)
+        try:
+            # of two that are written at once, here or by another gateway, the later reader sees both
+            await self.reload()
+            await self._pin_budget.require_room(self.get(*entry.key), self.everything())
+            await self._engine.pin(entry.adapter(), pinned=True)
+        except (EngineError, PinsFull):
+            await self._records.change(entry.key, pinned=entry.pinned)
+            await self._refresh(entry.key)
+            await self._upkeep.release_pins()
+            raise
 
     async def warm(self, key: Key) -> Registered:
         """Bring the current version to the device. Raises EngineError."""
@@ -236,10 +260,12 @@ class Catalogue:
         return entry
 
     async def evict(self, key: Key) -> Registered:
-        """Take all versions off device and host; the disk keeps them. Raises AdapterInUse."""
+        """Take all versions off device and host; the disk keeps them. What others pin or use stays without a word.
+
+        Raises AdapterInUse while requests name this entry.
+        """
         entry = self._names.adapter(key)
-        for adapter_id in contents(entry):
-            await self._engine.unload(adapter_id)
+        await self._unload(entry, contents(entry) - self._names.pinned_by_others(entry))
         return entry
 
     async def remove(self, tenant_id: str, name: str, *, drains: bool = False) -> None:
@@ -251,13 +277,33 @@ class Catalogue:
         if (route := self._names.route_to(entry)) is not None:
             raise AdapterInUse(f"the route {route.name!r} leads to {name!r}")
         alone = self._names.only_its_own(entry)
-        if not drains:
-            for adapter_id in alone:
-                await self._engine.unload(adapter_id)
+        left = alone if drains else await self._unload(entry, alone)
         await self._records.remove(entry.key)
         await self._refresh(entry.key)
-        if drains:
-            self._upkeep.unload_when_idle(alone)
+        self._upkeep.unload_when_idle(left)
+        if entry.pinned:
+            await self._upkeep.release_pins()
+
+    async def _unload(self, entry: Registered, adapter_ids: set[str]) -> set[str]:
+        """Take contents off device and host; those that stay, because others use them.
+
+        Raises AdapterInUse while requests name this entry: whose content is the same must make no difference.
+        """
+        await self._require_unused(entry)
+        left = set()
+        for adapter_id in adapter_ids:
+            try:
+                await self._engine.unload(adapter_id)
+            except AdapterInUse:
+                await self._require_unused(entry)  # one may just have come
+                left.add(adapter_id)
+        return left
+
+    async def _require_unused(self, entry: Registered) -> None:
+        if not contents(entry):
+            return
+        if number := self.num_requests(entry, {one.adapter_id: one for one in await self._engine.residency()}):
+            raise AdapterInUse(f"{number} requests use the adapter")
 
     async def let_go(self, tenant_id: str) -> None:
         """Forget the adapters of a deleted tenant; what is in use ends its requests and leaves the device later."""

@@ -81,6 +81,10 @@ class AdapterNameTaken(GatewayError):
     """The catalogue has this name already."""
 
 
+class PinsFull(GatewayError):
+    """Pinned adapters would take more of the device than the settings let them."""
+
+
 class NoSuchPage(GatewayError):
     """The documentation has no such part."""
 

@@ -5,12 +5,16 @@ import random
 import re
 from collections.abc import Mapping
 
+from loraplex.engines.protocol import AdapterResidency, AdapterUse
 from loraplex.gateway.adapter_records import SHARED, Key, Registered, Target, Version
 from loraplex.gateway.errors import AdapterNameTaken, AdapterNotRegistered, MalformedRequest, ModelNotFound
+from loraplex.gateway.pins import pins_of
 
 _NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9_:-][A-Za-z0-9._:-]*)*")
 _NUMBER = re.compile(r"[1-9][0-9]{0,6}")
 _HASH = re.compile(r"[0-9a-f]{8,64}")
+_ADAPTERS = "/admin/v1/adapters"
+_OWN_PATHS = frozenset({"upload", "validate"})
 
 
 class Names:
@@ -97,6 +101,20 @@ class Names:
             None,
         )
 
+    def num_requests(self, entry: Registered, residency: Mapping[str, AdapterResidency]) -> int:
+        """How many requests name this entry right now; not those of others that have the same content."""
+        uses = [use for one in contents(entry) if one in residency for use in residency[one].uses]
+        own = [use for use in uses if use.name == entry.name and self._key_of(use) == entry.key]
+        return sum(use.num_requests for use in own)
+
+    def _key_of(self, use: AdapterUse) -> Key | None:
+        entry = self.find(use.name, use.tenant)
+        return None if entry is None else entry.key
+
+    def pinned_by_others(self, entry: Registered) -> set[str]:
+        """The contents that other entries keep on the device."""
+        return {other.shown.adapter_id for other in pins_of(self.entries.values()) if other is not entry}
+
     def only_its_own(self, entry: Registered) -> set[str]:
         """The contents that no other name leads to."""
         others = {one for other in self.entries.values() if other is not entry for one in contents(other)}
@@ -111,8 +129,18 @@ class Names:
                 "where no part between slashes is empty or begins with a dot.",
                 "name",
             )
+        if (reserved := _reserved(name)) is not None:
+            message = f"{name!r} would hide {_ADAPTERS}/{reserved} of the admin API; choose another name."
+            raise MalformedRequest(message, "name")
         if name == self._base or key in self.entries:
             raise AdapterNameTaken(f"There is a model named {name!r} already.", "name")
+
+
+def _reserved(name: str) -> str | None:
+    """What of the admin API, below its adapters, goes by this path."""
+    if name in _OWN_PATHS:
+        return name
+    return "NAME/versions" if name.endswith("/versions") else None
 
 
 def contents(entry: Registered) -> set[str]:

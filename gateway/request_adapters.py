@@ -6,7 +6,6 @@ A name of the catalogue is the catalogue's. Anything else is fetched only from s
 
 import asyncio
 import hashlib
-import math
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +21,8 @@ from loraplex.gateway.catalogue import Catalogue, Route
 from loraplex.gateway.errors import MalformedRequest, ModelNotAllowed, ModelNotFound, UnsupportedParameter
 
 MAX_PARTS = 16
+MAX_WEIGHT = 100  # either way, as in the `adapters` of OpenAI's routes
+MIN_DENSITY = 0.001  # DARE divides what it keeps by the density
 _MAX_KNOWN = 4096
 _SCHEMES = {"hub": "hf://", "s3": "s3://", "local": "file://"}
 
@@ -47,11 +48,14 @@ class MergedAdapters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise MalformedRequest("number of adapter IDs must match number of adapter weights", "merged_adapters")
         if len(set(self.ids)) != len(self.ids):
             raise MalformedRequest("Each adapter can be named once.", "merged_adapters.ids")
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise MalformedRequest("A weight must be finite.", "merged_adapters.weights")
-        if (self.merge_strategy or "linear") != "linear" and not self.density:
+        if not all(-MAX_WEIGHT <= weight <= MAX_WEIGHT for weight in self.weights):
+            raise MalformedRequest(
+                f"A weight is a number from -{MAX_WEIGHT} to {MAX_WEIGHT}.", "merged_adapters.weights"
+            )
+        if (self.merge_strategy or "linear") != "linear" and (self.density or 0.0) < MIN_DENSITY:
             message = (
-                f"{self.merge_strategy} needs a density above 0: the share of each adapter's weights that it keeps."
+                f"{self.merge_strategy} needs a density from {MIN_DENSITY} to 1: the share of each adapter's weights "
+                "that it keeps."
             )
             raise MalformedRequest(message, "merged_adapters.density")
 
@@ -142,10 +146,11 @@ class RequestAdapters:
 
     async def _fetch(self, caller: Caller, adapter_id: str, kind: str | None, token: str | None) -> Adapter:
         uri = _uri(adapter_id, kind)
-        address = await self._catalogue.store.address(uri)
-        if address.startswith("upload:") or not caller.policy.may_fetch(address):
+        address = await self._address(caller, uri)
+        if address is None:
+            # told as it was sent: the address says where on this machine a relative path leads
             raise AdapterSourceForbidden(
-                f"{address}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
+                f"{adapter_id}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
             )
         key = caller.tenant_id, uri, "" if token is None else hashlib.sha256(token.encode()).hexdigest()
         known = self._known.get(key)
@@ -159,6 +164,14 @@ class RequestAdapters:
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
         return stored.adapter
+
+    async def _address(self, caller: Caller, uri: str) -> str | None:
+        """What an address leads to; None, whatever the reason, where this caller may not fetch from there."""
+        try:
+            address = await self._catalogue.store.address(uri)
+        except AdapterSourceForbidden:
+            return None
+        return None if address.startswith("upload:") or not caller.policy.may_fetch(address) else address
 
 
 def _uri(adapter_id: str, kind: str | None) -> str:

@@ -38,6 +38,7 @@ from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.errors import CannotOpen
 from loraplex.gateway.files.store import FileStore
 from loraplex.gateway.openai.response_store import ResponseStore
+from loraplex.gateway.pins import PinShares
 from loraplex.gateway.source_tokens import SecretTokens
 
 _log = logging.getLogger("loraplex.gateway")
@@ -162,6 +163,7 @@ def _catalogue(
         tokens=SecretTokens(secrets),
         other_base=OtherBase(names, settings.adapters.on_other_base),
         preload=settings.adapters.preload,
+        pin_shares=PinShares(settings.adapters.pinned_share, settings.adapters.tenant_pinned_share),
     )
 
 

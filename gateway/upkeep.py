@@ -5,14 +5,16 @@ import logging
 import math
 import time
 from collections.abc import Collection, Coroutine
+from contextlib import suppress
 from typing import Any, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from loraplex.engines.errors import AdapterInUse, AdapterSourceUnavailable, EngineError, EngineUnavailable
-from loraplex.engines.protocol import Engine
+from loraplex.engines.protocol import Adapter, Engine
 from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered
 from loraplex.gateway.errors import AdapterNotReady, GatewayError
+from loraplex.gateway.pins import PinBudget, pins_of
 
 _log = logging.getLogger("loraplex.gateway")
 _ROUND_SECONDS = 1.0
@@ -33,10 +35,12 @@ class Kept(Protocol):
 class Upkeep:
     """One background task, one for what is preloaded, and one for each deletion that waits for its requests."""
 
-    def __init__(self, records: AdapterRecords, engine: Engine, kept: Kept) -> None:
+    def __init__(self, records: AdapterRecords, engine: Engine, kept: Kept, pin_budget: PinBudget) -> None:
         self._records = records
         self._engine = engine
         self._kept = kept
+        self._pin_budget = pin_budget
+        self._pinned: frozenset[str] = frozenset()  # the contents that were to be pinned when that was last seen to
         self._used: dict[Key, float] = {}
         self._unwritten: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -66,32 +70,55 @@ class Upkeep:
         for adapter_id in adapter_ids:
             self._run(self._unload(adapter_id))
 
+    async def release_pins(self) -> None:
+        """Let go of what no entry pins any more, and wait for nothing that is to come. Never raises EngineError."""
+        with suppress(EngineError):  # a later round
+            await self._release(pins_of(self._kept.everything()))
+
+    async def _release(self, entries: Collection[Registered]) -> frozenset[str]:
+        """What of these entries' contents is pinned; nothing else is any more."""
+        wanted = _contents(entries)
+        pinned = {found.adapter_id: found.name for found in await self._engine.residency() if found.pinned}
+        for adapter_id in pinned.keys() - wanted:
+            await self._engine.pin(Adapter(id=adapter_id, name=pinned[adapter_id], path=""), pinned=False)
+        return wanted & pinned.keys()
+
     async def keep_pins(self) -> None:
-        """Pin what is to be pinned and is not, and let go of its earlier versions. Never raises EngineError."""
-        pinned_entries = [entry for entry in self._kept.everything() if entry.pinned and entry.current_version]
-        if not pinned_entries:
+        """Pin in this gateway's engine what entries pin, and nothing else. Never raises EngineError."""
+        entries = pins_of(self._kept.everything())
+        wanted = _contents(entries)
+        if not wanted | self._pinned:
             return  # without asking the engine, whose answer grows with what it holds
         try:
-            pinned = {found.adapter_id for found in await self._engine.residency() if found.pinned}
-            for entry in pinned_entries:
-                for version in entry.versions:
-                    if version.number != entry.current_version and version.adapter_id in pinned:
-                        await self._engine.pin(entry.adapter(version.number), pinned=False)
-                if entry.shown.adapter_id not in pinned:
-                    await self._engine.pin(entry.adapter(), pinned=True)
-        except EngineUnavailable:
+            pinned = await self._release(entries)
+            kept = [entry for entry in entries if entry.shown.adapter_id in pinned]
+            coming = [entry for entry in entries if entry.shown.adapter_id not in pinned]
+            fitting, misfits = await self._pin_budget.fitting(coming, kept)
+            for name, reason in misfits.items():
+                _log.warning("the adapter %s is not kept on the device: %s", name, reason)
+            for entry in fitting:
+                await self._pin(entry)
+        except EngineError:
             return  # a later round
+        self._pinned = wanted
+
+    async def _pin(self, entry: Registered) -> None:
+        try:
+            await self._engine.pin(entry.adapter(), pinned=True)
+        except EngineUnavailable:
+            raise
         except EngineError as error:
             _log.warning("a pinned adapter could not be brought to the device: %s", error)
 
     async def _rounds(self) -> None:
-        was_ready = False
+        is_due = True
+        pinning: asyncio.Task[None] | None = None
         forgotten_at = -math.inf
         while True:
             is_ready = self._engine.health().state == "ready"
-            if is_ready and not was_ready:
-                await self.keep_pins()
-            was_ready = is_ready
+            is_due |= not is_ready or _contents(pins_of(self._kept.everything())) != self._pinned
+            if is_ready and is_due and (pinning is None or pinning.done()):  # it may wait for room on the device
+                pinning, is_due = self._run(self.keep_pins()), False
             try:
                 await self._write_uses()
             except (SQLAlchemyError, OSError) as error:
@@ -124,15 +151,26 @@ class Upkeep:
             await self._records.used({key: self._used[key] for key in unwritten})
 
     async def _unload(self, adapter_id: str) -> None:
-        while True:
+        """As soon as nobody uses it, unless some entry leads to it by then."""
+        pause = _IDLE_SECONDS
+        while not any(one.adapter_id == adapter_id for entry in self._kept.everything() for one in entry.versions):
             try:
-                return await self._engine.unload(adapter_id)
+                await self._engine.unload(adapter_id)
             except AdapterInUse:
-                await asyncio.sleep(_IDLE_SECONDS)
+                await asyncio.sleep(pause)
+                pause = min(1.5 * pause, _ROUND_SECONDS)  # the look at all entries is not for nothing
             except EngineError:
-                return None  # whatever engine comes next does not know it
+                return  # whatever engine comes next does not know it
+            else:
+                return
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _contents(entries: Collection[Registered]) -> frozenset[str]:
+    """The current ones."""
+    return frozenset(entry.shown.adapter_id for entry in entries)

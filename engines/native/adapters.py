@@ -8,7 +8,7 @@ is given up where it is. All methods are called by the loop that steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from functools import partial
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import AdapterPlan, Base, LoadedAdapter, plan_adapter
 from loraplex.engines.adapters.pieces import Pieces
-from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterTooLarge
+from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterTooLarge, NoRoomBesidePins
 from loraplex.engines.figures import TierFigures
 from loraplex.engines.native.host import HostTier
 from loraplex.engines.native.preparation import Preparation, adapter_threads
@@ -76,6 +76,7 @@ class AdapterTiers:
         self._cold: dict[str, None] = {}  # wanted, and not known to be on the device; in order of asking
         self._preparing: dict[str, Preparation] = {}
         self._copy: _Copy | None = None
+        self.num_pins = 0  # made so far
         self._host_figures = TierFigures("host", max_names)
         self._device_figures = TierFigures("device", max_names)
         self._threads = adapter_threads(num_threads)
@@ -103,6 +104,20 @@ class AdapterTiers:
         found = (self._host[id].plan if id in self._host else self._arena.plan(id) for id in adapter_ids
                  if id in self._host or id in self._arena)  # fmt: skip
         return list(found)
+
+    def lack_of_room(self, plans: Sequence[AdapterPlan]) -> AdapterError | None:
+        """Why adapters can never be on the device together, as long as those pinned stay; None where they can."""
+        itemsize, books = self._base.dtype.itemsize, self._residency
+        size, room = sum(plan.size for plan in plans) * itemsize, books.capacity * itemsize
+        pinned = books.num_pinned - sum(plan.size for plan in plans if books.is_pinned(plan.adapter.id))
+        taken = pinned * itemsize
+        if size > room:
+            return AdapterTooLarge(
+                f"{size} bytes exceed the {room} for adapters on the device: adapters.device_bytes or device_share"
+            )
+        if size > room - taken:
+            return NoRoomBesidePins(f"{size} bytes exceed the {room - taken} that pinned adapters leave on the device")
+        return None
 
     def enter(self, adapter: Adapter) -> None:
         """A request that names the adapter arrived: start reading it before the request is scheduled."""
@@ -142,6 +157,7 @@ class AdapterTiers:
         def pin_then(error: AdapterError | None) -> None:
             if error is None:
                 self._residency.pin(adapter.id, pinned=True)
+                self.num_pins += 1
             done(error)
 
         self.load(adapter, pin_then)
@@ -241,8 +257,8 @@ class AdapterTiers:
                 protected.add(adapter_id)
             elif tracked is not None and tracked.is_wanted and adapter_id in self._host:
                 loaded = self._host[adapter_id]
-                if loaded.plan.size > self._residency.capacity:
-                    self._fail(adapter_id, self._too_large(loaded))
+                if (error := self.lack_of_room([loaded.plan])) is not None:
+                    self._fail(adapter_id, error)
                 elif (copy := self._place(loaded, protected)) is not None:
                     self._copy = copy
                     return copy
@@ -296,13 +312,6 @@ class AdapterTiers:
         if self._tracked[adapter_id].is_wanted:
             self._want(self._tracked[adapter_id])
         self._prune(adapter_id)
-
-    def _too_large(self, loaded: LoadedAdapter) -> AdapterTooLarge:
-        room = self._residency.capacity * self._base.dtype.itemsize
-        return AdapterTooLarge(
-            f"{loaded.flat.nbytes} bytes exceed the {room} for adapters on the device: "
-            "adapters.device_bytes or device_share"
-        )
 
     def _fail(self, adapter_id: str, error: AdapterError) -> None:
         self._abandon(adapter_id)

@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from loraplex.engines.errors import (
     AdapterError,
-    AdapterTooLarge,
     AdapterUnsupported,
     DeadlineExceeded,
     EngineError,
@@ -32,8 +33,9 @@ from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.protocol import EmbedRequest, GenerateRequest, SamplingParams
+from loraplex.engines.protocol import AdapterResidency, EmbedRequest, GenerateRequest, SamplingParams
 from loraplex.engines.stats import EngineStats
+from loraplex.engines.uses import uses_of
 
 # How much longer than without them steps may take while adapters are brought; how long between two looks at commands.
 ADAPTER_SHARE = 0.12
@@ -73,6 +75,7 @@ class EngineCore:
         self._deadlines = Deadlines(settings.engine.max_wait_seconds)
         self._sequences: dict[str, Sequence] = {}
         self._unsettled: dict[str, Sequence] = {}  # whose adapters were not known together so far
+        self._num_pins = 0
         self._unconstrained: dict[str, Sequence] = {}  # whose grammars are being compiled
         self._failed: list[Emission] = []
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
@@ -194,6 +197,12 @@ class EngineCore:
             adapter_tiers=tuple(self.adapters.stats_by_adapter()),
         )
 
+    def residency(self) -> list[AdapterResidency]:
+        """Every adapter known here, and whose requests name it."""
+        uses = uses_of(sequence.request for sequence in self._sequences.values())
+        found = self.adapters.residents()
+        return [msgspec.structs.replace(one, uses=uses.get(one.adapter_id, ())) for one in found]
+
     def _move_adapters(self) -> None:
         """Within a share of the shorter of the last two steps, so that the streams hardly notice."""
         seconds = ADAPTER_SHARE * min(self._recent_seconds) if self.scheduler.running else IDLE_SECONDS
@@ -234,17 +243,23 @@ class EngineCore:
                 self._fail(sequence, EngineOverloaded(f"the request waited {self._max_wait:g} s for its first step"))
 
     def _settle(self) -> None:
-        """Once its adapters are known: from where on each is active in a sequence, and whether they can be composed."""
+        """Once its adapters are known: from where on each is active in a sequence, and whether they can be composed.
+
+        Behind each new pin those that wait are looked at once more, or one without room beside it would wait in vain.
+        """
+        if self.adapters.num_pins > self._num_pins:
+            self._num_pins = self.adapters.num_pins
+            self._unsettled |= {one.request_id: one for one in self.scheduler.waiting if one.request.composition}
         for sequence in list(self._unsettled.values()):
             plans = self.adapters.plans(sequence.adapter_ids)
             if len(plans) < len(sequence.adapter_ids):
                 continue
-            if len(plans) > 1 and sum(plan.size for plan in plans) > self._machine.arena_capacity:
-                self._fail(
-                    sequence, AdapterTooLarge("together the composition's adapters exceed adapters.device_bytes")
-                )
+            if len(plans) > 1 and (error := self.adapters.lack_of_room(plans)) is not None:
+                self._fail(sequence, error)
             elif sequence.request.composition and (plan := next((plan for plan in plans if plan.why_alone), None)):
-                self._fail(sequence, AdapterUnsupported(f"{plan.adapter.name} {plan.why_alone}"))
+                # the plan is named as whoever brought the content named it, who may be another tenant
+                name = next(part.adapter.name for part in sequence.request.parts if part.adapter.id == plan.adapter.id)
+                self._fail(sequence, AdapterUnsupported(f"{name} {plan.why_alone}"))
             else:
                 sequence.starts = tuple(plan.config.active_from(sequence.request.prompt_token_ids) for plan in plans)
                 del self._unsettled[sequence.request_id]

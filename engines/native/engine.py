@@ -162,7 +162,8 @@ class NativeEngine:
         self._known.pop(adapter_id, None)
 
     async def pin(self, adapter: Adapter, *, pinned: bool) -> None:
-        self._known[adapter.id] = adapter
+        if pinned:
+            self._known[adapter.id] = adapter
         await self._call(lambda call: Pin(call, adapter, pinned))
         (self._pinned.add if pinned else self._pinned.discard)(adapter.id)
 

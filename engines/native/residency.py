@@ -81,6 +81,11 @@ class Residency:
     def num_used(self) -> int:
         return sum(resident.extent.size for resident in self._residents.values())
 
+    @property
+    def num_pinned(self) -> int:
+        """Elements that stay taken whoever asks for room."""
+        return sum(resident.extent.size for resident in self._residents.values() if resident.pinned)
+
     def extent(self, adapter_id: str) -> Extent:
         return self._residents[adapter_id].extent
 

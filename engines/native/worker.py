@@ -125,7 +125,7 @@ class Worker:
                 except AdapterError as error:
                     self._send(Reply(call, failure=_failure(error)))
             case GetResidency(call):
-                self._send(Reply(call, residency=core.adapters.residents()))
+                self._send(Reply(call, residency=core.residency()))
             case GetStats(call):
                 self._send(Reply(call, stats=core.stats()))
 

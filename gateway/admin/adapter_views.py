@@ -32,7 +32,8 @@ class VersionList(Struct):
 class AdapterView(Struct, kw_only=True):
     """An adapter as operators see it: its current version, or the one that is to be.
 
-    `tier` is where it is now; `num_requests` name it right now. `last_used_at` in seconds since 1970.
+    `tier` is where its content is now, whoever brought it there; `num_requests` name this adapter right now, whichever
+    version. `last_used_at` in seconds since 1970.
     """
 
     name: str
@@ -79,7 +80,7 @@ def view_of(entry: Registered, catalogue: Catalogue, residency: Mapping[str, Ada
         notes=shown.notes,
         tier=found.tier if found is not None else "disk" if shown.path else "remote",
         pinned=entry.pinned,
-        num_requests=found.num_requests if found is not None else 0,
+        num_requests=catalogue.num_requests(entry, residency),
         last_used_at=catalogue.last_used_at(entry),
         versions=listed_versions(entry.versions, entry.current_version),
     )

@@ -13,7 +13,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Struct, UnsetType
 
 from loraplex.auth.tenants import Tenants
-from loraplex.engines.errors import EngineUnavailable
+from loraplex.engines.errors import EngineError, EngineUnavailable
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.adapter_records import Key, Registered
 from loraplex.gateway.admin.adapter_views import AdapterList, AdapterView, VersionList, listed_versions, view_of
@@ -21,7 +21,7 @@ from loraplex.gateway.admin.scope import own_or_named, require_fetchable, scope_
 from loraplex.gateway.audit import tell_audit, without_credentials
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
-from loraplex.gateway.errors import AdapterNotRegistered, MalformedRequest
+from loraplex.gateway.errors import AdapterNotRegistered, MalformedRequest, PinsFull
 from loraplex.gateway.guards import caller_of, require_tenant_admin
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.uploads import receive_upload
@@ -109,22 +109,30 @@ def _arrival_routes(
     @post(_ADAPTERS, guards=[require_tenant_admin])
     async def register_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_adapter.of(request)
-        source = without_credentials(wanted.source)
-        tell_audit(request, f"adapters/{wanted.name}", tenant_id=wanted.tenant_id, source=source)
+        tell_audit(request, f"adapters/{wanted.name}", source=without_credentials(wanted.source))
+        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        tell_audit(request, tenant_id=tenant_id)
         if wanted.base not in (None, catalogue.base):
             raise MalformedRequest(f"This server's base model is {catalogue.base!r}.", "base")
-        tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        if wanted.pinned and not wanted.wait:
+            raise MalformedRequest("What is not waited for can be pinned once it is ready.", "pinned")
         await require_fetchable(caller_of(request), wanted.source, catalogue)
         entry = await catalogue.register(wanted.name, wanted.source, tenant_id, waits=wanted.wait)
         if wanted.pinned:
-            entry = await catalogue.pin(entry.key, pinned=True)
+            try:
+                entry = await catalogue.pin(entry.key, pinned=True)
+            except (PinsFull, EngineError):
+                await catalogue.remove(*entry.key, drains=True)
+                raise
         return await shown.reply(entry, 201 if wanted.wait else 202)
 
     @post(f"{_ADAPTERS}/validate", status_code=200, guards=[require_tenant_admin])
     async def validate_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         """What registering would find; nothing is registered."""
         wanted = await _examined.of(request)
+        tell_audit(request, source=without_credentials(wanted.source))
         tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        tell_audit(request, tenant_id=tenant_id)
         await require_fetchable(caller_of(request), wanted.source, catalogue)
         return json_reply(listed_versions([await catalogue.validate(wanted.source, tenant_id)], None)[0])
 

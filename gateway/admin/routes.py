@@ -10,6 +10,7 @@ from msgspec import Struct
 from loraplex.auth.tenants import Tenants
 from loraplex.gateway.adapter_records import Registered, Target
 from loraplex.gateway.admin.scope import own_or_named, scope_of
+from loraplex.gateway.audit import tell_audit
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import AdapterNotRegistered
@@ -68,6 +69,7 @@ def route_routes(catalogue: Catalogue, tenants: Tenants) -> list[HTTPRouteHandle
     def named(request: Request[Any, Any, Any]) -> Registered:
         name = str(request.path_params["name"]).lstrip("/")
         tenant_id = scope_of(request)
+        tell_audit(request, tenant_id=tenant_id)
         if not catalogue.has((tenant_id, name)) or catalogue.get(tenant_id, name).targets is None:
             raise AdapterNotRegistered(f"There is no route {name!r}.", "name")
         return catalogue.get(tenant_id, name)
@@ -75,7 +77,9 @@ def route_routes(catalogue: Catalogue, tenants: Tenants) -> list[HTTPRouteHandle
     @post(_ROUTES, guards=[require_tenant_admin])
     async def create_route(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _new_route.of(request)
+        tell_audit(request, f"routes/{wanted.name}", targets=msgspec.to_builtins(wanted.targets))
         tenant_id = await own_or_named(caller_of(request), wanted.tenant_id, tenants)
+        tell_audit(request, tenant_id=tenant_id)
         return json_reply(view(await catalogue.add_route(wanted.name, _targets(wanted.targets), tenant_id)), 201)
 
     @get(_ROUTES, guards=[require_tenant_admin])
@@ -91,6 +95,7 @@ def route_routes(catalogue: Catalogue, tenants: Tenants) -> list[HTTPRouteHandle
     @put(_ROUTE, guards=[require_tenant_admin])
     async def change_route(request: Request[Any, Any, Any]) -> Response[bytes]:
         entry, wanted = named(request), await _other_targets.of(request)
+        tell_audit(request, targets=msgspec.to_builtins(wanted.targets))
         return json_reply(view(await catalogue.change_route(entry.key, _targets(wanted.targets))))
 
     @delete(_ROUTE, guards=[require_tenant_admin])

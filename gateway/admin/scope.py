@@ -9,6 +9,7 @@ from loraplex.auth.errors import TenantNotFound
 from loraplex.auth.tenants import Tenants
 from loraplex.engines.errors import AdapterSourceForbidden
 from loraplex.gateway.adapter_records import SHARED
+from loraplex.gateway.audit import without_credentials
 from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.guards import caller_of
 
@@ -44,11 +45,18 @@ async def require_fetchable(caller: Caller, source: str, catalogue: Catalogue) -
 
     Raises AdapterError.
     """
-    address = await catalogue.store.address(source)
+    told = without_credentials(source)  # not the address, which says where on this machine a relative path leads
+    refusal = AdapterSourceForbidden(f"{told}: this tenant may not register adapters from here")
+    try:
+        address = await catalogue.store.address(source)
+    except AdapterSourceForbidden:
+        if caller.role == "admin":
+            raise
+        raise refusal from None  # another word would tell which directories there are
     if address.startswith("upload:"):
-        raise AdapterSourceForbidden(f"{address}: uploads are registered by sending the files")
+        raise AdapterSourceForbidden(f"{told}: uploads are registered by sending the files")
     if caller.role == "admin" or address.startswith(("hf://", "https://")) or caller.policy.may_fetch(address):
         return
     if address.startswith("s3://") and await catalogue.has_token(caller.tenant_id, address):
         return
-    raise AdapterSourceForbidden(f"{address}: this tenant may not register adapters from here")
+    raise refusal

@@ -18,6 +18,9 @@ MAX_BEST_OF = 16
 MAX_STOP_SEQUENCES = 16
 MAX_ALTERNATIVES = 100
 
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100  # beyond, logits leave what floats can hold
+
+_PENALTIES = f"must be >= {MIN_REPETITION_PENALTY} and <= {MAX_REPETITION_PENALTY}"
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -108,7 +111,9 @@ class Parameters(Struct, forbid_unknown_fields=True, kw_only=True):
         best_of, stop, seed = self.best_of or 0, self.stop or [], self.seed or 0
         yield "best_of", 0 < best_of <= MAX_BEST_OF, f"must be > 0 and <= {MAX_BEST_OF}. Given: {best_of}"
         yield "temperature", (self.temperature or 0) >= 0, "must be non-negative"
-        yield "repetition_penalty", (self.repetition_penalty or 0) > 0, "must be strictly positive"
+        penalty = self.repetition_penalty or 0
+        yield "repetition_penalty", penalty > 0, "must be strictly positive"
+        yield "repetition_penalty", MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY, _PENALTIES
         yield "frequency_penalty", -2 <= (self.frequency_penalty or 0) <= 2, "must be >= -2.0 and <= 2.0"
         yield "presence_penalty", -2 <= (self.presence_penalty or 0) <= 2, "must be >= -2.0 and <= 2.0"
         yield "top_k", (self.top_k or 0) > 0, "must be strictly positive"

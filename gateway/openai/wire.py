@@ -57,7 +57,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Unit | None = None
     typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None

@@ -123,6 +123,34 @@ def test_every_admin_action_is_written_down_with_its_outcome(gateway: Gateway) -
     assert made["key"] not in str(found)
 
 
+def test_tenants_audit_shows_what_its_own_admin_did_with_adapters_and_routes(gateway: Gateway) -> None:
+    name = f"managed-{uuid.uuid4().hex[:8]}"
+    tenant, _ = gateway.new_tenant(name)
+    source = str(gateway.adapter_dir / "shared")
+    targets = [{"model": "team/echo-one", "weight": 2.0}]
+    adapter, address = {"name": name, "source": source}, f"file://{gateway.adapter_dir}/*"
+    with tenant_admin(gateway, tenant) as own, gateway.admin() as admin:
+        assert_problem(own.post("/admin/v1/adapters", json=adapter), 403, "adapter_source_forbidden")
+        admin.put(f"/admin/v1/tenants/{tenant}/limits", json={"request_adapters": [address]})
+        assert own.post("/admin/v1/adapters", json=adapter).status_code == 201
+        assert own.post("/admin/v1/adapters/validate", json={"source": source}).status_code == 200
+        assert own.post("/admin/v1/routes", json={"name": "way", "targets": targets}).status_code == 201
+        assert own.put("/admin/v1/routes/way", json={"targets": [{**targets[0], "weight": 3}]}).status_code == 200
+        assert own.delete("/admin/v1/routes/way").status_code == 204
+        assert own.post(f"/admin/v1/adapters/{name}/warm").status_code == 200
+        shown = own.get(f"/admin/v1/tenants/{tenant}/audit").json()["data"]
+    told = [(row["action"], row["object"], row["outcome"], row["details"]) for row in reversed(shown)]
+    assert [one for one in told if one[0] not in ("create_key", "create_tenant", "set_limits")] == [
+        ("register_adapter", f"adapters/{name}", "adapter_source_forbidden", {"source": source}),
+        ("register_adapter", f"adapters/{name}", "ok", {"source": source}),
+        ("validate_adapter", "adapters/validate", "ok", {"source": source}),
+        ("create_route", "routes/way", "ok", {"targets": targets}),
+        ("change_route", "routes/way", "ok", {"targets": [{**targets[0], "weight": 3.0}]}),
+        ("delete_route", "routes/way", "ok", {}),
+        ("act_on_adapter", f"adapters/{name}/warm", "ok", {}),
+    ]
+
+
 def test_audit_is_filtered_and_paged(gateway: Gateway, tenant: tuple[str, str]) -> None:
     with gateway.admin() as admin:
         for number in range(5):

@@ -163,6 +163,9 @@ def test_adapter_in_use_is_not_deleted(gateway: Gateway) -> None:
         ({"name": "a\n"}, 400, "invalid_request", "name"),
         ({"name": "ä"}, 400, "invalid_request", "name"),
         ({"name": 5}, 400, "invalid_request", "name"),
+        ({"name": "upload"}, 400, "invalid_request", "name"),
+        ({"name": "validate"}, 400, "invalid_request", "name"),
+        ({"name": "a/versions"}, 400, "invalid_request", "name"),
         ({"tenant_id": ["x"]}, 400, "invalid_request", "tenant_id"),
         ({"source": "/" + "x" * 5000}, 400, "adapter_invalid", None),
         ({"source": "/etc/\0"}, 400, "adapter_invalid", None),
@@ -185,7 +188,7 @@ def test_registration_refused_changes_nothing(
         assert admin.get("/admin/v1/adapters").json() == before
 
 
-@pytest.mark.parametrize("name", ["x" * 128, "org/name", "a/b/c", "v1.0:latest", "a/_b", "7"])
+@pytest.mark.parametrize("name", ["x" * 128, "org/name", "a/b/c", "v1.0:latest", "a/_b", "7", "upload/pin", "versions"])
 def test_adapter_name_leads_to_it_on_every_route(gateway: Gateway, name: str) -> None:
     body = {"name": name, "source": str(gateway.adapter_dir / "shared")}
     with gateway.admin() as admin, gateway.client() as client:

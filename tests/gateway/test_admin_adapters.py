@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -220,6 +221,86 @@ def test_tenants_key_manages_its_own_adapters_and_sees_no_other(gateway: Gateway
         foreign = {"name": "foreign", "targets": [{"model": "theirs", "weight": 1}]}
         assert_problem(own.post("/admin/v1/routes", json=foreign), 400, "invalid_request", "targets[0].model")
     assert [route["name"] for route in admin.get("/admin/v1/routes", params={"tenant_id": other}).json()["data"]] == []
+
+
+@contextmanager
+def same_content(gateway: Gateway, rank: int) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    """Two tenants' managers: the one has an adapter `mine`, the other `theirs`, of one and the same content."""
+    source = str(write_adapter(gateway.adapter_dir / f"same-{rank}", rank=rank))
+    (first, mine), (second, theirs) = (manager(gateway, f"{who} of the same {rank}") for who in ("one", "other"))
+    with mine, theirs, gateway.admin() as admin:
+        for name, tenant in (("mine", first), ("theirs", second)):
+            made = admin.post("/admin/v1/adapters", json={"name": name, "source": source, "tenant_id": tenant})
+            assert made.status_code == 201, made.text
+        yield mine, theirs
+
+
+def is_pinned(gateway: Gateway, client: httpx.Client, name: str) -> bool:
+    """By the engine, whatever the catalogue says."""
+    content = client.get(f"/admin/v1/adapters/{name}").json()["adapter_id"]
+    return content in [found.adapter_id for found in _residency(gateway) if found.pinned]
+
+
+def test_pin_lasts_whatever_happens_to_another_tenants_adapter_of_the_same_content(gateway: Gateway) -> None:
+    with same_content(gateway, 30) as (mine, theirs):
+        assert theirs.post("/admin/v1/adapters/theirs/pin").json()["pinned"] is True
+        for verb in ("unpin", "evict", "pin", "evict", "unpin"):
+            shown = mine.post(f"/admin/v1/adapters/mine/{verb}").json()
+            assert (shown["name"], shown["pinned"]) == ("mine", verb == "pin" or (verb == "evict" and shown["pinned"]))
+            assert is_pinned(gateway, theirs, "theirs"), verb
+        assert mine.post("/admin/v1/adapters/mine/pin").json()["pinned"] is True
+        assert mine.delete("/admin/v1/adapters/mine").status_code == 204
+        assert is_pinned(gateway, theirs, "theirs")
+        assert theirs.post("/admin/v1/adapters/theirs/unpin").json()["pinned"] is False
+        assert not is_pinned(gateway, theirs, "theirs")
+
+
+def test_last_pin_of_a_content_goes_with_the_adapter_that_had_it(gateway: Gateway) -> None:
+    with same_content(gateway, 31) as (mine, theirs):
+        assert mine.post("/admin/v1/adapters/mine/pin").status_code == 200
+        assert is_pinned(gateway, theirs, "theirs")
+        assert theirs.get("/admin/v1/adapters/theirs").json()["pinned"] is False
+        assert mine.delete("/admin/v1/adapters/mine").status_code == 204
+        assert not is_pinned(gateway, theirs, "theirs")
+
+
+@pytest.mark.parametrize("path", ["DELETE /admin/v1/adapters/", "DELETE /v1/models/", "POST /v1/unload_lora_adapter"])
+def test_requests_of_another_tenant_for_the_same_content_make_no_difference(gateway: Gateway, path: str) -> None:
+    """Nor does it that there is such a tenant: whoever uses its own adapter is told so."""
+
+    def delete(client: httpx.Client, name: str) -> httpx.Response:
+        method, _, url = path.partition(" ")
+        if method == "POST":
+            return client.post(url, json={"lora_name": name})
+        return client.delete(url + name)
+
+    chat = {"model": "theirs", "stream": True, "messages": [{"role": "user", "content": "<slow>" + "x" * 20}]}
+    with same_content(gateway, 32 + len(path)) as (mine, theirs):
+        with theirs.stream("POST", "/v1/chat/completions", json=chat) as stream:
+            chunks = stream.iter_bytes()
+            received = next(chunks)
+            assert mine.get("/admin/v1/adapters/mine").json()["num_requests"] == 0
+            assert theirs.get("/admin/v1/adapters/theirs").json()["num_requests"] == 1
+            assert mine.post("/admin/v1/adapters/mine/evict").status_code == 200
+            refused = [theirs.post("/admin/v1/adapters/theirs/evict"), delete(theirs, "theirs")]
+            assert [answer.status_code for answer in refused] == [409, 409]
+            assert all("1 requests use the adapter" in answer.text for answer in refused)
+            assert delete(mine, "mine").is_success
+            received += b"".join(chunks)
+        assert received.endswith(b"data: [DONE]\n\n")
+        assert delete(theirs, "theirs").is_success
+
+
+def test_refused_source_is_told_as_it_was_sent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it leads on the server, nor whether there is anything."""
+    monkeypatch.chdir(gateway.adapter_dir)
+    _, own = manager(gateway, "guesser")
+    with own:
+        for source in ("shared", "nothing-here"):
+            for path, name in (("adapters", {"name": "guess"}), ("adapters/validate", {})):
+                refused = own.post(f"/admin/v1/{path}", json={"source": source, **name})
+                told = assert_problem(refused, 403, "adapter_source_forbidden")
+                assert told == f"{source}: this tenant may not register adapters from here"
 
 
 def test_inference_key_manages_nothing(gateway: Gateway) -> None:

@@ -65,6 +65,8 @@ def test_number_that_is_none_is_400(gateway: Gateway, field: bytes, number: byte
         ({"logit_bias": {"": 1}}, "logit_bias", "invalid_request"),
         ({"stop_token_ids": [10**30]}, "stop_token_ids", "invalid_request"),
         ({"min_tokens": 10**30}, "min_tokens", "invalid_request"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "invalid_request"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty", "invalid_request"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "invalid_request"),
         ({"max_tokens": 10**30}, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x", "nmae": "y"}]}, "messages[0].nmae", "unknown_parameter"),

@@ -141,6 +141,7 @@ async def test_linear_merge_is_a_composition(adapters: RequestAdapters, hub: Fak
         ({"adapter_id": "known", "merged": MergedAdapters(ids=("known",), weights=(1.0,))}, MalformedRequest),
         ({"merged": MergedAdapters(ids=("known",), weights=())}, MalformedRequest),
         ({"merged": MergedAdapters(ids=("known",), weights=(float("nan"),))}, MalformedRequest),
+        ({"merged": MergedAdapters(ids=("known",), weights=(-100.5,))}, MalformedRequest),
         ({"merged": MergedAdapters(ids=("known", "known"), weights=(1.0, 1.0))}, MalformedRequest),
         ({"merged": MergedAdapters(ids=(BASE,), weights=(1.0,))}, MalformedRequest),
         ({"merged": MergedAdapters(ids=("known",), weights=(1.0,), merge_strategy="ties")}, MalformedRequest),

@@ -17,13 +17,13 @@ from loraplex.config.settings import Adapters
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import load_adapter
-from loraplex.engines.errors import AdapterError, AdapterInvalid
+from loraplex.engines.errors import AdapterError, AdapterInvalid, NoRoomBesidePins
 from loraplex.engines.native.adapters import AdapterTiers
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import Machine, load_machine
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.protocol import Adapter
+from loraplex.engines.protocol import Adapter, WeightedAdapter
 from loraplex.engines.stats import AdapterTierStats, TierStats
 from loraplex.kernels.lora.table import ALIGNMENT_BYTES
 
@@ -256,6 +256,61 @@ def test_fragmented_arena_is_compacted_under_a_running_adapter(small: SmallWorld
     stats = core.stats()
     assert [tier.total_evictions for tier in stats.tiers] == [0, 0]
     assert stats.tiers[1].num_bytes == 4 * RANK_4_SIZE * ITEMSIZE
+
+
+@pytest.mark.parametrize("is_request", [True, False])
+def test_adapter_without_room_beside_the_pinned_is_refused_at_once(
+    small: SmallWorld, make: Callable[..., Tiers], is_request: bool
+) -> None:
+    """A request and a load alike; one that fits beside them, or that is pinned itself, has its place."""
+    base, large = make().base, small.adapters["rank-8"]
+    size, room = (load_adapter(adapter, base).plan.size for adapter in (small.adapters["rank-4"], large))
+    tiers = make(capacity=room)
+    pinned, fits = (renamed(small.adapters["rank-4"], name) for name in ("pinned", "fits"))
+    told: list[AdapterError | None] = []
+    tiers.tiers.pin(pinned, pinned=True, done=told.append)
+    tiers.poll_until(lambda: told == [None])
+    if is_request:
+        tiers.tiers.enter(large)
+        tiers.poll_until(lambda: bool(tiers.failures))
+        told += [error for _, error in tiers.failures]
+    else:
+        tiers.tiers.load(large, told.append)
+        tiers.poll_until(lambda: len(told) == 2)
+    assert isinstance(told[1], NoRoomBesidePins)
+    assert f"{room * ITEMSIZE} bytes exceed the {(room - size) * ITEMSIZE} that" in str(told[1])
+    tiers.bring(fits)
+    tiers.tiers.pin(pinned, pinned=False, done=told.append)
+    if is_request:
+        tiers.tiers.leave(large.id)
+    tiers.bring(large)
+    assert [found.name for found in tiers.tiers.residents(only_on_device=True)] == ["rank-8"]
+
+
+def test_composition_without_room_beside_a_later_pin_is_refused_and_another_is_not(
+    small: SmallWorld, tmp_path: Path
+) -> None:
+    made = [make_adapter(small.directory, AdapterSpec(f"part-{n}", 4), tmp_path) for n in range(3)]
+    for number, adapter in enumerate(made):
+        made[number] = msgspec.structs.replace(adapter, id=f"sha-part-{number}")
+    settings = msgspec.structs.replace(small.settings(), adapters=Adapters(device_bytes=2 * RANK_4_SIZE * ITEMSIZE))
+    core = EngineCore(load_machine(settings, lambda progress: None))
+    told: list[AdapterError | None] = []
+    core.submit(request("runs", prompt_of(1, 8), made[0], max_tokens=300, ignore_eos=True))
+    while not core.scheduler.running:
+        core.step()
+    parts = {"waits": (made[0], made[1]), "never": (made[1], made[2])}
+    for name, (first, second) in parts.items():
+        composition = (WeightedAdapter(first, 1.0), WeightedAdapter(second, 1.0))
+        core.submit(msgspec.structs.replace(request(name, prompt_of(2, 8)), composition=composition))
+    core.adapters.pin(made[0], pinned=True, done=told.append)
+    emissions = run(core)
+    assert told == [None]
+    assert {name: type(found[-1].error) for name, found in emissions.items()} == {
+        "runs": type(None),
+        "waits": type(None),
+        "never": NoRoomBesidePins,
+    }
 
 
 def test_figures_tell_hits_misses_loads_and_evictions_by_tier_and_adapter(

@@ -9,11 +9,18 @@ import pytest
 from support.core import make_core, prompt_of, request, run, tokens
 from support.worlds import SmallWorld
 
-from loraplex.engines.errors import DeadlineExceeded, EngineOverloaded, InvalidRequest, PromptTooLong
+from loraplex.engines.errors import (
+    AdapterUnsupported,
+    DeadlineExceeded,
+    EngineOverloaded,
+    InvalidRequest,
+    PromptTooLong,
+)
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
 from loraplex.engines.native.lora import LoraLayers
 from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.protocol import AdapterUse, WeightedAdapter
 
 
 def test_mixed_batch_gives_the_tokens_of_peft_alone(small: SmallWorld) -> None:
@@ -338,3 +345,25 @@ def test_request_that_excludes_every_token_fails_alone(small: SmallWorld) -> Non
     emissions = run(core)
     assert "nothing can follow" in str(emissions["a"][-1].error)
     assert tokens(emissions["b"]) == small.oracle.greedy(prompt_of(2, 4), 12, None)
+
+
+def test_one_content_under_two_names_is_told_apart_by_tenant_and_name(small: SmallWorld) -> None:
+    """A refusal, too, names it as whoever asked does."""
+    core, content = make_core(small), small.adapters["rank-32-dora"]
+    theirs, mine = (msgspec.structs.replace(content, name=name) for name in ("theirs", "mine"))
+    for number in range(2):
+        asked = request(str(number), prompt_of(1, 8), theirs, max_tokens=100, ignore_eos=True)
+        core.submit(msgspec.structs.replace(asked, tenant="t2"))
+    while not core.scheduler.running:
+        core.step()
+    parts = (WeightedAdapter(mine, 1.0), WeightedAdapter(small.adapters["rank-4"], 1.0))
+    core.submit(msgspec.structs.replace(request("sum", prompt_of(2, 8)), tenant="t1", composition=parts))
+    uses = {found.adapter_id: found.uses for found in core.residency()}
+    assert uses == {
+        content.id: (AdapterUse("t2", "theirs", 2), AdapterUse("t1", "mine", 1)),
+        parts[1].adapter.id: (AdapterUse("t1", "rank-4", 1),),
+    }
+    error = run(core)["sum"][-1].error
+    assert isinstance(error, AdapterUnsupported)
+    assert str(error).startswith("mine is a DoRA")
+    assert all(not found.uses for found in core.residency())

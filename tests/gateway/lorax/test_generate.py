@@ -216,6 +216,8 @@ def test_response_format_text_is_no_form(gateway: Gateway, asked: list[GenerateR
     [
         ({"temperature": -0.5}, "`temperature` must be non-negative"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be strictly positive"),
+        ({"repetition_penalty": 1e-300}, "`repetition_penalty` must be >= 0.01 and <= 100"),
+        ({"repetition_penalty": 1e300}, "`repetition_penalty` must be >= 0.01 and <= 100"),
         ({"frequency_penalty": 2.5}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
         ({"presence_penalty": -3}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
         ({"top_k": 0}, "`top_k` must be strictly positive"),
@@ -240,6 +242,11 @@ def test_response_format_text_is_no_form(gateway: Gateway, asked: list[GenerateR
         ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
         ({"adapter_id": "a", "merged_adapters": {"ids": ["a"], "weights": [1.0]}}, "at most one of `adapter_id`"),
         ({"merged_adapters": {"ids": ["a", "b"], "weights": [1.0]}}, "number of adapter IDs must match"),
+        ({"merged_adapters": {"ids": ["a"], "weights": [1e300]}}, "A weight is a number from -100 to 100"),
+        (
+            {"merged_adapters": {"ids": ["a"], "weights": [1.0], "merge_strategy": "dare_ties", "density": 1e-300}},
+            "dare_ties needs a density from 0.001 to 1",
+        ),
         ({"merged_adapters": {"ids": [], "weights": []}}, "parameters.merged_adapters.ids"),
         (
             {"merged_adapters": {"ids": ["a"], "weights": [1.0], "merge_strategy": "x"}},
@@ -338,6 +345,15 @@ def test_adapter_source_of_a_tenant_without_any_is_403(gateway: Gateway) -> None
     assert "request_adapters" in assert_flat(response, 403, "validation")
     response = post(gateway, "/generate", "abc", adapter_id="org/name", adapter_source="pbase")
     assert "adapter_source" in assert_flat(response, 422, "not_offered")
+
+
+def test_refused_source_is_told_as_it_was_sent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where it leads on the server, nor whether there is anything."""
+    monkeypatch.chdir(gateway.adapter_dir)
+    for name in ("shared", "nothing-here", "../local/shared"):
+        response = post(gateway, "/generate", "abc", adapter_id=name, adapter_source="local")
+        told = assert_flat(response, 403, "validation")
+        assert told == f"{name}: this tenant may not use unregistered adapters from here (limits: request_adapters)"
 
 
 def test_adapter_that_nobody_registered_where_the_tenant_may(gateway: Gateway) -> None:
