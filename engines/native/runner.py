@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.native.attention import AttentionStep, Decodes, PagedAttention, Prefill
 from loraplex.engines.native.batch import Batch, Outcome, Segment
-from loraplex.engines.native.cpu_replays import CpuReplays
+from loraplex.engines.native.cpu_replays import MOST_TOKENS, CpuReplays
 from loraplex.engines.native.cpu_sampler import pick_by_kernel
 from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_attention import KernelStep
@@ -40,7 +40,8 @@ from loraplex.kernels.attention.cpu_prefill import PrefillRuns
 from loraplex.kernels.fused.cpu_draw import is_available as draws
 
 # What is attended token by token, where that costs no copies: a decode and its drafts, and a short prompt, as long as
-# its tokens do not look at more positions than these altogether.
+# its tokens do not look at more positions than these altogether. Where a kernel attends chunks it is faster for those;
+# only small steps keep to this, which are replayed.
 _SHORT = 8
 _FEW_POSITIONS = 64 * 64
 
@@ -149,7 +150,10 @@ class Runner:
         token_ids, positions, owners, sampled = _Tokens.of(segments)
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
-        attention, is_even = self._attention_step(segments, self._device), len(token_ids) == len(segments)
+        attention, is_even = (
+            self._attention_step(segments, len(token_ids), self._device),
+            len(token_ids) == len(segments),
+        )
         step, graphs = Step(attention, token_ids, positions, owners, sampled, is_even), self.graphs
         if graphs and graphs.takes(step) and not any(segment.pooled for segment in segments):
             self._effects.begin((), (), self._device)
@@ -255,7 +259,10 @@ class Runner:
         """Of the step's tokens. Shape [T, H]."""
         self._hidden = output[0][0]
 
-    def _attention_step(self, segments: Sequence[Segment], device: torch.device) -> AttentionStep | KernelStep:
+    def _attention_step(
+        self, segments: Sequence[Segment], num_tokens: int, device: torch.device
+    ) -> AttentionStep | KernelStep:
+        """Of segments that have so many tokens together."""
         if self._uses_kernels:
             return KernelStep.of(segments, self._block_size)
         new_slots: list[int] = []
@@ -264,9 +271,10 @@ class Runner:
         lengths: list[int] = []
         tables: list[list[int]] = []
         row, size = 0, self._block_size
+        most_positions = _FEW_POSITIONS if num_tokens <= MOST_TOKENS or not self._attention.attends_runs else 0
         for segment in segments:
             table, start, end = segment.sequence.block_table, segment.start, segment.start + segment.num_tokens
-            if segment.num_tokens == 1 or (self._attention.reads_in_place and _is_short(segment)):
+            if segment.num_tokens == 1 or (self._attention.reads_in_place and _is_short(segment, most_positions)):
                 for position in range(start, end):
                     new_slots.append(table[position // size] * size + position % size)
                     rows.append(row + position - start)
@@ -314,9 +322,9 @@ def _pick_for(model: PreTrainedModel, *, uses_kernels: bool) -> Pick:
     return pick_by_kernel if draws(model.dtype, model.device) else pick_by_sorting
 
 
-def _is_short(segment: Segment) -> bool:
+def _is_short(segment: Segment, most_positions: int) -> bool:
     end = segment.start + segment.num_tokens
-    return segment.num_tokens <= _SHORT or segment.num_tokens * end <= _FEW_POSITIONS
+    return segment.num_tokens <= _SHORT or segment.num_tokens * end <= most_positions
 
 
 def _runs_of(prefills: Sequence[Prefill]) -> PrefillRuns:
