@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel
 
+from loraplex.engines.text_streams import BytesStream, TextStream, WindowStream
 from loraplex.engines.tokenizer_protocol import TokenSpan
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class TextStream(Protocol):
-    """Token ids in, the text they complete out; a character whose bytes are incomplete waits."""
-
-    def feed(self, token_id: int) -> str: ...
-
-    def flush(self) -> str:
-        """What is left at the end: incomplete characters as U+FFFD."""
-        ...
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's fallback for single bytes
 
 
 class Codec(Protocol):
@@ -58,6 +50,23 @@ _BYTE_OF = _byte_level_alphabet()
 SYMBOL_OF = {byte: symbol for symbol, byte in _BYTE_OF.items()}
 
 
+def _byte_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """Tokens that the decoder reads as single bytes."""
+    if "ByteFallback" not in str(tokenizer.decoder):
+        return {}
+    named = {f"<0x{byte:{digits}}>": bytes([byte]) for byte in range(256) for digits in ("02X", "02x")}
+    found = {tokenizer.token_to_id(name): byte for name, byte in named.items()}
+    return {token_id: byte for token_id, byte in found.items() if token_id is not None}
+
+
+def _byte_level(name: str) -> bytes:
+    """A name with a character outside the alphabet is no bytes but a text, as the library has it."""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, name))
+    except KeyError:
+        return name.encode()
+
+
 class JsonCodec:
     """The library that `tokenizer.json` belongs to."""
 
@@ -68,6 +77,7 @@ class JsonCodec:
         added = self._tokenizer.get_added_tokens_decoder().items()
         self.special_token_ids = frozenset(token_id for token_id, token in added if token.special)
         self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
+        self._byte_tokens = _byte_tokens(tokenizer)
 
     def as_json(self) -> str:
         """The `tokenizer.json` that it is."""
@@ -89,10 +99,10 @@ class JsonCodec:
         name = self._tokenizer.id_to_token(token_id)
         if name is None or token_id in self.special_token_ids:
             return (name or "").encode()
-        if match := _BYTE_TOKEN.fullmatch(name):  # SentencePiece's fallback for single bytes
-            return bytes([int(match[1], 16)])
+        if match := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(match[1])
         if self._is_byte_level:
-            return bytes(_BYTE_OF[symbol] for symbol in name if symbol in _BYTE_OF)
+            return _byte_level(name)
         return name.replace("▁", " ").encode()
 
     def token_name(self, token_id: int) -> str:
@@ -103,25 +113,8 @@ class JsonCodec:
         return found
 
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
-        return JsonStream(self._tokenizer, skip_special_tokens)
-
-
-class JsonStream:
-    """Implements TextStream."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skips_special = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._token_ids: list[int] = []
-        self._length = 0
-
-    def feed(self, token_id: int) -> str:
-        self._token_ids.append(token_id)
-        text: str = self._stream.step(self._tokenizer, token_id) or ""
-        self._length += len(text)
-        return text
-
-    def flush(self) -> str:
-        whole: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skips_special)
-        return whole[self._length :]
+        skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        if isinstance(self._tokenizer.decoder, ByteLevel):
+            return BytesStream(lambda token_id: _byte_level(self.token_name(token_id)), skipped)
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        return WindowStream(decode, self._tokenizer.id_to_token, skipped, self._byte_tokens)

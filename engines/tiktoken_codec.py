@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ from typing import Any
 
 import tiktoken
 
-from loraplex.engines.codecs import SYMBOL_OF, TextStream
+from loraplex.engines.codecs import SYMBOL_OF
 from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.text_streams import BytesStream, TextStream
 from loraplex.engines.tokenizer_protocol import TokenSpan
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*")
@@ -125,24 +125,10 @@ class TiktokenCodec:
         return found[0] if len(found) == 1 else None
 
     def stream(self, *, skip_special_tokens: bool) -> TextStream:
-        return _BytesStream(self, self.special_token_ids if skip_special_tokens else frozenset())
+        return BytesStream(self.token_bytes, self.special_token_ids if skip_special_tokens else frozenset())
 
     def _normal(self, text: str) -> str:
         return text if self._form is None else unicodedata.normalize("NFC", text)
-
-
-class _BytesStream:
-    """Implements TextStream."""
-
-    def __init__(self, codec: TiktokenCodec, skipped: frozenset[int]) -> None:
-        self._codec, self._skipped = codec, skipped
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._decoder.decode(self._codec.token_bytes(token_id))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
 
 
 def _family(config: Mapping[str, Any], path: Path) -> _Family:

@@ -14,8 +14,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from loraplex.engines.chat_template import read_chat_template
-from loraplex.engines.codecs import Codec, JsonCodec, TextStream
+from loraplex.engines.codecs import Codec, JsonCodec
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
+from loraplex.engines.text_streams import TextStream
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraplex.engines.codecs import TextStream
+from loraplex.engines.text_streams import TextStream
 
 
 class Detokenizer:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.models import make_tokenizer
 from tokenizers import Tokenizer
 
-from loraplex.engines.codecs import JsonStream
+from loraplex.engines.codecs import JsonCodec
 from loraplex.engines.native.detokenizer import Detokenizer
 
 
@@ -19,7 +19,7 @@ def tokenizer() -> Tokenizer:
 
 def feed(tokenizer: Tokenizer, text: str, stops: list[str], *, includes_stop: bool = False) -> tuple[list[str], bool]:
     """(what each token released, and the end), whether a stop was met. One token is one byte."""
-    detokenizer = Detokenizer(JsonStream(tokenizer), stops, includes_stop=includes_stop)
+    detokenizer = Detokenizer(JsonCodec(tokenizer).stream(skip_special_tokens=True), stops, includes_stop=includes_stop)
     released = []
     for token in tokenizer.encode(text).ids:
         released.append(detokenizer.feed(token))
@@ -52,7 +52,7 @@ def test_feed_stop_that_is_included_ends_the_text(tokenizer: Tokenizer) -> None:
 
 
 def test_finish_incomplete_character_is_a_replacement(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(JsonStream(tokenizer), [])
+    detokenizer = Detokenizer(JsonCodec(tokenizer).stream(skip_special_tokens=True), [])
     released = [detokenizer.feed(token) for token in tokenizer.encode("a🦜").ids[:3]]
     assert "".join([*released, detokenizer.finish()]).startswith("a\ufffd")
 
