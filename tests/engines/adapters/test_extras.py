@@ -73,7 +73,7 @@ def _two_units(tensor: Tensor) -> Tensor:
         (BF16, F16, _two_units),
         (F16, BF16, _two_units),
     ],
-    ids=str,
+    ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_copy_that_was_trained_is_refused(
     engine: torch.dtype, file: torch.dtype, change: Callable[[Tensor], Tensor]
