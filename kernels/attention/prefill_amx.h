@@ -51,6 +51,19 @@ FOR_AMX static void pack_queries(const bfloat16 *q, int64_t row, int64_t count, 
             pack_tile(q + half * SIDE * row + i, row, count - half * SIDE, width - i, packed);
 }
 
+/* Registers 0 to 3 += two tiles by two packed ones; each second one lies `next` behind the first. */
+FOR_AMX INLINED void add_four(const bfloat16 *tiles, int64_t next, const bfloat16 *packed, int64_t next_packed) {
+    const int line = SIDE * sizeof(float);
+    _tile_loadd(4, tiles, line);
+    _tile_loadd(5, tiles + next, line);
+    _tile_loadd(6, packed, line);
+    _tile_loadd(7, packed + next_packed, line);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
 /* scores[half] of a block of queries begin `stride` after each other; `count`: a multiple of INPUTS. */
 FOR_AMX INLINED void score_in_tiles(const bfloat16 *packed, const bfloat16 *tiles, int64_t width, int count,
                                     float *scores, int64_t stride) {
@@ -61,16 +74,8 @@ FOR_AMX INLINED void score_in_tiles(const bfloat16 *packed, const bfloat16 *tile
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t i = 0; i < across; i++) {
-            _tile_loadd(4, tiles + i * PACKED, line);
-            _tile_loadd(5, tiles + (across + i) * PACKED, line);
-            _tile_loadd(6, packed + i * PACKED, line);
-            _tile_loadd(7, packed + (across + i) * PACKED, line);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        for (int64_t i = 0; i < across; i++)
+            add_four(tiles + i * PACKED, across * PACKED, packed + i * PACKED, across * PACKED);
         _tile_stored(0, scores, line);
         _tile_stored(1, scores + stride, line);
         _tile_stored(2, scores + SIDE * SIDE, line);
@@ -89,17 +94,8 @@ FOR_AMX INLINED void gather_in_tiles(const bfloat16 *pairs, int64_t stride, cons
         _tile_loadd(1, sums + sums_stride, line);
         _tile_loadd(2, sums + SIDE * SIDE, line);
         _tile_loadd(3, sums + sums_stride + SIDE * SIDE, line);
-        for (int j = 0; j < count; j += INPUTS) {
-            const bfloat16 *some = tiles + (j / INPUTS * across + i) * PACKED;
-            _tile_loadd(4, some, line);
-            _tile_loadd(5, some + PACKED, line);
-            _tile_loadd(6, pairs + j * SIDE, line);
-            _tile_loadd(7, pairs + stride + j * SIDE, line);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        for (int j = 0; j < count; j += INPUTS)
+            add_four(tiles + (j / INPUTS * across + i) * PACKED, PACKED, pairs + j * SIDE, stride);
         _tile_stored(0, sums, line);
         _tile_stored(1, sums + sums_stride, line);
         _tile_stored(2, sums + SIDE * SIDE, line);
