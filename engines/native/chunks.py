@@ -5,18 +5,16 @@ Where a CPU multiplies bfloat16 in pairs and has no tile registers, torch's libr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from loraplex.engines.native.timing import least_seconds
 from loraplex.kernels.attention.cpu_prefill import PrefillRuns
 from loraplex.kernels.attention.paged import Form, attend_chunk, chunk_mask
 
 _CHUNK, _BEFORE = 128, 1024  # tokens, and positions before them
 _GROUP = 4  # query heads that share a key head
-_REPEATS = 3
 
 
 @torch.inference_mode()
@@ -29,14 +27,5 @@ def is_faster(key_heads: int, width: int, value_width: int, dtype: torch.dtype) 
     out = query.new_empty(_CHUNK, _GROUP * key_heads, value_width)
     slots, form = torch.arange(length), Form(width**-0.5)
     runs, mask = PrefillRuns([(0, _CHUNK, _BEFORE, slots)]), chunk_mask(_BEFORE, _CHUNK, form, query)
-    ours = _seconds(partial(runs.attend, query, keys, values, form, out))
-    return ours <= _seconds(partial(attend_chunk, query[None], keys, values, slots, mask, form))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    took = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        run()
-        took.append(time.perf_counter() - began)
-    return min(took)
+    ours = least_seconds(partial(runs.attend, query, keys, values, form, out))
+    return ours <= least_seconds(partial(attend_chunk, query[None], keys, values, slots, mask, form))

@@ -7,7 +7,6 @@ few tokens at a time waste most of what a library for large matrices does (`benc
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,13 +17,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loraplex.engines.native.compiled_ops import handle_of, map_rows
+from loraplex.engines.native.timing import least_seconds
 from loraplex.kernels import calls
 from loraplex.kernels.built import Argument, Kernel, listening
 from loraplex.kernels.dense.linear import Linear, is_available
 
 _TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
 _ENOUGH = 64 * 2**20  # bytes of weights: more than caches keep, for a step reads each weight once
-_REPEATS = 3
 _TIE = 1.1  # times torch's seconds that ours may take: a token alone reads weights and little else, whoever multiplies
 _MANY, _WIDTH = 96, 1024  # tokens and features of a GEMM by which a type is judged
 _SLOWER = 2.0  # than float32, which takes twice the bytes
@@ -109,13 +108,7 @@ def _as_replayed(kernels: Sequence[Linear], x: Tensor) -> Sequence[Callable[[Ten
 
 @torch.inference_mode()
 def _seconds(layers: Sequence[Callable[[Tensor], object]], x: Tensor) -> float:
-    timings = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        for layer in layers:
-            layer(x)
-        timings.append(time.perf_counter() - began)
-    return min(timings)
+    return least_seconds(lambda: [layer(x) for layer in layers])
 
 
 def _replace_forward(layer: nn.Module, linear: Linear, numbers: range) -> None:

@@ -150,10 +150,8 @@ class Runner:
         token_ids, positions, owners, sampled = _Tokens.of(segments)
         if self.tile is not None:
             return self._in_tiles(segments, token_ids, positions, owners, sampled, self.tile)
-        attention, is_even = (
-            self._attention_step(segments, len(token_ids), self._device),
-            len(token_ids) == len(segments),
-        )
+        attention = self._attention_step(segments, len(token_ids), self._device)
+        is_even = len(token_ids) == len(segments)
         step, graphs = Step(attention, token_ids, positions, owners, sampled, is_even), self.graphs
         if graphs and graphs.takes(step) and not any(segment.pooled for segment in segments):
             self._effects.begin((), (), self._device)

@@ -77,7 +77,8 @@ class PrefillRuns:
         )  # fmt: skip
         needed = size(__file__, "loraplex_cpu_prefill_scratch", *_SIZE)
         call.scratch_bytes = needed(ctypes.byref(call), q.dtype == torch.bfloat16, MOST_SCRATCH)
-        scratch = scratch_of(call.scratch_bytes)
+        kept = call.scratch_bytes <= MOST_SCRATCH  # a long context's would never be given back
+        scratch = scratch_of(call.scratch_bytes) if kept else torch.empty(call.scratch_bytes, dtype=torch.uint8)
         function(__file__, _NAMES[q.dtype], *_ARGUMENTS)(call, q, keys, values, out, scratch)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conformance.cells import make_base, run_cell
 from conformance.features import Feature
 from conformance.shrinking import tiny_config
 from support.models import llama_config
 from transformers import PretrainedConfig
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 QV = ["q_proj", "v_proj"]
 TIED, UNTIED = llama_config(tie_word_embeddings=True), llama_config()
@@ -36,14 +35,6 @@ FORMS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "initialised-by-null": (UNTIED, {"target_modules": QV, "init_lora_weights": None}),
     "initialised-by-nought": (UNTIED, {"target_modules": QV, "init_lora_weights": 0}),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT, about tied weights

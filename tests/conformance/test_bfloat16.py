@@ -14,8 +14,6 @@ by up to 2⁻⁹, which adds up as √(3 · 12) · 2⁻⁹ = 1.2 %; random weigh
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +28,12 @@ from transformers import AutoModelForCausalLM
 
 from loraplex.engines.protocol import Adapter
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 FACTOR = 1.5
 MOST = 0.03
 # Without experts to choose among: one that is chosen otherwise is no rounding error.
 ARCHITECTURES = ("llama", "gpt2", "gemma2")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def _dora(model: Any) -> dict[str, Any]:

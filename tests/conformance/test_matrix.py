@@ -6,16 +6,16 @@ python -m pytest -m slow tests/conformance/test_matrix.py        # every cell
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conformance.cells import make_base
 from conformance.features import FEATURE
 from conformance.matrix import ARCHITECTURES, PAGE, VERSIONS, outcome_of, page, read_record, row_of
 from conformance.shrinking import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 RECORD = read_record()
 # Computed in every run: each feature once, on an architecture that does what the feature is about in its own way.
@@ -31,14 +31,6 @@ def _cells() -> Iterator[object]:
         for feature in row:
             name = f"{architecture}-{feature}"
             yield pytest.param(architecture, feature, id=name, marks=[] if name in SAMPLE else pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about configurations this small

@@ -5,9 +5,7 @@ GPTQ and AWQ are left out where `gptqmodel` and `optimum` are not: CI does not r
 
 from __future__ import annotations
 
-import logging
 import statistics
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.memory import unpacked_bytes
 from loraplex.engines.protocol import Adapter
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 COMPRESSED = ("compressed_tensors",)
 GPTQMODEL = ("gptqmodel", "optimum")
@@ -103,14 +103,6 @@ FORMS = (
     Form("gptq-by-activation", gptq(by_activation=True), GPTQMODEL, tolerance=0.1, exactly=0.02),
     Form("awq", awq, GPTQMODEL, tolerance=0.1, exactly=0.02),
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own

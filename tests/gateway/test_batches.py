@@ -349,9 +349,7 @@ def test_batch_goes_on_after_the_gateway_was_killed_and_answers_each_line_once(t
     extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 5\n'
     port = free_port()
     with serving_at(tmp_path, port, extra) as (process, admin):
-        tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
-        key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = headers_of_a_tenant(admin)
         with httpx.Client(base_url=admin.base_url, headers=headers) as client:
             batch_id = begin(client, content)
             before = wait(client, batch_id, answered=10)
@@ -377,9 +375,7 @@ def test_lines_that_a_shutdown_cuts_off_are_interrupted_and_cost_nothing(tmp_pat
     extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 4\n'
     port = free_port()
     with serving_at(tmp_path, port, extra) as (process, admin):
-        tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
-        key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = headers_of_a_tenant(admin)
         with httpx.Client(base_url=admin.base_url, headers=headers) as client:
             batch_id = begin(client, content)
             wait(client, batch_id, answered=4)
@@ -394,6 +390,13 @@ def test_lines_that_a_shutdown_cuts_off_are_interrupted_and_cost_nothing(tmp_pat
     assert {row["outcome"] for row in rows} == {"completed", "interrupted"}
     assert {(row["num_prompt_tokens"], row["num_completion_tokens"]) for row in cut} == {(0, 0)}
     assert len(rows) - len(cut) == 12
+
+
+def headers_of_a_tenant(admin: httpx.Client) -> dict[str, str]:
+    """Of a new one, with a key of its own."""
+    tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
+    key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
+    return {"Authorization": f"Bearer {key}"}
 
 
 def wait_running(gateway: Gateway) -> None:
