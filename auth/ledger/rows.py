@@ -69,7 +69,8 @@ class StatementWriter:
     async def insert(self, records: Sequence[UsageRecord]) -> None:
         if not records:
             return
-        rows = [msgspec.structs.asdict(record) for record in records]
+        # In order: PostgreSQL's writers wait for each other's rows as they meet them, in a circle otherwise.
+        rows = [msgspec.structs.asdict(record) for record in sorted(records, key=lambda record: record.request_id)]
         async with self._database.begin() as connection:
             inserted = {row.request_id for row in await connection.execute(self._add, rows)}
             days = _days([record for record in records if record.request_id in inserted])
