@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from loraplex.engines.native.cpu_sampler import pick_by_kernel
 from loraplex.engines.native.sampler import Row, pick_by_sorting
+from loraplex.engines.pages import in_large_pages
 from loraplex.engines.protocol import SamplingParams
 from loraplex.kernels.attention import cpu_rotary, rotary
 from loraplex.kernels.attention.cache_write import write_paged
@@ -38,7 +39,7 @@ from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_chunk, attend_decode, chunk_mask
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.calls import Calls
-from loraplex.kernels.dense.linear import Linear
+from loraplex.kernels.dense.linear import Linear, panels_size
 from loraplex.kernels.fused import cpu_elementwise as elementwise
 from loraplex.kernels.fused.cpu_gated import Gate
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
@@ -65,12 +66,18 @@ def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
         num_bytes = shape.intermediate * shape.hidden * dtype.itemsize
         number = -(-BEYOND_CACHES // num_bytes)
         weights = [torch.randn(shape.intermediate, shape.hidden).to(dtype) for _ in range(number)]
+        room = panels_size(weights[0])  # none where the CPU reads rows as fast
+        packed = [Linear(weight, panels=in_large_pages(room)) for weight in weights] if room else []
         for count in (1, 4, 8, 16, 32, 64, 256, 448):
             x = torch.randn(count, shape.hidden).to(dtype)
             name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
             ours = in_turn([partial(Linear(weight), x) for weight in weights])
             theirs = in_turn([partial(functional.linear, x, weight) for weight in weights])
             cases.append(Case(name, ours, num_bytes + x.nbytes))
+            if packed:
+                cases.append(
+                    Case(f"{name}, packed", in_turn([partial(layer, x) for layer in packed]), num_bytes + x.nbytes)
+                )
             cases.append(Case(f"{name}, torch", theirs, num_bytes + x.nbytes))
     return cases
 

@@ -7,8 +7,9 @@ few tokens at a time waste most of what a library for large matrices does (`benc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,26 @@ _MANY, _WIDTH = 96, 1024  # tokens and features of a GEMM by which a type is jud
 _SLOWER = 2.0  # than float32, which takes twice the bytes
 
 
-def use_dense_kernel(model: PreTrainedModel, *, always: bool = False) -> range:
+def use_dense_kernel(
+    model: PreTrainedModel, panels: Mapping[nn.Module, Tensor] = MappingProxyType({}), *, always: bool = False
+) -> range:
     """Let the kernel compute plain linear layers for as many tokens as torch is not faster for. Result: those numbers.
 
     To be called before anything else wraps the layers. Leaves everything as it is where the kernel is not available.
-    `always`: for any number of tokens, so that every start gives the same bits, whatever it would have measured.
+    `panels`: the weights that are packed. `always`: for any number of tokens, so that every start gives the same bits,
+    whatever it would have measured.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
+    layers = {
+        layer: Linear(layer.weight, layer.bias, panels.get(layer))
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and is_plain(layer)
+    }
     if not layers:
         return range(0)
     numbers = range(sys.maxsize) if always else _numbers_of_tokens(_sample(layers))
     if numbers:
-        for layer in layers:
-            _replace_forward(layer, Linear(layer.weight, layer.bias), numbers)
+        for layer, linear in layers.items():
+            _replace_forward(layer, linear, numbers)
     return numbers
 
 
@@ -54,7 +62,7 @@ def multiplies_well(dtype: torch.dtype, device: torch.device) -> bool:
     return _seconds([partial(functional.linear, weight=weight.to(dtype))], x.to(dtype)) < _SLOWER * wide
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def is_plain(layer: nn.Linear) -> bool:
     """Exactly torch's, of a type the kernel knows: quantised ones derive from it, or have a forward of their own."""
     return (
         type(layer).forward is nn.Linear.forward
@@ -66,21 +74,21 @@ def _is_plain(layer: nn.Linear) -> bool:
     )
 
 
-def _sample(layers: list[nn.Linear]) -> list[Tensor]:
-    """Weights for inputs of one width and type, as many as a step would not find in a cache."""
-    like = layers[0].weight
-    sample: list[Tensor] = []
-    for layer in layers:
+def _sample(layers: Mapping[nn.Linear, Linear]) -> dict[nn.Linear, Linear]:
+    """Those for inputs of one width and type, with as many weights as a step would not find in a cache."""
+    like = next(iter(layers)).weight
+    sample: dict[nn.Linear, Linear] = {}
+    for layer, linear in layers.items():
         if layer.in_features == like.shape[1] and layer.weight.dtype == like.dtype:
-            sample.append(layer.weight)
-        if sum(weight.nbytes for weight in sample) >= _ENOUGH:
+            sample[layer] = linear
+        if sum(chosen.weight.nbytes for chosen in sample) >= _ENOUGH:
             break
     return sample
 
 
-def _numbers_of_tokens(weights: list[Tensor]) -> range:
+def _numbers_of_tokens(layers: Mapping[nn.Linear, Linear]) -> range:
     """Those that the kernel is for: upwards until torch is faster, which it may be for a token alone."""
-    kernels = [Linear(weight) for weight in weights]
+    kernels, weights = [*layers.values()], [layer.weight for layer in layers]
     theirs = [partial(functional.linear, weight=weight) for weight in weights]
     least, most = _TRIED[0], 0
     for num_tokens in _TRIED:

@@ -1,41 +1,63 @@
-"""Weights of linear layers where a CPU reads them fastest: each from a cache line on, in large pages.
+"""Weights of linear layers where a CPU reads them fastest: from a cache line on, in large pages, some of them packed.
 
 A checkpoint's file puts a tensor wherever the one before it ends, so that nearly every load meets two lines, and is
 mapped in pages of 4 KiB, each of which a step would have to look up. What is copied here is what steps read; embeddings
 that no layer shares, of which a step reads a few rows, stay where they are.
+
+Where the CPU multiplies panels faster than rows (`panels.h` of the dense kernel), weights that lie in a file as it is
+are packed. The file then answers whoever asks for the weight itself, as DoRA does once for an adapter: its pages take
+no memory that others need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from loraplex.engines.pages import give_back, in_large_pages
+from loraplex.engines.native.dense import is_plain
+from loraplex.engines.pages import give_back, in_large_pages, unwritten_files
+from loraplex.kernels.dense.linear import pack, panels_size
 
 _LINE = 64  # bytes
 
 
-def place_weights(model: nn.Module, layers: Iterable[nn.Module]) -> int:
-    """Move those of the model's layers that steps use, where they are plain tensors of a CPU.
+def place_weights(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
+    """Move those of the model's layers that steps use, where they are plain tensors of a CPU, or pack them.
 
-    Result: how many bytes. What shares memory with another tensor of the model's stays where it is.
+    Result: the panels of those that were packed. What shares memory with another tensor of the model's is not moved.
     """
+    used, files = [*layers], unwritten_files()
+    packed = {layer: layer.weight for layer in used if isinstance(layer, nn.Linear) and _is_packed(layer, files)}
     overlapping = _overlapping([*model.parameters(), *model.buffers()])
-    found = [getattr(layer, "weight", None) for layer in layers]
+    found = [getattr(layer, "weight", None) for layer in used if layer not in packed]
     weights = {id(weight): weight for weight in found if isinstance(weight, nn.Parameter)}
     moved = [weight for key, weight in weights.items() if key not in overlapping and _can_move(weight)]
-    size = sum(map(_rounded, moved))
-    if not size:
-        return 0
-    memory = in_large_pages(size)
-    begin = 0
+    places = _places([*map(panels_size, packed.values()), *(weight.nbytes for weight in moved)])
+    panels: dict[nn.Module, Tensor] = {}
+    for layer, weight in packed.items():
+        pack(weight.data, panels.setdefault(layer, next(places)))
+        give_back(weight.data)
     for weight in moved:
-        place = memory[begin : begin + weight.nbytes].view(weight.dtype).view(weight.shape)
-        begin += _rounded(weight)
-        before, weight.data = weight.data, place.copy_(weight.data)
+        before, weight.data = weight.data, next(places).view(weight.dtype).view(weight.shape).copy_(weight.data)
         give_back(before)  # a file stays mapped as long as anything in it is used
-    return size
+    return panels
+
+
+def _places(sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Memory for each of so many bytes, in whole lines."""
+    rounded = [-(-size // _LINE) * _LINE for size in sizes]
+    memory = torch.split(in_large_pages(sum(rounded)), rounded)
+    return (place[:size] for place, size in zip(memory, sizes, strict=True))
+
+
+def _is_packed(layer: nn.Linear, files: Sequence[range]) -> bool:
+    """Where that is faster, and a file keeps the weight for whoever asks for it."""
+    if not is_plain(layer) or not panels_size(layer.weight):
+        return False
+    first = layer.weight.data_ptr()
+    return any(first in file and first + layer.weight.nbytes - 1 in file for file in files)
 
 
 def _overlapping(tensors: list[Tensor]) -> set[int]:
@@ -55,7 +77,3 @@ def _can_move(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.is_inference():
         return False
     return type(weight.data) is Tensor and weight.is_contiguous()
-
-
-def _rounded(weight: Tensor) -> int:
-    return -(-weight.nbytes // _LINE) * _LINE

@@ -1,9 +1,11 @@
 /* A linear layer of torch's form: y[t][o] = bias[o] + sum_i w[o][i] * x[t][i].
 
-   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h` and `linear_amx.h`. Where tile
-   registers are used, up to three tokens are not computed in them: a tenth faster, and other in their last bits. */
+   Sums are made in float32 and rounded once. Results depend on no neighbour: see `tile.h`, `panels.h` and `linear_amx.h`.
+   Where tile registers are used, up to three tokens are not computed in them: a tenth faster, and other in their last
+   bits. */
 
 #include "dense/linear_amx.h"
+#include "dense/panels.h"
 #include "dense/tile.h"
 
 #define FEW 16           /* tokens */
@@ -13,6 +15,7 @@
 typedef struct {
     int64_t in, out;
     const void *weight, *bias; /* bias: or NULL */
+    const void *panels;        /* or NULL: the weight is read as it lies */
 } Layer;
 
 /* Whether to pack pairs: all rows of such a width would contend for the same lines of the first cache. */
@@ -25,15 +28,15 @@ static void pack_pairs(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat
                   packed + k * paired_width(in), me, all);
 }
 
-/* y[t * out + k] = the tile's sums and a bias, rounded. */
+/* y[t * out + k] = sums[t * stride + k] and a bias, rounded. */
 #define DEFINE_FINISH(T)                                                                          \
-    FOR_EACH_CPU static void finish_##T(const float *sums, const T *bias, T *restrict y, int64_t out, \
+    FOR_EACH_CPU static void finish_##T(const float *sums, int stride, const T *bias, T *restrict y, int64_t out, \
                                         int tokens, int outputs) {                                \
         float offset[TILE] = {0};                                                                 \
         for (int k = 0; bias && k < outputs; k++) offset[k] = widen_##T(bias[k]);                 \
         for (int t = 0; t < tokens; t++)                                                          \
             for (int k = 0; k < outputs; k++)                                                     \
-                y[t * out + k] = narrow_##T(sums[t * TILE + k] + offset[k]);                      \
+                y[t * out + k] = narrow_##T(sums[t * stride + k] + offset[k]);                    \
     }
 
 DEFINE_FINISH(float)
@@ -61,59 +64,110 @@ DEFINE_FINISH(bfloat16)
                 else                                                                              \
                     BY_WIDTH(tile_##T)(weight + o * in, (const float *)inputs + begin * in, in,   \
                                        outputs, tokens, sums, wide);                              \
-                finish_##T(sums, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
+                finish_##T(sums, TILE, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
             }                                                                                     \
     }
 
 DEFINE_OUTPUTS(float)
 DEFINE_OUTPUTS(bfloat16)
 
+/* One thread's outputs of a layer in panels. Rows of x, in float32, lie `x_stride` numbers apart. */
+#define DEFINE_PANELS_OUTPUTS(T)                                                                  \
+    static void outputs_of_panels_##T(const Layer *layer, const float *x, int64_t x_stride, T *y, \
+                                      int64_t num_tokens, int64_t me, int64_t all) {              \
+        const T *bias = layer->bias;                                                              \
+        int64_t in = layer->in, out = layer->out, size = panel_bytes_##T(in);                     \
+        int64_t first = num_panels(out) * me / all, last = num_panels(out) * (me + 1) / all;      \
+        float sums[TOKENS_A_PANEL * PANEL];                                                       \
+        for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PANEL) {                    \
+            int tokens = num_tokens - begin < TOKENS_A_PANEL ? num_tokens - begin : TOKENS_A_PANEL; \
+            for (int64_t p = first, some; p < last; p += some) {                                  \
+                some = last - p < at_once(tokens) ? 1 : at_once(tokens);                          \
+                memset(sums, 0, some * tokens * PANEL * sizeof(float));                           \
+                some_panels_##T((const char *)layer->panels + p * size, in, x + begin * x_stride, x_stride, sums, \
+                                some, tokens);                                                    \
+                for (int64_t q = 0, o = p * PANEL; q < some; q++, o += PANEL)                     \
+                    finish_##T(sums + q * tokens * PANEL, PANEL, bias ? bias + o : NULL, y + begin * out + o, out, \
+                               tokens, out - o < PANEL ? out - o : PANEL);                        \
+            }                                                                                     \
+        }                                                                                         \
+    }
+
+DEFINE_PANELS_OUTPUTS(float)
+DEFINE_PANELS_OUTPUTS(bfloat16)
+
+/* Bytes that a layer's panels take, or 0 where the CPU is not one for them. */
+#define DEFINE_PACKING(T)                                                                         \
+    int64_t loraplex_panels_##T(int64_t in, int64_t out) {                                        \
+        return takes_panels() ? num_panels(out) * panel_bytes_##T(in) : 0;                        \
+    }                                                                                             \
+    void loraplex_pack_##T(const T *weight, T *panels, int64_t in, int64_t out, int num_threads) { \
+        _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")                     \
+            pack_panels_##T(weight, in, out, panels, omp_get_thread_num(), omp_get_num_threads()); \
+    }
+
+DEFINE_PACKING(float)
+DEFINE_PACKING(bfloat16)
+
 void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t num_tokens, int num_threads,
                            void *scratch) {
-    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")
-        some_outputs_float(layer, x, y, num_tokens, 0, NULL, omp_get_thread_num(), omp_get_num_threads());
+    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        if (layer->panels) outputs_of_panels_float(layer, x, layer->in, y, num_tokens, me, all);
+        else some_outputs_float(layer, x, y, num_tokens, 0, NULL, me, all);
+    }
 }
 
-/* How tokens of bfloat16 are multiplied: in tiles, in pairs, packed or as they lie, or in float32. */
-typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE } Form;
+/* How tokens of bfloat16 are multiplied: in tiles, in pairs, packed or as they lie, or in float32, by panels or rows. */
+typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE, PANELS } Form;
 
-static Form form_of(int64_t in, int64_t num_tokens) {
+static Form form_of(const Layer *layer, int64_t num_tokens) {
+    if (layer->panels) return PANELS;
     if (takes_tiles() && num_tokens > MOST_IN_PAIRS) return TILES;
     if (!takes_pairs()) return WIDE;
-    return is_worth_packing(in, num_tokens) ? PACKED_PAIRS : PAIRS;
+    return is_worth_packing(layer->in, num_tokens) ? PACKED_PAIRS : PAIRS;
 }
 
 /* Few tokens are brought into it by each thread for itself: what another writes would have to come from its cache. */
 static int is_few(int64_t num_tokens) { return num_tokens <= FEW; }
 
 /* Bytes that they take then, in whole lines. */
-static int64_t prepared_size(int64_t in, int64_t num_tokens) {
-    Form form = form_of(in, num_tokens);
-    int64_t size = form == TILES          ? packed_size(in, num_tokens) * sizeof(bfloat16)
-                   : form == PACKED_PAIRS ? num_tokens * paired_width(in) * sizeof(bfloat16)
-                   : form == WIDE         ? num_tokens * in * sizeof(float)
+static int64_t prepared_size(const Layer *layer, int64_t num_tokens) {
+    Form form = form_of(layer, num_tokens);
+    int64_t size = form == TILES          ? packed_size(layer->in, num_tokens) * sizeof(bfloat16)
+                   : form == PACKED_PAIRS ? num_tokens * paired_width(layer->in) * sizeof(bfloat16)
+                   : form == WIDE         ? num_tokens * layer->in * sizeof(float)
+                   : form == PANELS       ? num_tokens * even(layer->in) * sizeof(float)
                                           : 0;
     return (size + LINE - 1) / LINE * LINE;
 }
 
 /* Bytes: prepared tokens, as often as they are, and a widened tile for each thread. */
-int64_t loraplex_linear_scratch(int64_t in, int64_t num_tokens, int64_t num_threads) {
-    return prepared_size(in, num_tokens) * (is_few(num_tokens) ? num_threads : 1) + num_threads * WIDE_TILE;
+int64_t loraplex_linear_scratch(const Layer *layer, int64_t num_tokens, int64_t num_threads) {
+    return prepared_size(layer, num_tokens) * (is_few(num_tokens) ? num_threads : 1) + num_threads * WIDE_TILE;
+}
+
+/* One thread's part of rows in float32, `width` numbers apart, of which those behind `in` are zero. */
+static void widen_rows(const bfloat16 *x, int64_t in, int64_t num_tokens, float *wide, int64_t width, int me, int all) {
+    for (int64_t t = me; t < num_tokens; t += all) {
+        for (int64_t i = 0; i < in; i++) wide[t * width + i] = widen_bfloat16(x[t * in + i]);
+        for (int64_t i = in; i < width; i++) wide[t * width + i] = 0;
+    }
 }
 
 /* One thread's part of it. */
 static void prepare(Form form, const bfloat16 *x, int64_t in, int64_t num_tokens, void *prepared, int me, int all) {
     if (form == TILES) pack_tokens(x, in, num_tokens, prepared, me, all);
     if (form == PACKED_PAIRS) pack_pairs(x, in, num_tokens, prepared, me, all);
-    for (int64_t i = num_tokens * in * me / all; form == WIDE && i < num_tokens * in * (me + 1) / all; i++)
-        ((float *)prepared)[i] = widen_bfloat16(x[i]);
+    if (form == WIDE) widen_rows(x, in, num_tokens, prepared, in, me, all);
+    if (form == PANELS) widen_rows(x, in, num_tokens, prepared, even(in), me, all);
 }
 
 /* `scratch`: of loraplex_linear_scratch bytes, in 64-byte lines. */
 void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
                               char *scratch) {
-    int64_t in = layer->in, size = prepared_size(in, num_tokens);
-    Form form = form_of(in, num_tokens);
+    int64_t in = layer->in, size = prepared_size(layer, num_tokens);
+    Form form = form_of(layer, num_tokens);
     int few = is_few(num_tokens);
     _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -125,6 +179,8 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
         }
         if (form == TILES)
             linear_tiles(layer->weight, layer->bias, in, layer->out, prepared, y, num_tokens, me, all);
+        else if (form == PANELS)
+            outputs_of_panels_bfloat16(layer, prepared, even(in), y, num_tokens, me, all);
         else
             some_outputs_bfloat16(layer, form == PAIRS ? x : prepared, y, num_tokens, form != WIDE, wide, me, all);
     }

@@ -15,9 +15,10 @@ from torch import Tensor
 from loraplex.kernels.built import function, library, size
 from loraplex.kernels.scratch import scratch_of
 
-_NAMES = {torch.float32: "loraplex_linear_float", torch.bfloat16: "loraplex_linear_bfloat16"}
-_SIZE = (ctypes.c_int64,) * 3  # in, number of tokens, number of threads -> bytes that a call in bfloat16 needs
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+_SIZE = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # layer, tokens, threads -> bytes that bfloat16 needs
 _ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+_PACKING = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
 
 
 class _Layer(ctypes.Structure):
@@ -26,6 +27,7 @@ class _Layer(ctypes.Structure):
         ("out_features", ctypes.c_int64),
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
     )
 
 
@@ -36,18 +38,27 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 class Linear:
-    """One layer's weight, where it lies, and its bias. What a row gives depends on no other, not in its last bit.
+    """One layer's weight, where it lies or packed, and its bias. What a row gives depends on no other, to the last bit.
 
     Where the CPU has tile registers (AMX) that does not hold for up to three rows, which are faster without them.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: Shape [out, in], contiguous, of a type that `is_available` knows. bias: Shape [out], of the same."""
-        self._kept = (weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, panels: Tensor | None = None) -> None:
+        """weight: Shape [out, in], contiguous, of a type that `is_available` knows. bias: Shape [out], of the same.
+
+        panels: the weight as `pack` leaves it; then the weight is never read.
+        """
         self._out, self.in_features = weight.shape
         self._dtype = weight.dtype
-        self._layer = _Layer(self.in_features, self._out, weight.data_ptr(), None if bias is None else bias.data_ptr())
-        self._run = function(__file__, _NAMES[weight.dtype], *_ARGUMENTS)
+        self._kept = (weight if panels is None else panels, bias)
+        self._layer = _Layer(
+            self.in_features,
+            self._out,
+            weight.data_ptr() if panels is None else None,
+            None if bias is None else bias.data_ptr(),
+            None if panels is None else panels.data_ptr(),
+        )
+        self._run = function(__file__, f"loraplex_linear_{_NAMES[weight.dtype]}", *_ARGUMENTS)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once.
@@ -66,7 +77,21 @@ class Linear:
     def _scratch_bytes(self, num_tokens: int, num_threads: int) -> int:
         if self._dtype == torch.float32:
             return 0
-        return size(__file__, "loraplex_linear_scratch", *_SIZE)(self.in_features, num_tokens, num_threads)
+        layer = ctypes.addressof(self._layer)
+        return size(__file__, "loraplex_linear_scratch", *_SIZE)(layer, num_tokens, num_threads)
+
+
+def panels_size(weight: Tensor) -> int:
+    """Bytes that the weight takes in panels (`panels.h`), or 0 where this CPU reads rows as fast. Shape [out, in]."""
+    name = f"loraplex_panels_{_NAMES[weight.dtype]}"
+    return size(__file__, name, ctypes.c_int64, ctypes.c_int64)(weight.shape[1], weight.shape[0])
+
+
+def pack(weight: Tensor, panels: Tensor) -> None:
+    """weight: Shape [out, in], contiguous. panels: Shape [panels_size(weight)], bytes from a cache line on."""
+    out, width = weight.shape
+    run = function(__file__, f"loraplex_pack_{_NAMES[weight.dtype]}", *_PACKING)
+    run(weight, panels, width, out, torch.get_num_threads())
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
+from support.cpu_flags import flag
 
 from loraplex.kernels.attention import cpu_prefill
-from loraplex.kernels.built import library
 from loraplex.kernels.dense import linear
 from loraplex.kernels.lora import decode
 
@@ -31,10 +29,10 @@ def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
     one = torch.zeros(1, 1, dtype=torch.bfloat16)
     linear.Linear(one)(one)  # which asks the CPU
     tiles, broad = (
-        [_flag(module, name) for module in (linear, decode, cpu_prefill)]
+        [flag(module, name) for module in (linear, decode, cpu_prefill)]
         for name in ("loraplex_tiles", "loraplex_broad")
     )
-    pairs = [_flag(module, "loraplex_pairs") for module in (linear, decode)]
+    pairs = [flag(module, "loraplex_pairs") for module in (linear, decode)]
     assert all(flag.value in (0, 1) for flag in (tiles[0], pairs[0]))
     flags = {
         "as the CPU can": [],
@@ -42,15 +40,9 @@ def bfloat16_is(request: pytest.FixtureRequest) -> Iterator[str]:
         "widened": [*tiles, *pairs],
         "widened in short vectors": [*tiles, *pairs, *broad],
     }[request.param]
-    before = [flag.value for flag in flags]
-    for flag in flags:
-        flag.value = 0
+    before = [own.value for own in flags]
+    for own in flags:
+        own.value = 0
     yield request.param
-    for flag, value in zip(flags, before, strict=True):
-        flag.value = value
-
-
-def _flag(module: ModuleType, name: str) -> ctypes.c_int:
-    """What the kernel found out about the CPU: 0 or 1, −1 before it asks. Read by nobody where none was built."""
-    built = library(str(module.__file__))
-    return ctypes.c_int() if built is None else ctypes.c_int.in_dll(built, name)
+    for own, value in zip(flags, before, strict=True):
+        own.value = value

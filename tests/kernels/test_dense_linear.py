@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from support.cpu_flags import can_use_panels, flag, panels_wanted
 
-from loraplex.kernels.built import library
+from loraplex.engines.pages import in_large_pages
 from loraplex.kernels.dense import linear as kernel
-from loraplex.kernels.dense.linear import Linear, is_available, linear_reference
+from loraplex.kernels.dense.linear import Linear, is_available, linear_reference, pack, panels_size
 
 CPU = torch.device("cpu")
 FEATURES = [  # in, out: about the borders
@@ -24,9 +25,23 @@ pytestmark = pytest.mark.skipif(not is_available(torch.float32, CPU), reason="th
 
 def uses_tiles() -> bool:
     Linear(*a_layer(100, 257, torch.bfloat16))(torch.zeros(2, 100).bfloat16())  # which asks the CPU
-    built = library(kernel.__file__)
-    assert built is not None
-    return ctypes.c_int.in_dll(built, "loraplex_tiles").value == 1
+    return flag(kernel, "loraplex_tiles").value == 1
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """As `Linear`, of panels, which the weight is not needed beside."""
+    with panels_wanted(True):
+        panels = in_large_pages(panels_size(weight))
+    panels.fill_(0xFF)  # NaN, wherever nothing is written
+    own = weight.clone()
+    pack(own, panels)
+    linear = Linear(own, bias, panels)
+    own.fill_(float("nan"))
+    return linear
+
+
+NEEDS_PANELS = pytest.mark.skipif(not can_use_panels(), reason="this CPU has no AVX2")
+FORMS = pytest.mark.parametrize("form", [Linear, pytest.param(packed, marks=NEEDS_PANELS)], ids=["rows", "panels"])
 
 
 def a_layer(
@@ -40,12 +55,19 @@ def a_layer(
 @pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
+@FORMS
 def test_linear_equals_the_formula(
-    num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int, bfloat16_is: str
+    num_in: int,
+    num_out: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    form: Callable[..., Linear],
+    threads: int,
+    bfloat16_is: str,
 ) -> None:
     """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
     weight, bias = a_layer(num_in, num_out, dtype, has_bias=has_bias)
-    linear = Linear(weight, bias)
+    linear = form(weight, bias)
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, num_in, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
         rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-5)
@@ -54,13 +76,14 @@ def test_linear_equals_the_formula(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [2100, 4096])
+@FORMS
 def test_a_row_is_the_same_in_any_company_to_the_last_bit(
-    dtype: torch.dtype, width: int, threads: int, bfloat16_is: str
+    dtype: torch.dtype, width: int, form: Callable[..., Linear], threads: int, bfloat16_is: str
 ) -> None:
-    linear = Linear(*a_layer(width, 53, dtype))
+    linear = form(*a_layer(width, 53, dtype))
     x = torch.randn(280, width).to(dtype)
     together = linear(x)
-    few = 3 if dtype == torch.bfloat16 and uses_tiles() else 0  # rows that are not computed in tiles
+    few = 3 if form is Linear and dtype == torch.bfloat16 and uses_tiles() else 0  # rows that are not computed in tiles
     for begin in [*range(70), 250, 260]:
         lengths = {1 + few, 2 + few, 5, 9, 70 - begin, 280 - begin}
         for end in (begin + length for length in lengths if length > few and begin + length <= 280):
@@ -75,8 +98,9 @@ def test_rows_may_stand_in_any_number_of_dimensions_and_apart(bfloat16_is: str) 
     assert torch.equal(linear(x[:, ::2]), linear(x)[:, ::2])
 
 
-def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
-    linear = Linear(*a_layer(100, 257, torch.bfloat16))
+@FORMS
+def test_what_is_not_a_number_stays_in_its_row(form: Callable[..., Linear], bfloat16_is: str) -> None:
+    linear = form(*a_layer(100, 257, torch.bfloat16))
     x = torch.randn(12, 100).bfloat16()
     x[3, 99] = float("nan")
     y = linear(x)
@@ -84,9 +108,10 @@ def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
     assert torch.isfinite(y[[row for row in range(12) if row != 3]]).all()
 
 
-def test_layers_are_computed_in_several_threads_at_once() -> None:
+@FORMS
+def test_layers_are_computed_in_several_threads_at_once(form: Callable[..., Linear]) -> None:
     """Each thread has scratch of its own, which grows with the widest step."""
-    linear = Linear(*a_layer(2048, 100, torch.bfloat16))
+    linear = form(*a_layer(2048, 100, torch.bfloat16))
     steps = [torch.randn(num_tokens, 2048).bfloat16() for num_tokens in (2, 40, 3, 300, 5, 130, 64, 17)]
     expected = [linear(x) for x in steps]
     with ThreadPoolExecutor(4) as threads:
@@ -111,3 +136,11 @@ def test_what_a_cpu_has_is_used() -> None:
     if "amx_bf16" not in told:
         pytest.skip("this CPU has no AMX")
     assert uses_tiles()
+
+
+def test_weights_are_packed_where_a_cpu_has_nothing_better() -> None:
+    told = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    flag(kernel, "loraplex_panels").value = -1
+    wanted = can_use_panels() and not {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= set(told)
+    sizes = [panels_size(torch.zeros(17, 3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert sizes == ([2 * 3 * 64, 2 * 2 * 64] if wanted else [0, 0])
