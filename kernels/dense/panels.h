@@ -17,7 +17,7 @@
 #define CHUNK 256           /* lines: half the first cache, where all tokens of a pass meet them */
 #define PANEL_TOKENS 6      /* whose sums are held in registers */
 #define TOKENS_A_PANEL 96   /* tokens of a pass over the weights */
-#define MOST_PANELS 4       /* at a time: a token alone leaves room for the sums of several */
+#define MOST_PANELS 4       /* at a time, where a token alone leaves room for the sums of several */
 #define LINES_AHEAD 64      /* that are asked for: a CPU's own guess ends with the page */
 
 int loraplex_panels = -1; /* whether weights are to be packed: -1 not asked yet */
@@ -75,7 +75,7 @@ static const Words UPPER_HALVES = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xff
                     *(AnyLanes *)(sums + p * sums_next + t * PANEL + h * LANES) += lanes[p][t][h]; \
     }                                                                                             \
                                                                                                   \
-    /* The same of any number of tokens <= TOKENS_A_PANEL, of panels as `at_once` has for so many. */ \
+    /* The same of any number of tokens <= TOKENS_A_PANEL, one panel or MOST_PANELS. */  \
     FOR_PANELS static void some_panels_##T(const char *w, int64_t in, const float *x, int64_t x_stride, float *sums, \
                                            int panels, int tokens) {                              \
         int64_t lines = (in + INPUTS_##T - 1) / INPUTS_##T, next = lines * LINE, sums_next = tokens * PANEL; \
@@ -89,14 +89,10 @@ static const Words UPPER_HALVES = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xff
                 if (size == 6) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 6); \
                 else if (size == 5) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 5); \
                 else if (size == 4) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 4); \
-                else if (size == 3 && panels == 2)                                                \
-                    dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 2, 3);        \
-                else if (size == 2 && panels == 2)                                                \
-                    dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 2, 2);        \
-                else if (size == 1 && panels == 4)                                                \
-                    dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 4, 1);        \
                 else if (size == 3) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 3); \
                 else if (size == 2) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 2); \
+                else if (panels == MOST_PANELS)                                                   \
+                    dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, MOST_PANELS, 1); \
                 else dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 1);       \
             }                                                                                     \
     }
@@ -114,7 +110,7 @@ static int takes_panels(void) { return loraplex_panels = 0; }
 #endif
 
 /* How many panels are computed at a time. */
-static int at_once(int64_t num_tokens) { return num_tokens == 1 ? MOST_PANELS : num_tokens <= 3 ? 2 : 1; }
+static int at_once(int64_t num_tokens) { return num_tokens == 1 ? MOST_PANELS : 1; }
 
 static int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
 
