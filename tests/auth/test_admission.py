@@ -64,6 +64,12 @@ class World:
         self.stores.append(store)
         return Admission(store, fallback)
 
+    def shared(self) -> RedisStore:
+        """The first gateway's store."""
+        store = self.stores[0]
+        assert isinstance(store, RedisStore)
+        return store
+
     async def calm(self) -> None:
         """Wait until Redis knows all that was settled, and nothing is leased in advance."""
         for store in self.stores:
@@ -88,6 +94,9 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
         if keys:
             await redis.delete(*keys)
         await redis.aclose()
+
+
+only_redis = pytest.mark.parametrize("world", ["redis"], indirect=True)
 
 
 def demand(prompt: int = 1, answer: int = 1, is_open_ended: bool = False) -> Demand:
@@ -399,6 +408,29 @@ async def test_settlement_sent_twice_counts_once() -> None:
             await store.close()
         await redis.delete(*await redis.keys(f"loraplex:{{{world.tenant}}}*"))
         await redis.aclose()
+
+
+@only_redis
+async def test_tenant_that_was_idle_is_counted_on(world: World) -> None:
+    """What this process knows of an idle bucket is forgotten; in Redis it is not."""
+    admission, store = world.admission(), world.shared()
+    budget, slots = Limits(tokens_per_day=1000), Limits(concurrent_requests=2)
+    caller = world.caller(budget, slots)
+    for _ in range(3):
+        (await admission.reserve(caller, demand(10, 10))).settle(10, 10)
+        await world.calm()
+    for pool in store._pools.values():
+        pool.used_at -= 200
+    await world.calm()
+    assert store._pools == {}
+    (await admission.reserve(caller, demand(900, 0))).settle(900, 0)
+    await world.calm()
+    assert len(await admitted(world.admission(), world.caller(key=slots), demand())) == 2
+    world.clock.now += 11  # what is held lapses, what is spent does not
+    other = world.admission()
+    with pytest.raises(QuotaSpent):
+        await other.reserve(world.caller(budget), demand(41, 0))
+    await other.reserve(world.caller(budget), demand(40, 0))
 
 
 async def test_budget_counts_what_a_killed_gateway_used(world: World) -> None:
