@@ -19,6 +19,8 @@ class MemoryStore:
     the books say was spent, so that a restart forgets nothing.
     """
 
+    is_away = False
+
     def __init__(self, books: Books, clock: Callable[[], float] = time.time) -> None:
         self._books = books
         self._clock = clock

@@ -56,6 +56,10 @@ class RedisStore:
         )
         self._keeper: asyncio.Task[None] | None = None
 
+    @property
+    def is_away(self) -> bool:
+        return self._is_away
+
     def now(self) -> float:
         return self._clock() if self._clock else time.time() + self._offset
 

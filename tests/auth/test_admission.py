@@ -15,11 +15,12 @@ from support.services import own_redis
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import LimitReached, LimitsUnavailable, QuotaSpent, RequestsLimited, TokensLimited
-from loraplex.auth.limits.admission import Admission, Reservation, Store
+from loraplex.auth.limits.admission import Admission, Reservation
 from loraplex.auth.limits.charges import period
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import NO_LIMITS, Limits, Policy
 from loraplex.auth.limits.shared import RedisStore
+from loraplex.auth.limits.stores import Store
 from loraplex.auth.metering import Demand, NoBooks
 
 NOON = 1_800_014_400.0  # 2027-01-15 12:00 UTC
@@ -347,8 +348,51 @@ async def test_store_away_fails_closed_or_open() -> None:
         await Admission(away).reserve(caller, demand())
     open_admission = Admission(away, lambda: MemoryStore(books, clock))
     assert len(await admitted(open_admission, caller, demand())) == 2
+    await open_admission.reserve(World("memory", None).caller(), demand())  # it asks no store, so it finds none
+    with pytest.raises(RequestsLimited):
+        await open_admission.reserve(caller, demand())
     away.is_away = False
     assert len(await admitted(open_admission, caller, demand())) == 2
+
+
+async def test_answer_that_goes_on_while_the_store_is_away_takes_from_the_substitute() -> None:
+    clock, books = Clock(), Books()
+    away, substitute = _Away(MemoryStore(books, clock)), MemoryStore(books, clock)
+    admission = Admission(away, lambda: substitute)
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    away.is_away = False
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = True
+    await reservation.extend()
+    assert reservation.num_output_tokens == 512
+    reservation.settle(10, 300)  # 266 had been taken before, the other 44 meanwhile
+    for store, num_left in ((substitute, 656), (away._store, 434)):
+        with pytest.raises(QuotaSpent):
+            await Admission(store).reserve(caller, demand(num_left, 1))
+        await Admission(store).reserve(caller, demand(num_left, 0))
+
+
+async def test_answer_that_goes_on_while_the_store_is_away_ends_without_a_substitute() -> None:
+    away = _Away(MemoryStore(Books(), Clock()))
+    away.is_away = False
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    reservation = await Admission(away).reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = True
+    with pytest.raises(LimitsUnavailable):
+        await reservation.extend()
+
+
+async def test_answer_begun_while_the_store_was_away_goes_on_in_it() -> None:
+    clock, books = Clock(), Books()
+    away = _Away(MemoryStore(books, clock))
+    admission = Admission(away, lambda: MemoryStore(books, clock))
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = False
+    await reservation.extend()
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(445, 0))
+    await admission.reserve(caller, demand(444, 0))
 
 
 async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
@@ -359,6 +403,7 @@ async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogC
     for _ in range(3):
         with pytest.raises(LimitsUnavailable):
             await Admission(store).reserve(caller, demand())
+    assert store.is_away
     await store.close()
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
 
