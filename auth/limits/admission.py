@@ -73,7 +73,7 @@ class Reservation:
                 whole = num_output_tokens + (num_prompt_tokens if charge.family == "budget" else 0)
                 used = min(left.setdefault(charge.bucket, whole), charge.amount)
                 left[charge.bucket] -= used
-            store.settle(charge, used)
+            self._stores.settle(store, charge, used)
 
     def standings(self) -> dict[str, Standing]:
         """The tightest limit of "requests" and of "tokens", where there is one."""
@@ -115,11 +115,11 @@ class Admission:
         self._estimates.learn(key_id, model, num_output_tokens)
 
     async def correct(self, callers: Collection[tuple[str, str]]) -> None:
-        """Of these tenants and keys the books have learned what a killed process used. Raises LimitsUnavailable."""
-        for tenant_id in {tenant_id for tenant_id, _ in callers}:
-            await self._store.correct(tenant_id, None)
-        for tenant_id, key_id in callers:
-            await self._store.correct(tenant_id, key_id)
+        """Of these tenants and keys the books have learned what a killed process used.
+
+        Raises LimitsUnavailable, and tries again with the tenants' next requests.
+        """
+        await self._stores.correct(callers)
 
     async def close(self) -> None:
         """Give back what this process holds."""

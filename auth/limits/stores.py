@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Protocol
 
 from loraplex.auth.errors import LimitReached, LimitsUnavailable
@@ -33,7 +34,7 @@ class Store(Protocol):
         ...
 
     async def correct(self, tenant_id: str, key_id: str | None) -> None:
-        """The books have learned what a killed process used: budgets count at least what they say now.
+        """The books know what the store does not: budgets count at least what they say now.
 
         Raises LimitsUnavailable.
         """
@@ -45,12 +46,16 @@ class Store(Protocol):
 
 
 class Stores:
-    """The main store; while it is away a substitute that `fallback` makes anew for each absence, or none."""
+    """The main store; while it is away a substitute that `fallback` makes anew for each absence, or none.
+
+    What was used of budgets meanwhile is in the books, from which the main store learns it once it is back.
+    """
 
     def __init__(self, main: Store, fallback: Callable[[], Store] | None) -> None:
         self.main = main
         self._fallback = fallback
         self._substitute: Store | None = None
+        self._untold: dict[str, set[str | None]] = {}  # by tenant the keys, and None for all of them together
 
     @property
     def current(self) -> Store:
@@ -66,6 +71,9 @@ class Stores:
         wanted = wanted_at(self.main.now())
         if not wanted:
             return []
+        if wanted[0].tenant_id in self._untold and not self.main.is_away:
+            with suppress(LimitsUnavailable):  # it stays untold until the next request
+                await self._tell(wanted[0].tenant_id)
         try:
             await self.main.take(wanted, may_owe=may_owe)
         except LimitsUnavailable:
@@ -80,6 +88,31 @@ class Stores:
             raise
         self._look_for_main()
         return [(self.main, charge) for charge in wanted]
+
+    def settle(self, store: Store, charge: Charge, used: int) -> None:
+        """Of what was taken from this store so much was used."""
+        store.settle(charge, used)
+        if store is not self.main and charge.family == "budget":
+            self._untold.setdefault(charge.tenant_id, set()).add(charge.key_id)
+
+    async def correct(self, callers: Collection[tuple[str, str]]) -> None:
+        """The books know more of these tenants and keys than the main store.
+
+        Raises LimitsUnavailable; what it has not learned then it learns with the tenant's next requests.
+        """
+        for tenant_id, key_id in callers:
+            self._untold.setdefault(tenant_id, set()).update((None, key_id))
+        for tenant_id in {tenant_id for tenant_id, _ in callers}:
+            await self._tell(tenant_id)
+
+    async def _tell(self, tenant_id: str) -> None:
+        key_ids = self._untold.pop(tenant_id, set())
+        try:
+            for key_id in key_ids:
+                await self.main.correct(tenant_id, key_id)
+        except BaseException:
+            self._untold.setdefault(tenant_id, set()).update(key_ids)
+            raise
 
     def _look_for_main(self) -> None:
         """What the substitute counted is in the books, where the next one begins."""

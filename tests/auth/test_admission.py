@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
+from redis.asyncio import ConnectionPool, Redis
 from support.services import own_redis
 
 from loraplex.auth.caller import Caller
@@ -70,6 +72,18 @@ class World:
         store = self.stores[0]
         assert isinstance(store, RedisStore)
         return store
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Nothing listens where Redis was, then it is back with all that it knew."""
+        there = self._redis.connection_pool
+        self._redis.connection_pool = ConnectionPool.from_url("redis://127.0.0.1:1/0")
+        try:
+            yield
+        finally:
+            self._redis.connection_pool = there
+            for store in self.stores:
+                store._away_until = 0.0  # type: ignore[attr-defined]
 
     async def calm(self) -> None:
         """Wait until Redis knows all that was settled, and nothing is leased in advance."""
@@ -396,8 +410,6 @@ async def test_answer_begun_while_the_store_was_away_goes_on_in_it() -> None:
 
 
 async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
-    from redis.asyncio import Redis
-
     store = RedisStore(Redis.from_url("redis://127.0.0.1:1/0"), Books())
     caller = World("redis", None).caller(Limits(requests_per_minute=2))
     for _ in range(3):
@@ -476,6 +488,43 @@ async def test_tenant_that_was_idle_is_counted_on(world: World) -> None:
     with pytest.raises(QuotaSpent):
         await other.reserve(world.caller(budget), demand(41, 0))
     await other.reserve(world.caller(budget), demand(40, 0))
+
+
+@only_redis
+async def test_budget_counts_what_was_used_while_redis_was_away(world: World) -> None:
+    admission = world.admission(lambda: MemoryStore(world.books, world.clock))
+    caller = world.caller(Limits(tokens_per_day=1000), Limits(tokens_per_month=5000))
+
+    async def use(num_tokens: int) -> None:
+        reservation = await admission.reserve(caller, demand(num_tokens, 0))
+        world.books.tokens += num_tokens
+        reservation.settle(num_tokens, 0)
+
+    await use(10)
+    await world.calm()
+    with world.outage():
+        for _ in range(9):
+            await use(100)
+    await use(100)  # it finds Redis again, and is admitted by what Redis knew
+    with pytest.raises(QuotaSpent):
+        await use(100)
+    with pytest.raises(QuotaSpent):  # of the key as well
+        await admission.reserve(world.caller(key=Limits(tokens_per_month=1000)), demand(100, 0))
+
+
+@only_redis
+async def test_budget_that_could_not_be_corrected_is_corrected_when_redis_is_back(world: World) -> None:
+    caller = world.caller(Limits(tokens_per_day=100))
+    (await world.admission().reserve(caller, demand(10, 0))).settle(10, 0)
+    await world.calm()
+    world.books.tokens = 60
+    admission = world.admission()
+    with world.outage(), pytest.raises(LimitsUnavailable):
+        await admission.correct([(caller.tenant_id, caller.key_id)])
+    await admission.reserve(caller, demand(1, 0))
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(40, 0))
+    await admission.reserve(caller, demand(39, 0))
 
 
 async def test_budget_counts_what_a_killed_gateway_used(world: World) -> None:
