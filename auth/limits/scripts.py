@@ -45,6 +45,13 @@ LEASE = (
     _COMMON
     + """
 local may_owe = ARGV[4] == '1'
+for i, key in ipairs(KEYS) do  -- the process lives, whether or not it is granted more
+  local at = 5 + (i - 1) * 5
+  if ARGV[at] ~= 'rate' and redis.call('HEXISTS', key, 'h:' .. process) == 1 then
+    redis.call('HSET', key, 'd:' .. process, now + hold_ms)
+    keep(key, ARGV[at + 4])
+  end
+end
 local plans = {}
 for i, key in ipairs(KEYS) do
   local at = 5 + (i - 1) * 5

@@ -468,6 +468,23 @@ async def test_settlement_sent_twice_counts_once() -> None:
 
 
 @only_redis
+async def test_slots_are_held_while_more_are_asked_for_without_a_pause(world: World) -> None:
+    """A bucket that is asked for at the moment is not renewed, and a refusal has to do as well."""
+    admission, store = world.admission(), world.shared()
+    caller = world.caller(Limits(concurrent_requests=4))
+    assert len(await admitted(admission, caller, demand())) == 4
+    (pool,) = store._pools.values()
+    pool.num_calls += 1  # others are on their way all the time
+    for _ in range(3):
+        world.clock.now += 6
+        await store._renew_all()
+        with pytest.raises(RequestsLimited):
+            await admission.reserve(caller, demand())
+    with pytest.raises(RequestsLimited):
+        await world.admission().reserve(caller, demand())
+
+
+@only_redis
 async def test_tenant_that_was_idle_is_counted_on(world: World) -> None:
     """What this process knows of an idle bucket is forgotten; in Redis it is not."""
     admission, store = world.admission(), world.shared()
