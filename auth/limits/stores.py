@@ -59,6 +59,7 @@ class Stores:
 
     @property
     def current(self) -> Store:
+        """The one that counts at the moment."""
         return self._substitute or self.main
 
     async def take(
@@ -84,9 +85,9 @@ class Stores:
             await substitute.take(wanted, may_owe=may_owe)
             return [(substitute, charge) for charge in wanted]
         except LimitReached:
-            self._look_for_main()
+            self._end_absence()
             raise
-        self._look_for_main()
+        self._end_absence()
         return [(self.main, charge) for charge in wanted]
 
     def settle(self, store: Store, charge: Charge, used: int) -> None:
@@ -114,7 +115,7 @@ class Stores:
             self._untold.setdefault(tenant_id, set()).update(key_ids)
             raise
 
-    def _look_for_main(self) -> None:
-        """What the substitute counted is in the books, where the next one begins."""
-        if not self.main.is_away:  # it may have given what it had leased before
+    def _end_absence(self) -> None:
+        """Where the main store is back: what the substitute counted is in the books, where the next one begins."""
+        if not self.main.is_away:  # else it gave what it had leased before
             self._substitute = None
