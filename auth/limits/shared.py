@@ -149,7 +149,7 @@ class RedisStore:
                 pool.num_calls -= 1
         if answer[0] == b"refused":
             charge, wait = short[answer[2] - 1], answer[3] / 1000
-            is_impossible = charge.family == "rate" and charge.amount > charge.limit
+            is_impossible = wait < 0 or (charge.family == "rate" and charge.amount > charge.limit)
             raise refusal(charge, math.inf if is_impossible else wait, self.now())
         for number, (pool, charge) in enumerate(zip(pools, short, strict=True)):
             pool.granted(charge.amount, *answer[2 + 2 * number : 4 + 2 * number])

@@ -209,6 +209,20 @@ async def test_budget_is_of_its_period_and_begins_with_the_books(world: World, k
     await admission.reserve(caller, demand(100, 0))
 
 
+async def test_budget_that_is_only_reserved_is_not_spent(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(tokens_per_day=1000))
+    running = await admission.reserve(caller, demand(10, 690))
+    with pytest.raises(QuotaSpent) as refused:
+        await admission.reserve(caller, demand(10, 600))
+    assert (refused.value.is_final, refused.value.retry_after) == (False, 1.0)
+    running.settle(10, 690)
+    await world.calm()
+    with pytest.raises(QuotaSpent) as refused:
+        await admission.reserve(caller, demand(10, 600))
+    assert (refused.value.is_final, refused.value.retry_after) == (True, 12 * 3600)
+    await admission.reserve(caller, demand(10, 290))
+
+
 async def test_slots_come_back_one_by_one(world: World) -> None:
     admission, caller = world.admission(), world.caller(Limits(concurrent_requests=3))
     held = await admitted(admission, caller, demand())
