@@ -65,7 +65,7 @@ class TokensLimited(LimitReached):
 
 
 class QuotaSpent(LimitReached):
-    """The token budget of the day or the month is spent."""
+    """The token budget of the day or the month is spent, or, where that is not final, reserved by running requests."""
 
 
 class LimitsUnavailable(AuthError):

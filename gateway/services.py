@@ -145,7 +145,7 @@ async def _admission(settings: LimitSettings, books: Ledger) -> AsyncIterator[Ad
         try:
             await admission.correct(books.recovered)
         except LimitsUnavailable as error:
-            _log.error("budgets may not count all that killed gateways used: %s", error)
+            _log.error("budgets do not count yet all that killed gateways used: %s", error)
         yield admission
     finally:
         await admission.close()

@@ -8,50 +8,23 @@ back at settlement. Tokens are handed out only when they are reserved, so a budg
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from functools import partial
 
 from loraplex.auth.caller import Caller
-from loraplex.auth.errors import LimitReached, LimitsUnavailable, QuotaSpent
+from loraplex.auth.errors import QuotaSpent
 from loraplex.auth.limits.charges import Charge, Standing, charges, more_output
 from loraplex.auth.limits.estimates import Estimates
+from loraplex.auth.limits.stores import Store, Stores
 from loraplex.auth.metering import Demand
 
 
-class Store(Protocol):
-    """Where limits are counted."""
-
-    def now(self) -> float:
-        """Seconds since 1970, by the clock that every gateway on this store shares."""
-        ...
-
-    async def take(self, wanted: list[Charge], *, may_owe: bool = False) -> None:
-        """All of it or nothing. With `may_owe` a rate gives what it has not, and refills later.
-
-        Raises LimitReached, or LimitsUnavailable where the store does not answer.
-        """
-        ...
-
-    def settle(self, charge: Charge, used: int) -> None:
-        """Of what was taken so much was used; the rest comes back."""
-        ...
-
-    async def correct(self, tenant_id: str, key_id: str | None) -> None:
-        """The books have learned what a killed process used: budgets count at least what they say now.
-
-        Raises LimitsUnavailable.
-        """
-        ...
-
-    def standing(self, charge: Charge) -> Standing: ...
-
-    async def close(self) -> None: ...
-
-
 class Reservation:
-    """What one request holds of its limits."""
+    """What one request holds of its limits: each charge in the store that it was taken from."""
 
-    def __init__(self, store: Store, caller: Caller, demand: Demand, output: int, taken: list[Charge]) -> None:
-        self._store = store
+    def __init__(
+        self, stores: Stores, caller: Caller, demand: Demand, output: int, taken: list[tuple[Store, Charge]]
+    ) -> None:
+        self._stores = stores
         self._caller = caller
         self._demand = demand
         self._taken = taken
@@ -67,19 +40,19 @@ class Reservation:
         """Reserve as much again for an answer that goes on, or less where less is left, down to a single token.
 
         Raises QuotaSpent where nothing is; a rate per minute cuts no answer short, it delays the next request.
+        Raises LimitsUnavailable.
         """
         room = self._demand.max_completion_tokens - self.num_output_tokens
         most = min(room, max(self.num_output_tokens, 16))
         sizes = dict.fromkeys([most, max(most // 4, 1), max(most // 16, 1), 1])
         for size in sizes:
-            wanted = more_output(self._caller, size, self._store.now())
             try:
-                await self._store.take(wanted, may_owe=True)
+                taken = await self._stores.take(partial(more_output, self._caller, size), may_owe=True)
             except QuotaSpent:
                 if size == 1:
                     raise
                 continue
-            self._taken += wanted
+            self._taken += taken
             self.num_output_tokens += size
             return
 
@@ -89,7 +62,7 @@ class Reservation:
             return
         self._is_settled = True
         left: dict[str, int] = {}  # by bucket, which an extended answer has taken from more than once
-        for charge in self._taken:
+        for store, charge in self._taken:
             if charge.kind == "requests":
                 used = 1
             elif charge.kind == "concurrent":
@@ -100,11 +73,11 @@ class Reservation:
                 whole = num_output_tokens + (num_prompt_tokens if charge.family == "budget" else 0)
                 used = min(left.setdefault(charge.bucket, whole), charge.amount)
                 left[charge.bucket] -= used
-            self._store.settle(charge, used)
+            self._stores.settle(store, charge, used)
 
     def standings(self) -> dict[str, Standing]:
         """The tightest limit of "requests" and of "tokens", where there is one."""
-        return _standings(self._store, self._taken)
+        return _standings(self._taken)
 
 
 class Admission:
@@ -112,68 +85,51 @@ class Admission:
 
     def __init__(self, store: Store, fallback: Callable[[], Store] | None = None) -> None:
         self._store = store
-        self._fallback = fallback
-        self._substitute: Store | None = None
+        self._stores = Stores(store, fallback)
         self._estimates = Estimates()
 
     async def reserve(self, caller: Caller, demand: Demand) -> Reservation:
         """Raises LimitReached, or LimitsUnavailable."""
-        try:
-            reservation = await self._reserve(self._store, caller, demand)
-        except LimitsUnavailable:
-            if self._fallback is None:
-                raise
-            self._substitute = self._substitute or self._fallback()
-            return await self._reserve(self._substitute, caller, demand)
-        except LimitReached:
-            self._substitute = None
-            raise
-        self._substitute = None  # what it counted is in the books, where the next one begins
-        return reservation
-
-    def standings(self, caller: Caller) -> dict[str, Standing]:
-        """The caller's tightest limits as they stand now, for one that was refused."""
-        store = self._substitute or self._store
-        return _standings(store, charges(caller, 0, 0, store.now()))
-
-    def learn(self, key_id: str, model: str, num_output_tokens: int) -> None:
-        """An answer was so long."""
-        self._estimates.learn(key_id, model, num_output_tokens)
-
-    async def correct(self, callers: Collection[tuple[str, str]]) -> None:
-        """Of these tenants and keys the books have learned what a killed process used. Raises LimitsUnavailable."""
-        for tenant_id in {tenant_id for tenant_id, _ in callers}:
-            await self._store.correct(tenant_id, None)
-        for tenant_id, key_id in callers:
-            await self._store.correct(tenant_id, key_id)
-
-    async def close(self) -> None:
-        """Give back what this process holds."""
-        await self._store.close()
-
-    async def _reserve(self, store: Store, caller: Caller, demand: Demand) -> Reservation:
         sizes = [demand.max_completion_tokens]
         if demand.is_open_ended:
             usual = min(demand.max_completion_tokens, self._estimates.of(caller.key_id, demand.model))
             rates = [limits.output_tokens_per_minute for limits in (caller.policy.tenant, caller.policy.key)]
             sizes = list(dict.fromkeys([min([usual, *(rate for rate in rates if rate is not None)]), 1]))
         for size in sizes:
-            wanted = charges(caller, demand.num_prompt_tokens, size, store.now())
             try:
-                if wanted:
-                    await store.take(wanted)
+                taken = await self._stores.take(partial(charges, caller, demand.num_prompt_tokens, size))
             except QuotaSpent:
                 if size == sizes[-1]:
                     raise
                 continue
-            return Reservation(store, caller, demand, size, wanted)
+            return Reservation(self._stores, caller, demand, size, taken)
         raise AssertionError("the last size was taken or refused")
 
+    def standings(self, caller: Caller) -> dict[str, Standing]:
+        """The caller's tightest limits as they stand now, for one that was refused."""
+        store = self._stores.current
+        return _standings((store, charge) for charge in charges(caller, 0, 0, store.now()))
 
-def _standings(store: Store, held: Iterable[Charge]) -> dict[str, Standing]:
+    def learn(self, key_id: str, model: str, num_output_tokens: int) -> None:
+        """An answer was so long."""
+        self._estimates.learn(key_id, model, num_output_tokens)
+
+    async def correct(self, callers: Collection[tuple[str, str]]) -> None:
+        """Of these tenants and keys the books have learned what a killed process used.
+
+        Raises LimitsUnavailable, and tries again with the tenants' next requests.
+        """
+        await self._stores.correct(callers)
+
+    async def close(self) -> None:
+        """Give back what this process holds."""
+        await self._store.close()
+
+
+def _standings(held: Iterable[tuple[Store, Charge]]) -> dict[str, Standing]:
     """The tightest rate of "requests" and of "tokens" among these, where there is one."""
     found: dict[str, Standing] = {}
-    for charge in held:
+    for store, charge in held:
         if charge.family != "rate":
             continue
         standing = store.standing(charge)

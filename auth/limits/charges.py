@@ -114,11 +114,14 @@ def period(kind: Kind, now: float) -> tuple[float, float]:
 
 
 def refusal(charge: Charge, wait_seconds: float, now: float) -> LimitReached:
-    """The error for a charge that there is no room for; infinitely long where it can never have room."""
+    """The error for a charge that there is no room for; an infinite wait where nothing that comes back makes room."""
     whose = "this API key" if charge.key_id else "this tenant"
     limit = f"limit for {whose} is {charge.limit} {_WORDS[charge.kind]}"
     if charge.family == "budget":
-        return QuotaSpent(f"The {limit}, and what is left of it is too little.", charge.until - now, is_final=True)
+        if math.isinf(wait_seconds):
+            return QuotaSpent(f"The {limit}, and what is left of it is too little.", charge.until - now, is_final=True)
+        held = "what is left of it is reserved by requests that are running"
+        return QuotaSpent(f"The {limit}; {held}. Please try again in {wait_seconds:.3g} s.", wait_seconds)
     kind = TokensLimited if charge.kind.endswith("tokens") else RequestsLimited
     if math.isinf(wait_seconds):
         return kind(f"The {limit}; this request alone asks for {charge.amount}.", None, is_final=True)

@@ -6,10 +6,20 @@ import math
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from loraplex.auth.limits.charges import RATE_SECONDS, Charge, Standing, refusal
 from loraplex.auth.metering import Books
 
 _SWEEP_EVERY = 4096
+
+
+class _Budget(msgspec.Struct):
+    """`spent` was used for good; `held` is reserved by requests that run, and comes back unless they use it."""
+
+    spent: int
+    held: int
+    until: float
 
 
 class MemoryStore:
@@ -19,12 +29,14 @@ class MemoryStore:
     the books say was spent, so that a restart forgets nothing.
     """
 
+    is_away = False
+
     def __init__(self, books: Books, clock: Callable[[], float] = time.time) -> None:
         self._books = books
         self._clock = clock
         self._rates: dict[str, float] = {}
         self._slots: dict[str, int] = {}
-        self._budgets: dict[str, tuple[int, float]] = {}  # (spent and reserved, until)
+        self._budgets: dict[str, _Budget] = {}
         self._num_takes = 0
 
     def now(self) -> float:
@@ -34,7 +46,7 @@ class MemoryStore:
         for charge in wanted:
             if charge.family == "budget" and charge.bucket not in self._budgets:
                 spent = await self._books.spent(charge.tenant_id, charge.key_id, charge.since)
-                self._budgets.setdefault(charge.bucket, (spent, charge.until))
+                self._budgets.setdefault(charge.bucket, _Budget(spent, 0, charge.until))
         now = self._clock()
         for charge in wanted:
             wait = 0.0 if may_owe and charge.family == "rate" else self._wait(charge, now)
@@ -47,7 +59,12 @@ class MemoryStore:
             self._sweep(now)
 
     def settle(self, charge: Charge, used: int) -> None:
-        self._add(charge, used - charge.amount, self._clock())
+        if charge.family == "budget":
+            if budget := self._budgets.get(charge.bucket):  # none where its period ended long ago
+                budget.held -= charge.amount
+                budget.spent += used
+        else:
+            self._add(charge, used - charge.amount, self._clock())
 
     def standing(self, charge: Charge) -> Standing:
         owed = max(self._rates.get(charge.bucket, 0.0) - self._clock(), 0.0)  # seconds
@@ -63,7 +80,10 @@ class MemoryStore:
         if charge.family == "slots":
             return 0.0 if self._slots.get(charge.bucket, 0) + charge.amount <= charge.limit else 1.0
         if charge.family == "budget":
-            return 0.0 if self._budgets[charge.bucket][0] + charge.amount <= charge.limit else math.inf
+            budget = self._budgets[charge.bucket]
+            if budget.spent + charge.amount > charge.limit:
+                return math.inf
+            return 0.0 if budget.spent + budget.held + charge.amount <= charge.limit else 1.0
         if charge.amount > charge.limit:
             return math.inf
         full_at = max(self._rates.get(charge.bucket, 0.0), now) + _seconds(charge, charge.amount)
@@ -74,8 +94,7 @@ class MemoryStore:
         if charge.family == "slots":
             self._slots[charge.bucket] = self._slots.get(charge.bucket, 0) + amount
         elif charge.family == "budget":
-            spent, until = self._budgets.get(charge.bucket, (0, charge.until))
-            self._budgets[charge.bucket] = (spent + amount, until)
+            self._budgets[charge.bucket].held += amount
         else:
             begin = self._rates.get(charge.bucket, 0.0)
             self._rates[charge.bucket] = (max(begin, now) if amount > 0 else begin) + _seconds(charge, amount)
@@ -84,7 +103,7 @@ class MemoryStore:
         """Forget what is as good as new."""
         self._rates = {bucket: full_at for bucket, full_at in self._rates.items() if full_at > now}
         self._slots = {bucket: used for bucket, used in self._slots.items() if used}
-        self._budgets = {bucket: held for bucket, held in self._budgets.items() if held[1] > now - 86400}
+        self._budgets = {bucket: budget for bucket, budget in self._budgets.items() if budget.until > now - 86400}
 
 
 def _seconds(charge: Charge, amount: int) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import NamedTuple
 
 from loraplex.auth.limits.charges import Family
+
+# Redis remembers the last number of a process longer than an idle pool lives: no pool may begin anew
+_numbers = itertools.count(1)
 
 
 class Outgoing(NamedTuple):
@@ -21,7 +25,7 @@ class Pool:
     """One bucket's lease. `held` is what Redis counts as this process's: available, reserved, or used and not told."""
 
     __slots__ = (
-        "available", "bucket", "family", "held", "limit", "num_calls", "outgoing", "sequence", "spent", "told_at",
+        "available", "bucket", "family", "held", "limit", "num_calls", "outgoing", "spent", "told_at",
         "told_remaining", "until", "used_at",
     )  # fmt: skip
 
@@ -34,7 +38,6 @@ class Pool:
         self.held = 0
         self.spent = 0
         self.num_calls = 0
-        self.sequence = 0
         self.outgoing: Outgoing | None = None
         self.used_at = self.told_at = time.monotonic()
         self.told_remaining = 0
@@ -65,8 +68,7 @@ class Pool:
             keep = self.limit // 400 if self.used_at > idle_since else 0
             returned = max(self.available - keep, 0)
             if self.spent or returned:
-                self.sequence += 1
-                self.outgoing = Outgoing(self.sequence, self.limit, self.spent, returned)
+                self.outgoing = Outgoing(next(_numbers), self.limit, self.spent, returned)
                 self.available -= returned
                 self.held -= self.spent + returned
                 self.spent = 0

@@ -40,11 +40,19 @@ end
 """
 
 # ARGV: process, now, hold, may owe, then for each bucket: family, limit, need, extra, expiry.
-# Answers {"ok", now, extra and remaining of each}, {"refused", now, which, wait} or {"seed", now, which}.
+# Answers {"ok", now, extra and remaining of each}, {"refused", now, which, wait} or {"seed", now, which}. The wait is
+# in milliseconds, and -1 where so much is spent that nothing which comes back makes room.
 LEASE = (
     _COMMON
     + """
 local may_owe = ARGV[4] == '1'
+for i, key in ipairs(KEYS) do  -- the process lives, whether or not it is granted more
+  local at = 5 + (i - 1) * 5
+  if ARGV[at] ~= 'rate' and redis.call('HEXISTS', key, 'h:' .. process) == 1 then
+    redis.call('HSET', key, 'd:' .. process, now + hold_ms)
+    keep(key, ARGV[at + 4])
+  end
+end
 local plans = {}
 for i, key in ipairs(KEYS) do
   local at = 5 + (i - 1) * 5
@@ -58,8 +66,9 @@ for i, key in ipairs(KEYS) do
     end
   else
     if family == 'budget' and redis.call('HEXISTS', key, 'spent') == 0 then return {'seed', now, i} end
-    left = limit - number(redis.call('HGET', key, 'spent')) - held(key)
-    if need > left then return {'refused', now, i, 1000} end
+    local unspent = limit - number(redis.call('HGET', key, 'spent'))
+    left = unspent - held(key)
+    if need > left then return {'refused', now, i, need > unspent and -1 or 1000} end
   end
   extra = math.max(0, math.min(extra, math.floor((left - need) / 16)))
   plans[i] = {key = key, family = family, limit = limit, take = need + extra, extra = extra, tat = tat,

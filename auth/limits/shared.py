@@ -56,6 +56,10 @@ class RedisStore:
         )
         self._keeper: asyncio.Task[None] | None = None
 
+    @property
+    def is_away(self) -> bool:
+        return self._is_away
+
     def now(self) -> float:
         return self._clock() if self._clock else time.time() + self._offset
 
@@ -145,7 +149,7 @@ class RedisStore:
                 pool.num_calls -= 1
         if answer[0] == b"refused":
             charge, wait = short[answer[2] - 1], answer[3] / 1000
-            is_impossible = charge.family == "rate" and charge.amount > charge.limit
+            is_impossible = wait < 0 or (charge.family == "rate" and charge.amount > charge.limit)
             raise refusal(charge, math.inf if is_impossible else wait, self.now())
         for number, (pool, charge) in enumerate(zip(pools, short, strict=True)):
             pool.granted(charge.amount, *answer[2 + 2 * number : 4 + 2 * number])

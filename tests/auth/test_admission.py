@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
+from redis.asyncio import ConnectionPool, Redis
 from support.services import own_redis
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import LimitReached, LimitsUnavailable, QuotaSpent, RequestsLimited, TokensLimited
-from loraplex.auth.limits.admission import Admission, Reservation, Store
+from loraplex.auth.limits.admission import Admission, Reservation
 from loraplex.auth.limits.charges import period
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import NO_LIMITS, Limits, Policy
 from loraplex.auth.limits.shared import RedisStore
+from loraplex.auth.limits.stores import Store
 from loraplex.auth.metering import Demand, NoBooks
 
 NOON = 1_800_014_400.0  # 2027-01-15 12:00 UTC
@@ -64,6 +67,24 @@ class World:
         self.stores.append(store)
         return Admission(store, fallback)
 
+    def shared(self) -> RedisStore:
+        """The first gateway's store."""
+        store = self.stores[0]
+        assert isinstance(store, RedisStore)
+        return store
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Nothing listens where Redis was, then it is back with all that it knew."""
+        there = self._redis.connection_pool
+        self._redis.connection_pool = ConnectionPool.from_url("redis://127.0.0.1:1/0")
+        try:
+            yield
+        finally:
+            self._redis.connection_pool = there
+            for store in self.stores:
+                store._away_until = 0.0  # type: ignore[attr-defined]
+
     async def calm(self) -> None:
         """Wait until Redis knows all that was settled, and nothing is leased in advance."""
         for store in self.stores:
@@ -88,6 +109,9 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
         if keys:
             await redis.delete(*keys)
         await redis.aclose()
+
+
+only_redis = pytest.mark.parametrize("world", ["redis"], indirect=True)
 
 
 def demand(prompt: int = 1, answer: int = 1, is_open_ended: bool = False) -> Demand:
@@ -183,6 +207,20 @@ async def test_budget_is_of_its_period_and_begins_with_the_books(world: World, k
         await admission.reserve(caller, demand(1, 0))
     world.clock.now += 1
     await admission.reserve(caller, demand(100, 0))
+
+
+async def test_budget_that_is_only_reserved_is_not_spent(world: World) -> None:
+    admission, caller = world.admission(), world.caller(Limits(tokens_per_day=1000))
+    running = await admission.reserve(caller, demand(10, 690))
+    with pytest.raises(QuotaSpent) as refused:
+        await admission.reserve(caller, demand(10, 600))
+    assert (refused.value.is_final, refused.value.retry_after) == (False, 1.0)
+    running.settle(10, 690)
+    await world.calm()
+    with pytest.raises(QuotaSpent) as refused:
+        await admission.reserve(caller, demand(10, 600))
+    assert (refused.value.is_final, refused.value.retry_after) == (True, 12 * 3600)
+    await admission.reserve(caller, demand(10, 290))
 
 
 async def test_slots_come_back_one_by_one(world: World) -> None:
@@ -338,18 +376,60 @@ async def test_store_away_fails_closed_or_open() -> None:
         await Admission(away).reserve(caller, demand())
     open_admission = Admission(away, lambda: MemoryStore(books, clock))
     assert len(await admitted(open_admission, caller, demand())) == 2
+    await open_admission.reserve(World("memory", None).caller(), demand())  # it asks no store, so it finds none
+    with pytest.raises(RequestsLimited):
+        await open_admission.reserve(caller, demand())
     away.is_away = False
     assert len(await admitted(open_admission, caller, demand())) == 2
 
 
-async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
-    from redis.asyncio import Redis
+async def test_answer_that_goes_on_while_the_store_is_away_takes_from_the_substitute() -> None:
+    clock, books = Clock(), Books()
+    away, substitute = _Away(MemoryStore(books, clock)), MemoryStore(books, clock)
+    admission = Admission(away, lambda: substitute)
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    away.is_away = False
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = True
+    await reservation.extend()
+    assert reservation.num_output_tokens == 512
+    reservation.settle(10, 300)  # 266 had been taken before, the other 44 meanwhile
+    for store, num_left in ((substitute, 656), (away._store, 434)):
+        with pytest.raises(QuotaSpent):
+            await Admission(store).reserve(caller, demand(num_left, 1))
+        await Admission(store).reserve(caller, demand(num_left, 0))
 
+
+async def test_answer_that_goes_on_while_the_store_is_away_ends_without_a_substitute() -> None:
+    away = _Away(MemoryStore(Books(), Clock()))
+    away.is_away = False
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    reservation = await Admission(away).reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = True
+    with pytest.raises(LimitsUnavailable):
+        await reservation.extend()
+
+
+async def test_answer_begun_while_the_store_was_away_goes_on_in_it() -> None:
+    clock, books = Clock(), Books()
+    away = _Away(MemoryStore(books, clock))
+    admission = Admission(away, lambda: MemoryStore(books, clock))
+    caller = World("memory", None).caller(Limits(tokens_per_day=700))
+    reservation = await admission.reserve(caller, demand(10, 10_000, is_open_ended=True))
+    away.is_away = False
+    await reservation.extend()
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(445, 0))
+    await admission.reserve(caller, demand(444, 0))
+
+
+async def test_redis_gone_is_told_once_and_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
     store = RedisStore(Redis.from_url("redis://127.0.0.1:1/0"), Books())
     caller = World("redis", None).caller(Limits(requests_per_minute=2))
     for _ in range(3):
         with pytest.raises(LimitsUnavailable):
             await Admission(store).reserve(caller, demand())
+    assert store.is_away
     await store.close()
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
 
@@ -399,6 +479,83 @@ async def test_settlement_sent_twice_counts_once() -> None:
             await store.close()
         await redis.delete(*await redis.keys(f"loraplex:{{{world.tenant}}}*"))
         await redis.aclose()
+
+
+@only_redis
+async def test_slots_are_held_while_more_are_asked_for_without_a_pause(world: World) -> None:
+    """A bucket that is asked for at the moment is not renewed, and a refusal has to do as well."""
+    admission, store = world.admission(), world.shared()
+    caller = world.caller(Limits(concurrent_requests=4))
+    assert len(await admitted(admission, caller, demand())) == 4
+    (pool,) = store._pools.values()
+    pool.num_calls += 1  # others are on their way all the time
+    for _ in range(3):
+        world.clock.now += 6
+        await store._renew_all()
+        with pytest.raises(RequestsLimited):
+            await admission.reserve(caller, demand())
+    with pytest.raises(RequestsLimited):
+        await world.admission().reserve(caller, demand())
+
+
+@only_redis
+async def test_tenant_that_was_idle_is_counted_on(world: World) -> None:
+    """What this process knows of an idle bucket is forgotten; in Redis it is not."""
+    admission, store = world.admission(), world.shared()
+    budget, slots = Limits(tokens_per_day=1000), Limits(concurrent_requests=2)
+    caller = world.caller(budget, slots)
+    for _ in range(3):
+        (await admission.reserve(caller, demand(10, 10))).settle(10, 10)
+        await world.calm()
+    for pool in store._pools.values():
+        pool.used_at -= 200
+    await world.calm()
+    assert store._pools == {}
+    (await admission.reserve(caller, demand(900, 0))).settle(900, 0)
+    await world.calm()
+    assert len(await admitted(world.admission(), world.caller(key=slots), demand())) == 2
+    world.clock.now += 11  # what is held lapses, what is spent does not
+    other = world.admission()
+    with pytest.raises(QuotaSpent):
+        await other.reserve(world.caller(budget), demand(41, 0))
+    await other.reserve(world.caller(budget), demand(40, 0))
+
+
+@only_redis
+async def test_budget_counts_what_was_used_while_redis_was_away(world: World) -> None:
+    admission = world.admission(lambda: MemoryStore(world.books, world.clock))
+    caller = world.caller(Limits(tokens_per_day=1000), Limits(tokens_per_month=5000))
+
+    async def use(num_tokens: int) -> None:
+        reservation = await admission.reserve(caller, demand(num_tokens, 0))
+        world.books.tokens += num_tokens
+        reservation.settle(num_tokens, 0)
+
+    await use(10)
+    await world.calm()
+    with world.outage():
+        for _ in range(9):
+            await use(100)
+    await use(100)  # it finds Redis again, and is admitted by what Redis knew
+    with pytest.raises(QuotaSpent):
+        await use(100)
+    with pytest.raises(QuotaSpent):  # of the key as well
+        await admission.reserve(world.caller(key=Limits(tokens_per_month=1000)), demand(100, 0))
+
+
+@only_redis
+async def test_budget_that_could_not_be_corrected_is_corrected_when_redis_is_back(world: World) -> None:
+    caller = world.caller(Limits(tokens_per_day=100))
+    (await world.admission().reserve(caller, demand(10, 0))).settle(10, 0)
+    await world.calm()
+    world.books.tokens = 60
+    admission = world.admission()
+    with world.outage(), pytest.raises(LimitsUnavailable):
+        await admission.correct([(caller.tenant_id, caller.key_id)])
+    await admission.reserve(caller, demand(1, 0))
+    with pytest.raises(QuotaSpent):
+        await admission.reserve(caller, demand(40, 0))
+    await admission.reserve(caller, demand(39, 0))
 
 
 async def test_budget_counts_what_a_killed_gateway_used(world: World) -> None:

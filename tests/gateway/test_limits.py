@@ -84,6 +84,18 @@ def test_budget_spent_is_insufficient_quota_and_not_tried_again(gateway: Gateway
     assert tenant.ask("x", max_tokens=2).status_code == 200  # all that was not used had come back
 
 
+def test_budget_that_a_running_request_reserved_is_worth_another_try(gateway: Gateway) -> None:
+    tenant = Tenant(gateway, tokens_per_day=500)
+    with gateway.client(tenant.key) as client:
+        body = chat("<slow>" + "x" * 60, stream=True, max_tokens=300)
+        with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()  # one that is collected closes the stream
+            next(lines)
+            refused = tenant.ask(max_tokens=300)
+    assert_problem(refused, 429, "insufficient_quota")
+    assert (refused.headers["retry-after"], refused.headers.get("x-should-retry")) == ("1", None)
+
+
 def test_stream_beyond_its_budget_ends_with_the_reason(gateway: Gateway) -> None:
     tenant = Tenant(gateway, tokens_per_day=60)
     frames = tenant.ask("z" * 40, stream=True).text.split("\n\n")
