@@ -202,7 +202,7 @@ class Catalogue:
         ]
         if not failed:
             raise MalformedRequest("There is no failed version to try again.", "version")
-        await self._records.set_state(key, failed[-1], "registered")
+        await self._records.advance(key, failed[-1], "registered")
         await self._refresh(key)
         self._arrivals.begin(key, failed[-1])
         return self.get(*key)
