@@ -349,7 +349,7 @@ class Catalogue:
             return
         try:
             await self._arrivals.bring(key, version, uri)
-        except EngineError:
+        except Exception:  # whatever it was, the name is free again
             await self._records.drop_version(key, version)
             await self._refresh(key)
             raise

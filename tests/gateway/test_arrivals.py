@@ -16,6 +16,7 @@ import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 from support.gateway import BASE, settings_in, write_adapter
 
+from loraplex.auth.errors import SecretUnreadable
 from loraplex.auth.store.database import open_database
 from loraplex.engines.adapters.store import AdapterStore, StoredAdapter
 from loraplex.engines.echo import EchoEngine
@@ -186,3 +187,23 @@ async def test_registration_that_fails_does_not_take_back_what_another_gateway_m
             await catalogue.register("one", str(site.source))
         assert catalogue.get(*KEY).current_version == 1
     assert (await site.version()).state == "ready"
+
+
+async def test_registration_that_fails_for_a_reason_of_the_servers_own_leaves_the_name_free(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreadable(tenant_id: str, address: str) -> str | None:
+        raise SecretUnreadable("the secret cannot be decrypted")
+
+    async with site.catalogue(EchoEngine(settings_in(site.home))) as catalogue:
+        with monkeypatch.context() as broken:
+            broken.setattr(catalogue._tokens, "token_for", unreadable)
+            with pytest.raises(SecretUnreadable):
+                await catalogue.register("one", str(site.source))
+        assert catalogue.everything() == []
+        registered = await catalogue.register("one", str(site.source))
+        with monkeypatch.context() as broken:
+            broken.setattr(catalogue._tokens, "token_for", unreadable)
+            with pytest.raises(SecretUnreadable):
+                await catalogue.update(KEY)
+        assert catalogue.get(*KEY) == registered
