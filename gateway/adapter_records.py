@@ -199,10 +199,11 @@ class AdapterRecords:
             await announce(connection, CATALOGUE)
 
     async def used(self, times: Mapping[Key, float]) -> None:
-        """Note when names were last used, in seconds since 1970."""
+        """Note when names were last used, in seconds since 1970, unless a later time is there."""
         async with self._database.begin() as connection:
-            for key, when in times.items():
-                await connection.execute(update(names).where(_of(names, key)).values(last_used_at=when))
+            for key, when in sorted(times.items()):  # or two gateways could wait for each other's rows
+                is_later = names.c.last_used_at.is_(None) | (names.c.last_used_at < when)
+                await connection.execute(update(names).where(_of(names, key), is_later).values(last_used_at=when))
 
     async def _change_version(
         self, key: Key, version: Version, values: Mapping[str, Any], *conditions: ColumnElement[bool]

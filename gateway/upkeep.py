@@ -151,10 +151,7 @@ class Upkeep:
                 self._repin_seconds = min(2 * self._repin_seconds, _LONGEST_REPIN_SECONDS)
             if is_ready and is_due and (pinning is None or pinning.done()):
                 pinning, is_due = self._run(self.keep_pins()), False
-            try:
-                await self._write_uses()
-            except (SQLAlchemyError, OSError) as error:
-                _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
+            await self._write_uses()
             if time.monotonic() - forgotten_at > _UPLOAD_SECONDS:
                 forgotten_at = time.monotonic()
                 await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
@@ -178,9 +175,16 @@ class Upkeep:
         return True
 
     async def _write_uses(self) -> None:
-        if self._unwritten:
-            unwritten, self._unwritten = self._unwritten, set()
-            await self._records.used({key: self._used[key] for key in unwritten})
+        """What cannot be written now, or is cut off, stays for a later round."""
+        times = {key: self._used[key] for key in self._unwritten}
+        if not times:
+            return
+        try:
+            await self._records.used(times)
+        except (SQLAlchemyError, OSError) as error:
+            _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
+        else:
+            self._unwritten -= {key for key, when in times.items() if self._used[key] == when}
 
     async def _unload(self, adapter_id: str) -> None:
         """As soon as nobody uses it, unless some entry leads to it by then."""
