@@ -154,8 +154,14 @@ class Upkeep:
             await self._write_uses()
             if time.monotonic() - forgotten_at > _UPLOAD_SECONDS:
                 forgotten_at = time.monotonic()
-                await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
+                await self._forget_uploads()
             await asyncio.sleep(_ROUND_SECONDS)
+
+    async def _forget_uploads(self) -> None:
+        try:
+            await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
+        except OSError as error:
+            _log.warning("uploads that no version names could not be removed: %s", error)
 
     async def _preload(self, names: Collection[str]) -> None:
         while names:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import errno
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,20 @@ async def test_end_says_what_could_not_be_written_and_goes_on(
     async with catalogue:
         await catalogue.route("one", ACME)
     assert "last used could not be written: OperationalError" in caplog.text
+
+
+async def test_rounds_go_on_where_uploads_cannot_be_removed(
+    catalogue: Catalogue, database: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    was_tried = asyncio.Event()
+
+    async def fail(kept: Collection[str], *, older_than_seconds: float = 0.0) -> None:
+        was_tried.set()
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(catalogue.store, "drop_uploads", fail)
+    async with catalogue:
+        await was_tried.wait()
+        await catalogue.route("one", ACME)
+        await written(database)
+    assert "uploads that no version names could not be removed" in caplog.text
