@@ -25,6 +25,7 @@ _ROWS_A_TURN = 50  # about two milliseconds
 SHARED = ""  # the tenant of adapters that everyone may use
 Key = tuple[str, str]  # (tenant id, name)
 State = Literal["registered", "fetching", "ready", "failed"]
+_IS_UNREADY: ColumnElement[bool] = versions.c.state != "ready"
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,10 +146,10 @@ class AdapterRecords:
         return number
 
     async def drop_version(self, key: Key, version: Version) -> None:
-        """Take a version back that never was ready, and the name with it, if it has no other."""
+        """Take a version back, and the name with it, if it has no other; one that is ready stays."""
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            dropped = await connection.execute(delete(versions).where(_this(key, version)))
+            dropped = await connection.execute(delete(versions).where(_this(key, version), _IS_UNREADY))
             left = select(func.max(versions.c.number)).where(_of(versions, key)).scalar_subquery()
             back = func.coalesce(names.c.current_version, left, 0)
             if not dropped.rowcount:
@@ -162,16 +163,20 @@ class AdapterRecords:
     async def set_state(self, key: Key, version: Version, state: State, reason: str = "") -> None:
         await self._change_version(key, version, {"state": state, "reason": reason[:4096]})
 
+    async def advance(self, key: Key, version: Version, state: State, reason: str = "") -> bool:
+        """`set_state` of a version on its way; False where it is ready, for another gateway brought it, or gone."""
+        return await self._change_version(key, version, {"state": state, "reason": reason[:4096]}, _IS_UNREADY)
+
     async def move(self, key: Key, version: Version, path: str) -> None:
         """The files of a version lie elsewhere by now."""
         await self._change_version(key, version, {"path": path, "state": "ready", "reason": ""})
 
     async def complete(self, key: Key, version: Version, found: Mapping[str, Any]) -> bool:
-        """A version is ready, and serves requests if it is the wanted one; False where it is gone."""
+        """A version is ready, and serves requests if it is the wanted one; False where it was already, or is gone."""
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            done = update(versions).where(_this(key, version)).values(state="ready", reason="", **found)
-            if not (await connection.execute(done)).rowcount:
+            done = update(versions).where(_this(key, version), _IS_UNREADY)
+            if not (await connection.execute(done.values(state="ready", reason="", **found))).rowcount:
                 return False
             wanted = _of(names, key) & (names.c.wanted_version == version.number)
             await connection.execute(update(names).where(wanted).values(current_version=version.number))
@@ -194,16 +199,23 @@ class AdapterRecords:
             await announce(connection, CATALOGUE)
 
     async def used(self, times: Mapping[Key, float]) -> None:
-        """Note when names were last used, in seconds since 1970."""
+        """Note when names were last used, in seconds since 1970, unless a later time is there."""
         async with self._database.begin() as connection:
-            for key, when in times.items():
-                await connection.execute(update(names).where(_of(names, key)).values(last_used_at=when))
+            for key, when in sorted(times.items()):  # or two gateways could wait for each other's rows
+                is_later = names.c.last_used_at.is_(None) | (names.c.last_used_at < when)
+                await connection.execute(update(names).where(_of(names, key), is_later).values(last_used_at=when))
 
-    async def _change_version(self, key: Key, version: Version, values: Mapping[str, Any]) -> None:
+    async def _change_version(
+        self, key: Key, version: Version, values: Mapping[str, Any], *conditions: ColumnElement[bool]
+    ) -> bool:
+        """False where there is no such version, or a condition does not hold."""
         async with self._database.begin() as connection:
             await _lock(connection, key)
-            await connection.execute(update(versions).where(_this(key, version)).values(**values))
+            change = update(versions).where(_this(key, version), *conditions).values(**values)
+            if not (await connection.execute(change)).rowcount:
+                return False
             await announce(connection, CATALOGUE)
+        return True
 
 
 def _of(table: Any, key: Key) -> ColumnElement[bool]:

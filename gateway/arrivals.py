@@ -1,7 +1,8 @@
 """The way of a version from `registered` over `fetching` to `ready` or `failed`, whoever waits for it.
 
-What a stopped gateway left unfinished is taken up at the next start. A version that was ready once is its content for
-ever: files that come back different make it `failed`.
+What a stopped gateway left unfinished is taken up at the next start of any, perhaps while another still brings it: once
+one has made it ready, the others leave it alone. A version that was ready once is its content for ever: files that come
+back different make it `failed`.
 """
 
 import asyncio
@@ -130,17 +131,17 @@ class Arrivals:
     async def bring(
         self, key: Key, version: Version, uri: str | None = None, *, waits_for_engine: bool = False
     ) -> None:
-        """Fetch a version and enter it as ready. Raises EngineError, and then it is left as `fetching`.
+        """Fetch a version and enter it as ready, unless it is. Raises EngineError, and then it is left as `fetching`.
 
         `uri` is its source with what is not kept of it: a query may be a signature.
         """
         own = _identity(key, version)
         self._under_way.add(own)
         try:
-            await self._records.set_state(key, version, "fetching")
-            await self._on_change(key)
-            found = await self.examine(key, version, uri, waits_for_engine=waits_for_engine)
-            await self._records.complete(key, version, found)
+            if await self._records.advance(key, version, "fetching"):
+                await self._on_change(key)
+                found = await self.examine(key, version, uri, waits_for_engine=waits_for_engine)
+                await self._records.complete(key, version, found)
         finally:
             self._under_way.discard(own)
         await self._on_change(key)
@@ -187,7 +188,7 @@ class Arrivals:
             _log.exception("adapter %s, version %d could not be brought", key[1], version.number)
             reason = f"an error of the server: {type(error).__name__}"
         _log.warning("adapter %s, version %d failed: %s", key[1], version.number, reason)
-        await self._records.set_state(key, version, "failed", reason)
+        await self._records.advance(key, version, "failed", reason)
         await self._on_change(key)
 
     async def _fetch_and_hold(
@@ -204,11 +205,12 @@ class Arrivals:
         raise AdapterSourceUnavailable("the disk cache is too small for what is fetched now: adapters.disk_bytes")
 
     async def _inspect(self, adapter: Adapter, waits_for_engine: bool) -> AdapterCard:
+        """One that waits does so until it is cancelled: an engine that stops or failed says nothing of the adapter."""
         while True:
             try:
                 return await self._engine.inspect(adapter)
             except EngineUnavailable:
-                if not waits_for_engine or self._engine.health().state not in ("starting", "restarting"):
+                if not waits_for_engine:
                     raise
             await asyncio.sleep(_ENGINE_PAUSE_SECONDS)
 

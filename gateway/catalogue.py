@@ -202,7 +202,7 @@ class Catalogue:
         ]
         if not failed:
             raise MalformedRequest("There is no failed version to try again.", "version")
-        await self._records.set_state(key, failed[-1], "registered")
+        await self._records.advance(key, failed[-1], "registered")
         await self._refresh(key)
         self._arrivals.begin(key, failed[-1])
         return self.get(*key)
@@ -222,7 +222,7 @@ class Catalogue:
             raise MalformedRequest("There is no such version that was ready.", "version")
         await self._records.point(key, version.number)
         await self._refresh(key)
-        await self._upkeep.keep_pins()
+        await self._upkeep.keep_pins(key)
         return self.get(*key)
 
     async def pin(self, key: Key, *, pinned: bool) -> Registered:
@@ -230,7 +230,7 @@ class Catalogue:
 
         While other entries pin the same content it stays. Raises PinsFull or EngineError; nothing has changed then.
         """
-        entry = await self._servable(key)
+        entry = await self.servable(key)
         if pinned:
             await self._pin(entry)
         else:
@@ -253,9 +253,15 @@ class Catalogue:
             await self._upkeep.release_pins()
             raise
 
+    async def servable(self, key: Key) -> Registered:
+        """An adapter whose current version's files are here. Raises GatewayError or AdapterError."""
+        entry = self._names.adapter(key)
+        await self._adapter(entry, entry.shown)
+        return self.get(*key)
+
     async def warm(self, key: Key) -> Registered:
         """Bring the current version to the device. Raises EngineError."""
-        entry = await self._servable(key)
+        entry = await self.servable(key)
         await self._engine.load(entry.adapter())
         return entry
 
@@ -349,11 +355,11 @@ class Catalogue:
             return
         try:
             await self._arrivals.bring(key, version, uri)
-        except EngineError:
+        except Exception:  # whatever it was, the name is free again
             await self._records.drop_version(key, version)
             await self._refresh(key)
             raise
-        await self._upkeep.keep_pins()
+        await self._upkeep.keep_pins(key)
 
     async def _adapter(self, entry: Registered, version: Version) -> Adapter:
         """The files of a version, fetched again where the cache lost them."""
@@ -385,9 +391,3 @@ class Catalogue:
     def _require_allowed(self, model: str, name: str, caller: Caller) -> None:
         if not self._is_allowed(model, name, caller):
             raise ModelNotAllowed(f"This key may not use the model {model!r}.", "model")
-
-    async def _servable(self, key: Key) -> Registered:
-        """An adapter whose current version's files are here."""
-        entry = self._names.adapter(key)
-        await self._adapter(entry, entry.shown)
-        return self.get(*key)

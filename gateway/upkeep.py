@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from loraplex.auth.errors import AuthError
 from loraplex.engines.errors import AdapterInUse, AdapterSourceUnavailable, EngineError, EngineUnavailable
 from loraplex.engines.protocol import Adapter, Engine
 from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered
@@ -18,6 +19,8 @@ from loraplex.gateway.pins import PinBudget, pins_of
 
 _log = logging.getLogger("loraplex.gateway")
 _ROUND_SECONDS = 1.0
+_REPIN_SECONDS = 2.0  # until a pin that failed is tried again; twice as long after every further time
+_LONGEST_REPIN_SECONDS = 60.0
 _UPLOAD_SECONDS = 3600.0  # how long an upload may be nobody's: another gateway enters it once it is checked
 _IDLE_SECONDS = 0.1
 
@@ -27,13 +30,15 @@ class Kept(Protocol):
 
     def everything(self) -> list[Registered]: ...
 
+    async def servable(self, key: Key) -> Registered: ...
+
     async def warm(self, key: Key) -> Registered: ...
 
     async def forget_uploads(self, *, older_than_seconds: float) -> None: ...
 
 
 class Upkeep:
-    """One background task, one for what is preloaded, and one for each deletion that waits for its requests."""
+    """One background task, one for what is preloaded, and one for each pin or deletion that waits for something."""
 
     def __init__(self, records: AdapterRecords, engine: Engine, kept: Kept, pin_budget: PinBudget) -> None:
         self._records = records
@@ -41,6 +46,9 @@ class Upkeep:
         self._kept = kept
         self._pin_budget = pin_budget
         self._pinned: frozenset[str] = frozenset()  # the contents that were to be pinned when that was last seen to
+        self._coming: set[str] = set()  # the contents that are being pinned
+        self._repin_at = math.inf
+        self._repin_seconds = _REPIN_SECONDS
         self._used: dict[Key, float] = {}
         self._unwritten: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,8 +91,11 @@ class Upkeep:
             await self._engine.pin(Adapter(id=adapter_id, name=pinned[adapter_id], path=""), pinned=False)
         return wanted & pinned.keys()
 
-    async def keep_pins(self) -> None:
-        """Pin in this gateway's engine what entries pin, and nothing else. Never raises EngineError."""
+    async def keep_pins(self, key: Key | None = None) -> None:
+        """Have this gateway's engine pin what entries pin, and nothing else; waits for no files.
+
+        With a key, see to that entry alone, and wait until it is done. Never raises EngineError.
+        """
         entries = pins_of(self._kept.everything())
         wanted = _contents(entries)
         if not wanted | self._pinned:
@@ -92,23 +103,41 @@ class Upkeep:
         try:
             pinned = await self._release(entries)
             kept = [entry for entry in entries if entry.shown.adapter_id in pinned]
-            coming = [entry for entry in entries if entry.shown.adapter_id not in pinned]
+            coming = [one for one in entries if one.shown.adapter_id not in pinned and key in (None, one.key)]
             fitting, misfits = await self._pin_budget.fitting(coming, kept)
-            for name, reason in misfits.items():
-                _log.warning("the adapter %s is not kept on the device: %s", name, reason)
-            for entry in fitting:
-                await self._pin(entry)
         except EngineError:
-            return  # a later round
+            self._pin_later()
+            return
+        for name, reason in misfits.items():
+            _log.warning("the adapter %s is not kept on the device: %s", name, reason)
+        if key is not None:  # the next round sees to the others
+            await asyncio.gather(*(self._pin(entry) for entry in fitting))
+            return
         self._pinned = wanted
+        for entry in fitting:
+            if entry.shown.adapter_id not in self._coming:
+                self._run(self._pin(entry))  # it may wait for its source, or for room on the device
 
     async def _pin(self, entry: Registered) -> None:
+        """Bring it to the device, and its files here before; where that fails, a later round tries again."""
+        adapter_id = entry.shown.adapter_id
+        self._coming.add(adapter_id)
         try:
+            entry = await self._kept.servable(entry.key)
             await self._engine.pin(entry.adapter(), pinned=True)
         except EngineUnavailable:
-            raise
-        except EngineError as error:
-            _log.warning("a pinned adapter could not be brought to the device: %s", error)
+            self._pin_later()
+        except (EngineError, GatewayError, AuthError, SQLAlchemyError, OSError) as error:
+            _log.warning("the pinned adapter %s could not be brought to the device: %s", entry.name, error)
+            self._pin_later()
+        else:
+            self._pinned |= {entry.shown.adapter_id}  # or no round would let go of what is unpinned by now
+            self._repin_seconds = _REPIN_SECONDS
+        finally:
+            self._coming.discard(adapter_id)
+
+    def _pin_later(self) -> None:
+        self._repin_at = time.monotonic() + self._repin_seconds
 
     async def _rounds(self) -> None:
         is_due = True
@@ -117,16 +146,22 @@ class Upkeep:
         while True:
             is_ready = self._engine.health().state == "ready"
             is_due |= not is_ready or _contents(pins_of(self._kept.everything())) != self._pinned
-            if is_ready and is_due and (pinning is None or pinning.done()):  # it may wait for room on the device
+            if time.monotonic() >= self._repin_at:
+                is_due, self._repin_at = True, math.inf
+                self._repin_seconds = min(2 * self._repin_seconds, _LONGEST_REPIN_SECONDS)
+            if is_ready and is_due and (pinning is None or pinning.done()):
                 pinning, is_due = self._run(self.keep_pins()), False
-            try:
-                await self._write_uses()
-            except (SQLAlchemyError, OSError) as error:
-                _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
+            await self._write_uses()
             if time.monotonic() - forgotten_at > _UPLOAD_SECONDS:
                 forgotten_at = time.monotonic()
-                await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
+                await self._forget_uploads()
             await asyncio.sleep(_ROUND_SECONDS)
+
+    async def _forget_uploads(self) -> None:
+        try:
+            await self._kept.forget_uploads(older_than_seconds=_UPLOAD_SECONDS)
+        except OSError as error:
+            _log.warning("uploads that no version names could not be removed: %s", error)
 
     async def _preload(self, names: Collection[str]) -> None:
         while names:
@@ -146,9 +181,16 @@ class Upkeep:
         return True
 
     async def _write_uses(self) -> None:
-        if self._unwritten:
-            unwritten, self._unwritten = self._unwritten, set()
-            await self._records.used({key: self._used[key] for key in unwritten})
+        """What cannot be written now, or is cut off, stays for a later round."""
+        times = {key: self._used[key] for key in self._unwritten}
+        if not times:
+            return
+        try:
+            await self._records.used(times)
+        except (SQLAlchemyError, OSError) as error:
+            _log.warning("when adapters were last used could not be written: %s", type(error).__name__)
+        else:
+            self._unwritten -= {key for key, when in times.items() if self._used[key] == when}
 
     async def _unload(self, adapter_id: str) -> None:
         """As soon as nobody uses it, unless some entry leads to it by then."""

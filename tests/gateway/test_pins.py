@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from support.problems import assert_problem
 from loraplex.auth.store.changes import CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import open_database
 from loraplex.auth.store.tables import tenants
-from loraplex.engines.adapters.store import AdapterStore
+from loraplex.engines.adapters.store import AdapterStore, StoredAdapter
 from loraplex.engines.echo import EchoEngine
-from loraplex.engines.errors import AdapterInUse, NoRoomBesidePins
+from loraplex.engines.errors import AdapterInUse, AdapterSourceUnavailable, NoRoomBesidePins
 from loraplex.engines.protocol import Adapter, AdapterCard
 from loraplex.engines.stats import EngineStats, TierStats
 from loraplex.gateway.catalogue import Catalogue
@@ -31,11 +32,15 @@ ROOM = 100
 
 
 class SmallDevice(EchoEngine):
-    """An echo with room for adapters on its device."""
+    """An echo with room for adapters on its device, which reads their files to bring them there."""
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
         card = await super().inspect(adapter)
         return msgspec.structs.replace(card, num_bytes=card.rank)
+
+    async def load(self, adapter: Adapter) -> None:
+        await self.inspect(adapter)
+        await super().load(adapter)
 
     async def stats(self) -> EngineStats:
         tier = TierStats(tier="device", num_adapters=0, num_bytes=0, capacity_bytes=ROOM)
@@ -160,6 +165,81 @@ async def test_every_gateway_pins_and_unpins_what_one_is_told(site: Site) -> Non
         await told.remove("t1", "kept")
         while await pinned(engine):
             await asyncio.sleep(0.05)
+
+
+async def pinned_elsewhere(site: Site, *names: str) -> None:
+    """By another gateway; their files are in no cache any more."""
+    other = site.gateway()[0]
+    for rank, name in enumerate(names, start=5):
+        await other.register(name, site.source(rank))
+        shutil.rmtree((await other.pin(("", name), pinned=True)).shown.path)
+
+
+async def test_start_pins_what_the_disk_has_lost(site: Site) -> None:
+    await pinned_elsewhere(site, "kept")
+    catalogue, engine = site.gateway()
+    await engine.start(lambda progress: None)
+    async with catalogue, asyncio.timeout(5):
+        while await pinned(engine) != ["kept"]:
+            await asyncio.sleep(0.02)
+
+
+async def test_pin_whose_source_is_away_is_tried_again_and_holds_up_no_other(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("loraplex.gateway.upkeep._ROUND_SECONDS", 0.02)
+    monkeypatch.setattr("loraplex.gateway.upkeep._REPIN_SECONDS", 0.05)
+    await pinned_elsewhere(site, "away", "hanging", "here")
+    fetch, is_away, released = site.store.fetch, True, asyncio.Event()
+
+    async def fetch_if_there(uri: str, name: str, **options: Any) -> StoredAdapter:
+        if is_away and name == "away":
+            raise AdapterSourceUnavailable("no answer")
+        if name == "hanging":
+            await released.wait()
+        return await fetch(uri, name, **options)
+
+    monkeypatch.setattr(site.store, "fetch", fetch_if_there)
+    catalogue, engine = site.gateway()
+    await engine.start(lambda progress: None)
+    async with catalogue, asyncio.timeout(5):
+        while await pinned(engine) != ["here"] or caplog.text.count("adapter away could not be brought") < 2:
+            await asyncio.sleep(0.02)
+        is_away = False
+        await catalogue.update(("", "here"), site.source(9))  # whoever changes one waits for no other
+        while await pinned(engine) != ["away", "here"]:
+            await asyncio.sleep(0.02)
+        await catalogue.pin(("", "away"), pinned=False)
+        released.set()
+        while await pinned(engine) != ["hanging", "here"]:
+            await asyncio.sleep(0.02)
+
+
+async def test_pin_that_arrives_when_nothing_pins_it_any_more_is_let_go(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.gateway.upkeep._ROUND_SECONDS", 0.02)
+    await pinned_elsewhere(site, "late")
+    (catalogue, engine), (told, _) = site.gateway(), site.gateway()
+    pin, is_under_way, released = engine.pin, asyncio.Event(), asyncio.Event()
+
+    async def pin_late(adapter: Adapter, *, pinned: bool) -> None:
+        if pinned:
+            is_under_way.set()
+            await released.wait()
+        await pin(adapter, pinned=pinned)
+
+    monkeypatch.setattr(engine, "pin", pin_late)
+    await engine.start(lambda progress: None)
+    async with catalogue, asyncio.timeout(5):
+        await is_under_way.wait()
+        await told.reload()
+        await told.pin(("", "late"), pinned=False)
+        await catalogue.reload()
+        await asyncio.sleep(0.05)
+        released.set()
+        while "late" not in [found.name for found in await engine.residency()] or await pinned(engine):
+            await asyncio.sleep(0.02)
 
 
 def test_refusals_are_told_with_their_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
