@@ -47,6 +47,10 @@ class AdapterTooLarge(AdapterError):
     """The adapter exceeds a configured limit (rank, bytes, device room)."""
 
 
+class DiskCacheFull(AdapterError):
+    """Requests hold so much of the disk cache that the adapter does not fit beside it; worth another try."""
+
+
 class NoRoomBesidePins(AdapterError):
     """Too little of the device is left beside the pinned adapters, until one of them is unpinned."""
 

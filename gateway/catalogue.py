@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from loraplex.auth.caller import Caller
-from loraplex.engines.errors import AdapterError, AdapterInUse, AdapterSourceUnavailable, EngineError
+from loraplex.engines.errors import AdapterChanged, AdapterInUse, EngineError
 from loraplex.engines.protocol import Adapter, AdapterResidency, Engine, WeightedAdapter
 from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered, Target, Version
 from loraplex.gateway.arrivals import Arrivals, NoTokens, OtherBase, SourceTokens, Store
@@ -375,9 +375,7 @@ class Catalogue:
     async def _restore(self, entry: Registered, version: Version) -> Version:
         try:
             found = await self._arrivals.examine(entry.key, version)
-        except AdapterSourceUnavailable:
-            raise  # another request may find it back
-        except AdapterError as error:
+        except AdapterChanged as error:  # any other error is this request's: another one may find it back
             await self._records.set_state(entry.key, version, "failed", str(error))
             await self._refresh(entry.key)
             raise

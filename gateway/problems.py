@@ -82,6 +82,7 @@ TABLE: dict[type[Exception], Row] = {
     engines.AdapterUnsupported: Row(400, _INVALID, "adapter_unsupported"),
     engines.AdapterMismatch: Row(400, _INVALID, "adapter_mismatch"),
     engines.AdapterTooLarge: Row(400, _INVALID, "adapter_too_large"),
+    engines.DiskCacheFull: Row(503, _SERVER, "disk_cache_full", 5.0),
     engines.NoRoomBesidePins: Row(409, _INVALID, "no_room_beside_pins"),
     engines.AdapterSourceForbidden: Row(403, _INVALID, "adapter_source_forbidden"),
     engines.AdapterSourceUnavailable: Row(503, _SERVER, "adapter_source_unavailable", 5.0),

@@ -27,7 +27,7 @@ import msgspec
 from loraplex.engines.adapters.locks import flock, try_flock
 from loraplex.engines.adapters.manifest import check, sync, write_manifest
 from loraplex.engines.adapters.sources.base import Workspace
-from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
+from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge, DiskCacheFull
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -81,7 +81,8 @@ class DiskCache:
             os.close(descriptor)
 
     def commit(self, workspace: Workspace) -> StoredObject:
-        """Move staged files into the cache, making room. Raises AdapterTooLarge where what is held leaves none.
+        """Move staged files into the cache, making room. Raises AdapterTooLarge, and DiskCacheFull where there would be
+        room without what is held.
 
         What can be fetched again is not forced to the disk, for which its request would wait longer than for all else
         here: after a loss of power, `find` removes what is not whole.
@@ -214,7 +215,7 @@ class DiskCache:
             if self._evict(object_id):
                 excess -= size
         if excess > 0:
-            raise AdapterTooLarge(f"{misfit}, and what it holds is in use")
+            raise DiskCacheFull(f"{misfit}, and what it holds is in use")
 
     def _evict(self, object_id: str) -> bool:
         """Remove an object unless someone holds it."""

@@ -225,7 +225,7 @@ class AdapterTiers:
         if adapter_id in self._residency:
             return
         self._cold[adapter_id] = None
-        is_copied = self._copy is not None and self._copy.adapter_id == adapter_id
+        is_copied = self._residency.holds(adapter_id)  # to its extent, or from one to another
         if not (adapter_id in self._host or adapter_id in self._preparing or is_copied):
             self._preparing[adapter_id] = Preparation(
                 tracked.adapter, self._base, self._threads, self._clock(), self._arena.populate
@@ -300,6 +300,8 @@ class AdapterTiers:
     def _finish_move(self, move: Move) -> None:
         self._residency.publish(move.adapter_id)
         self._arena.publish(self._arena.plan(move.adapter_id), move.target)
+        self._cold.pop(move.adapter_id, None)
+        self._tell(move.adapter_id, None)  # those who asked for it while it slid
 
     def _leave_device(self, adapter_id: str) -> None:
         """The books have given its extent to another one."""

@@ -20,7 +20,15 @@ from loraplex.auth.store.changes import CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import open_database
 from loraplex.auth.store.tables import adapter_versions, adapters, tenants
 from loraplex.engines.echo import EchoEngine
-from loraplex.engines.errors import AdapterChanged, AdapterInUse, AdapterNotFound, AdapterSourceUnavailable
+from loraplex.engines.errors import (
+    AdapterChanged,
+    AdapterError,
+    AdapterInUse,
+    AdapterNotFound,
+    AdapterSourceUnavailable,
+    AdapterTooLarge,
+    DiskCacheFull,
+)
 from loraplex.engines.protocol import Adapter
 from loraplex.gateway.adapter_records import Target
 from loraplex.gateway.catalogue import Catalogue, Route
@@ -172,18 +180,22 @@ async def test_files_that_come_back_different_make_the_version_failed(
     assert adapter == Adapter(id="v1", name="one", path=str(source))
 
 
+@pytest.mark.parametrize(
+    "kind", [AdapterSourceUnavailable, AdapterNotFound, AdapterTooLarge, DiskCacheFull], ids=lambda kind: kind.__name__
+)
 async def test_files_that_are_away_for_a_moment_change_nothing(
-    catalogue: Catalogue, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalogue: Catalogue, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[AdapterError]
 ) -> None:
+    """Whatever keeps one gateway from them: a source's silence, a token of yesterday, a full disk or another's."""
     await catalogue.register("one", str(write_adapter(tmp_path / "a")))
     await _points_to(catalogue, tmp_path / "gone")
     fetch = shelf.fetch
 
     async def fetch_nothing(*arguments: Any, **options: Any) -> Fetched:
-        raise AdapterSourceUnavailable("no answer")
+        raise kind("not now")
 
     monkeypatch.setattr(shelf, "fetch", fetch_nothing)
-    with pytest.raises(AdapterSourceUnavailable):
+    with pytest.raises(kind):
         await catalogue.route("one", ACME)
     monkeypatch.setattr(shelf, "fetch", fetch)
     assert (await catalogue.route("one", ACME)).adapter is not None

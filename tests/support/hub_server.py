@@ -1,4 +1,5 @@
-"""A Hugging Face hub on loopback: model listing, HEAD and GET of files with ranges; trouble and slowness on demand."""
+"""A Hugging Face hub on loopback: model listing, access, HEAD and GET of files with ranges; trouble and slowness on
+demand."""
 
 from __future__ import annotations
 
@@ -17,12 +18,16 @@ _PIECE_SECONDS = 0.05
 
 @dataclass
 class Repository:
-    """`commits` maps a commit to its files; `refs` maps branch and tag names to commits."""
+    """`commits` maps a commit to its files; `refs` maps branch and tag names to commits.
+
+    One that is gated is listed to anyone; its files are for `granted`, the token of an account that has access.
+    """
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     is_gated: bool = False
+    granted: str | None = None
     listed_sizes: dict[str, int | None] = field(default_factory=dict)
 
     def push(self, files: dict[str, bytes], ref: str = "main") -> str:
@@ -91,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 6 and parts[4] == "revision":
             return self._listing("/".join(parts[2:4]), "/".join(parts[5:]))
+        if parts[:2] == ["api", "models"] and parts[4:] == ["auth-check"]:
+            return self._access("/".join(parts[2:4]))
         if len(parts) == 5 and parts[2] == "resolve":
             return self._file("/".join(parts[:2]), parts[3], parts[4])
         return self._send(404)
@@ -102,10 +109,20 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None or (repository.token and authorization != f"Bearer {repository.token}"):
             self._send(401 if authorization is None else 404, {"X-Error-Code": "RepoNotFound"})
             return None
-        if repository.is_gated:
-            self._send(403, {"X-Error-Code": "GatedRepo"})
-            return None
         return repository
+
+    def _opened(self, name: str) -> Repository | None:
+        """The repository for someone who wants its files, or None after an answer that refuses it."""
+        repository = self._repository(name)
+        authorization = self.headers.get("Authorization")
+        if repository is None or not repository.is_gated or authorization == f"Bearer {repository.granted}":
+            return repository
+        self._send(401 if authorization is None else 403, {"X-Error-Code": "GatedRepo"})
+        return None
+
+    def _access(self, name: str) -> None:
+        if self._opened(name) is not None:
+            self._send(200, {"Content-Type": "application/json"}, b"{}")
 
     def _listing(self, name: str, revision: str) -> None:
         if self.hub.raw_listing is not None:
@@ -120,10 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
         sizes = {name: len(content) for name, content in files.items()} | repository.listed_sizes
         siblings = [{"rfilename": name, "size": size, "blobId": "0" * 40} for name, size in sizes.items()]
         answer = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+        answer["gated"] = "manual" if repository.is_gated else False
         return self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _file(self, name: str, commit: str, file_name: str) -> None:
-        repository = self._repository(name)
+        repository = self._opened(name)
         if repository is None:
             return None
         content = repository.commits.get(repository.refs.get(commit, commit), {}).get(file_name)

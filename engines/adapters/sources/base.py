@@ -1,15 +1,18 @@
 """What a source of adapters is: it lists an adapter's files with their sizes, then downloads them. It judges no bytes.
 
 Everything here blocks and runs in the store's threads; a source looks at `Transfer.check` between pieces, so that
-a fetch nobody waits for any more ends within one socket timeout.
+a fetch nobody waits for any more ends within one socket timeout. A socket's timeout is for each piece of the network's,
+however small, so a connection to a server that may be anyone's is watched by its transfer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -30,14 +33,37 @@ class Transfer:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._stopped = threading.Event()
+        self._guard = threading.Lock()
+        self._watched: socket.socket | None = None
 
     def stop(self) -> None:
         self._stopped.set()
+        with self._guard:
+            if self._watched is not None:
+                with suppress(OSError):  # the other side has ended it
+                    self._watched.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
         """Raises TransferStopped once `stop` was called."""
         if self._stopped.is_set():
             raise TransferStopped
+
+    def watch(self, connection: socket.socket) -> None:
+        """Have `stop` end this connection, which wakes whoever reads from it. Raises TransferStopped.
+
+        One at a time: the one before is watched no longer.
+        """
+        self._exchange(connection.dup())  # TLS takes over the original
+        self.check()
+
+    def unwatch(self) -> None:
+        self._exchange(None)
+
+    def _exchange(self, watched: socket.socket | None) -> None:
+        with self._guard:
+            before, self._watched = self._watched, watched
+        if before is not None:
+            before.close()
 
     def sleep(self, seconds: float) -> None:
         """Wait, but no longer than until `stop`. Raises TransferStopped."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import http.client
 import ssl
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from loraplex.config.settings import SettingsError
 from loraplex.engines.adapters.sources.archive import unpack
-from loraplex.engines.adapters.sources.base import Address, Listing, Transfer, Workspace, pieces
+from loraplex.engines.adapters.sources.base import CHUNK_BYTES, Address, Listing, Transfer, Workspace
 from loraplex.engines.adapters.sources.network import JudgedConnection
 from loraplex.engines.errors import (
     AdapterInvalid,
@@ -116,8 +116,9 @@ class HttpsSource:
             sent = {"Accept-Encoding": "identity", "User-Agent": "loraplex", **headers}
             if token is not None and hop.origin == first.origin:
                 sent["Authorization"] = f"Bearer {token}"
-            connection = JudgedConnection(*hop.origin, self._context, allow_private=self._allow_private)
-            with closing(connection):
+            with JudgedConnection(
+                *hop.origin, self._context, transfer, allow_private=self._allow_private
+            ) as connection:
                 connection.request("GET", hop.target, headers=sent)
                 with connection.getresponse() as answer:
                     if answer.status not in _REDIRECTS:
@@ -159,7 +160,7 @@ class _Partial:
         with self._path.open("r+b" if start else "wb") as sink:
             sink.seek(start)
             sink.truncate()
-            for chunk in pieces(answer):
+            for chunk in iter(lambda: answer.read1(CHUNK_BYTES), b""):  # `read` waits until it has them all
                 transfer.check()
                 num_bytes += len(chunk)
                 if num_bytes > transfer.max_bytes:

@@ -66,6 +66,8 @@ class HubSource:
             )
             sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
             commit = info.sha or ""
+            if info.gated:  # anyone may list it, and what is known by its commit is not downloaded again
+                self._require_access(repo, token)
         except _TransportError as error:
             raise _told(error) from None
         except HFValidationError as error:
@@ -84,9 +86,7 @@ class HubSource:
         """Over the library's connections, but without its own download: that asks for each file's size and ETag first,
         which the listing told already, and keeps a cache beside ours."""
         repo, _ = _split(address)
-        headers = {"Accept-Encoding": "identity"}
-        if token is not None:
-            headers["Authorization"] = f"Bearer {token}"  # a redirect to another host goes without it
+        headers = {"Accept-Encoding": "identity", **_authorization(token)}
         for file in missing(listing, workspace):
             transfer.check()
             start = num_received(file, workspace)
@@ -101,9 +101,18 @@ class HubSource:
             except (_TransportError, OSError) as error:
                 raise _told(error) from None
 
+    def _require_access(self, repo: str, token: str | None) -> None:
+        """`HfApi.auth_check`, with a timeout."""
+        url = f"{self._api(token).endpoint}/api/models/{repo}/auth-check"
+        hf_raise_for_status(get_session().get(url, headers=_authorization(token), timeout=SOCKET_TIMEOUT_SECONDS))
+
     def _api(self, token: str | None) -> HfApi:
         # False: never the token of whoever started this process, which a caller could not have used himself.
         return HfApi(endpoint=self._endpoint, token=token or False)
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}  # a redirect to another host goes without it
 
 
 def _split(address: Address) -> tuple[str, str]:

@@ -6,8 +6,9 @@ import http.client
 import ipaddress
 import socket
 import ssl
+from typing import Self
 
-from loraplex.engines.adapters.sources.base import SOCKET_TIMEOUT_SECONDS
+from loraplex.engines.adapters.sources.base import SOCKET_TIMEOUT_SECONDS, Transfer, TransferStopped
 from loraplex.engines.errors import AdapterNotFound, AdapterSourceForbidden, AdapterSourceUnavailable
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -45,17 +46,32 @@ def resolve(host: str, port: int, *, allow_private: bool) -> list[str]:
 
 
 class JudgedConnection(http.client.HTTPSConnection):
-    """TLS to one of the addresses that `resolve` gave; the certificate must be the host's."""
+    """TLS to one of the addresses that `resolve` gave; the certificate must be the host's.
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext, *, allow_private: bool) -> None:
+    A context: the transfer watches it until that ends, since an answer is read after `close`, too.
+    """
+
+    def __init__(
+        self, host: str, port: int, context: ssl.SSLContext, transfer: Transfer, *, allow_private: bool
+    ) -> None:
         super().__init__(host, port, timeout=SOCKET_TIMEOUT_SECONDS, context=context)
         self._tls = context
+        self._transfer = transfer
         self._addresses = resolve(host, port, allow_private=allow_private)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self._transfer.unwatch()
+
     def connect(self) -> None:
-        """Raises AdapterSourceUnavailable, or AdapterSourceForbidden where the certificate is not good."""
+        """Raises AdapterSourceUnavailable, TransferStopped, or AdapterSourceForbidden where the certificate is not
+        good."""
         failure: OSError | None = None
         for address in self._addresses:
+            self._transfer.check()
             try:
                 self.sock = self._secured(socket.create_connection((address, self.port), SOCKET_TIMEOUT_SECONDS))
             except ssl.SSLCertVerificationError as error:
@@ -68,7 +84,8 @@ class JudgedConnection(http.client.HTTPSConnection):
 
     def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
         try:
+            self._transfer.watch(plain)
             return self._tls.wrap_socket(plain, server_hostname=self.host)
-        except OSError:
+        except (OSError, TransferStopped):
             plain.close()
             raise

@@ -20,7 +20,7 @@ from support.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_files, read
 
 from loraplex.engines.adapters import disk
 from loraplex.engines.adapters.disk import DiskCache, StoredObject
-from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
+from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge, DiskCacheFull
 
 SOURCE_DIRECTORY = Path(disk.__file__).parents[3]
 
@@ -169,7 +169,7 @@ def test_hold_keeps_from_eviction_until_the_last_holder(tmp_path: Path) -> None:
     with cache.hold(held.id) as path:
         with cache.hold(held.id):
             pass
-        with pytest.raises(AdapterTooLarge, match="in use"):
+        with pytest.raises(DiskCacheFull, match="in use"):
             put(cache, blob(1, 1500))
         assert (path / "adapter_model.safetensors").exists()
     put(cache, blob(1, 1500))
@@ -180,7 +180,7 @@ def test_hold_of_another_process_keeps_from_eviction(tmp_path: Path) -> None:
     """Two caches over one directory are what two processes are: locks belong to open directories."""
     ours, theirs = DiskCache(tmp_path / "cache", 3000), DiskCache(tmp_path / "cache", 3000)
     held = put(ours, blob(0, 1500))
-    with ours.hold(held.id), pytest.raises(AdapterTooLarge, match="in use"):
+    with ours.hold(held.id), pytest.raises(DiskCacheFull, match="in use"):
         put(theirs, blob(1, 1500))
     put(theirs, blob(1, 1500))
     with pytest.raises(AdapterNotFound, match=held.id), ours.hold(held.id):

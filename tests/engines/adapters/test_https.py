@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import msgspec
 import pytest
 import pytest_asyncio
-from support.adapter_files import adapter_files, read_files
+from support.adapter_files import adapter_files, read_files, write_files
 from support.archives import tar_gz, zipped
 from support.tls_server import Authority, WebServer, make_authority, respond, serve_web
 
@@ -227,6 +230,57 @@ async def test_https_wrong_part_starts_over(store: AdapterStore, web: WebServer)
     ranges = cut_once(web, ARCHIVE, '"v1"', honest=False)
     assert await store.fetch(f"{web.url}/a", "n")
     assert ranges == [None, f"bytes={len(ARCHIVE) // 2}-", None]
+
+
+def dribble(start: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """A page that goes on with a byte every tenth of a second, for three seconds."""
+
+    def page(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(start)
+        for _ in range(30):
+            time.sleep(0.1)
+            handler.wfile.write(b"x")
+
+    return page
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that connects and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"https://127.0.0.1:{server.getsockname()[1]}/a"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n",
+        b"HTTP/1.0 200 OK\r\nX-Slow: ",
+        None,
+    ],
+    ids=["body", "body without length", "chunk", "header", "handshake"],
+)
+async def test_https_slow_server_keeps_no_thread_past_the_deadline(
+    settings: Adapters, web: WebServer, silent: str, tmp_path: Path, start: bytes | None
+) -> None:
+    """However small the pieces that it sends: the next fetch has the thread at once, and the store can be closed."""
+    one = msgspec.structs.replace(settings, max_fetches=1, fetch_timeout_seconds=0.5, local_roots=(str(tmp_path),))
+    impatient = AdapterStore(one)
+    address = silent
+    if start is not None:
+        web.pages["/a"], address = dribble(start), f"{web.url}/a"
+    with pytest.raises(AdapterSourceUnavailable, match="not done within"):
+        await impatient.fetch(address, "n")
+    assert await impatient.fetch(str(write_files(tmp_path / "local", FILES)), "n")
+    slow = asyncio.create_task(impatient.fetch(address, "n"))
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    await impatient.close()
+    assert time.monotonic() - began < 0.5
+    with pytest.raises(AdapterSourceUnavailable):
+        await slow
 
 
 async def test_https_that_is_not_there_is_unavailable(store: AdapterStore) -> None:

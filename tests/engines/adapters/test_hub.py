@@ -97,6 +97,19 @@ async def test_hub_gated_repository_says_so(store: AdapterStore, hub: FakeHub) -
         await store.fetch("hf://org/gated", "n", token=TOKEN)
 
 
+@pytest.mark.parametrize("token", [None, "hf_another"], ids=["no token", "another token"])
+async def test_hub_gated_repository_that_one_token_opened_stays_closed_to_others(
+    store: AdapterStore, hub: FakeHub, token: str | None
+) -> None:
+    """The hub lists it to anyone, and its files at this commit are here already."""
+    repository, _ = hub.repository("org/gated", adapter_files())
+    repository.is_gated, repository.granted = True, TOKEN
+    opened = await store.fetch("hf://org/gated", "n", token=TOKEN)
+    with pytest.raises(AdapterNotFound, match="gated"):
+        await store.fetch("hf://org/gated", "n", token=token)
+    assert await store.fetch("hf://org/gated", "n", token=TOKEN) == opened
+
+
 async def test_hub_unknown_revision_says_so(store: AdapterStore, hub: FakeHub) -> None:
     hub.repository("org/name", adapter_files())
     with pytest.raises(AdapterNotFound, match="no such revision"):

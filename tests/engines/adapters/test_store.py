@@ -20,7 +20,7 @@ from support.hub_server import FakeHub
 from loraplex.config.settings import Adapters
 from loraplex.engines.adapters import store as store_module
 from loraplex.engines.adapters.store import AdapterStore, StoredAdapter
-from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable, AdapterTooLarge
+from loraplex.engines.errors import AdapterNotFound, AdapterSourceUnavailable, DiskCacheFull
 
 
 async def test_fetch_local_copies_the_files(store: AdapterStore, root: Path) -> None:
@@ -201,7 +201,7 @@ async def test_fetch_into_a_full_cache_says_so(settings: Adapters, root: Path) -
     small = AdapterStore(msgspec.structs.replace(settings, disk_bytes=1500))
     first = await small.fetch(str(write_files(root / "a", adapter_files(1))), "a")
     second = str(write_files(root / "b", adapter_files(2)))
-    with small.hold(first.adapter), pytest.raises(AdapterTooLarge, match="in use"):
+    with small.hold(first.adapter), pytest.raises(DiskCacheFull, match="in use"):
         await small.fetch(second, "b")
     assert await small.fetch(second, "b")
     with pytest.raises(AdapterNotFound), small.hold(first.adapter):

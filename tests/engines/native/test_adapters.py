@@ -258,6 +258,34 @@ def test_fragmented_arena_is_compacted_under_a_running_adapter(small: SmallWorld
     assert stats.tiers[1].num_bytes == 4 * RANK_4_SIZE * ITEMSIZE
 
 
+@pytest.mark.parametrize("pins", [False, True], ids=["load", "pin"])
+def test_adapter_asked_for_while_it_slides_is_there_when_it_stops_and_not_read_again(
+    small: SmallWorld, make: Callable[..., Tiers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pins: bool
+) -> None:
+    """Its extents overlap, so nobody computes with it on the way; the host does not hold it any more."""
+    monkeypatch.setattr(pieces, "PIECE", 2**8)
+    first, slides, large = (
+        renamed(make_adapter(small.directory, AdapterSpec(f"attention-{rank}", rank), tmp_path), f"rank-{rank}")
+        for rank in (4, 6, 5)
+    )
+    tiers = make(capacity=3 * RANK_4_SIZE, host_bytes=1)
+    told: list[AdapterError | None] = []
+    for adapter in (first, slides):
+        tiers.bring(adapter)
+    tiers.tiers.unload(first.id)
+    tiers.tiers.enter(large)
+    tiers.poll_until(lambda: slides.id not in tiers.residency, seconds=2.0)
+    assert tiers.residency.holds(slides.id)
+    if pins:
+        tiers.tiers.pin(slides, pinned=True, done=told.append)
+    else:
+        tiers.tiers.load(slides, told.append)
+    assert (told, tiers.tiers.is_loading) == ([], False)
+    tiers.poll_until(lambda: large.id in tiers.residency)
+    assert (told, slides.id in tiers.residency, tiers.residency.is_pinned(slides.id)) == ([None], True, pins)
+    tiers.tiers.unload(slides.id)
+
+
 @pytest.mark.parametrize("is_request", [True, False])
 def test_adapter_without_room_beside_the_pinned_is_refused_at_once(
     small: SmallWorld, make: Callable[..., Tiers], is_request: bool
