@@ -112,9 +112,15 @@ class Tenants:
         return caller
 
     async def holder(self, tenant_id: str, key_id: str) -> Caller:
-        """The caller that a key stands for now, for work that goes on without it. Raises InvalidApiKey."""
+        """The caller that a key stands for now, for work that goes on without it.
+
+        Raises InvalidApiKey or KeysUnavailable.
+        """
         as_of = self.num_changes
-        caller = await self._authenticator.look_up_id(key_id) if tenant_id else None
+        try:
+            caller = await self._authenticator.look_up_id(key_id) if tenant_id else None
+        except (SQLAlchemyError, OSError) as error:
+            raise _cannot_be_checked() from error
         if not tenant_id and key_id in await self.living_keys({key_id}):
             caller = Caller(tenant_id="", tenant_name="", key_id=key_id, role="admin", as_of=as_of)
         if caller is None or caller.tenant_id != tenant_id:
