@@ -276,9 +276,13 @@ class Tenants:
         await self.forget()
 
 
-async def require_tenant(connection: AsyncConnection, tenant_id: str) -> None:
-    """Keep a tenant from being deleted until the transaction ends. Raises TenantNotFound."""
-    query = select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update(read=True)
+async def require_tenant(connection: AsyncConnection, tenant_id: str, *, is_alone: bool = False) -> None:
+    """Keep a tenant from being deleted until the transaction ends. Raises TenantNotFound.
+
+    Of those that want to be alone with it PostgreSQL lets one go on at a time; SQLite has one writer in any case.
+    """
+    query = select(tenants.c.id).where(tenants.c.id == tenant_id)
+    query = query.with_for_update(read=not is_alone, key_share=is_alone)  # FOR SHARE, or FOR NO KEY UPDATE
     if (await connection.execute(query)).first() is None:
         raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
 
