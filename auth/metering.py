@@ -9,7 +9,7 @@ import msgspec
 RUNNING = "running"
 COMPLETED = "completed"
 ABORTED = "aborted"  # the client left
-INTERRUPTED = "interrupted"  # the gateway's process ended
+INTERRUPTED = "interrupted"  # the gateway's process ended, or what was done in the background was cut off
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):

@@ -112,9 +112,15 @@ class Tenants:
         return caller
 
     async def holder(self, tenant_id: str, key_id: str) -> Caller:
-        """The caller that a key stands for now, for work that goes on without it. Raises InvalidApiKey."""
+        """The caller that a key stands for now, for work that goes on without it.
+
+        Raises InvalidApiKey or KeysUnavailable.
+        """
         as_of = self.num_changes
-        caller = await self._authenticator.look_up_id(key_id) if tenant_id else None
+        try:
+            caller = await self._authenticator.look_up_id(key_id) if tenant_id else None
+        except (SQLAlchemyError, OSError) as error:
+            raise _cannot_be_checked() from error
         if not tenant_id and key_id in await self.living_keys({key_id}):
             caller = Caller(tenant_id="", tenant_name="", key_id=key_id, role="admin", as_of=as_of)
         if caller is None or caller.tenant_id != tenant_id:
@@ -270,9 +276,13 @@ class Tenants:
         await self.forget()
 
 
-async def require_tenant(connection: AsyncConnection, tenant_id: str) -> None:
-    """Keep a tenant from being deleted until the transaction ends. Raises TenantNotFound."""
-    query = select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update(read=True)
+async def require_tenant(connection: AsyncConnection, tenant_id: str, *, is_alone: bool = False) -> None:
+    """Keep a tenant from being deleted until the transaction ends. Raises TenantNotFound.
+
+    Of those that want to be alone with it PostgreSQL lets one go on at a time; SQLite has one writer in any case.
+    """
+    query = select(tenants.c.id).where(tenants.c.id == tenant_id)
+    query = query.with_for_update(read=not is_alone, key_share=is_alone)  # FOR SHARE, or FOR NO KEY UPDATE
     if (await connection.execute(query)).first() is None:
         raise TenantNotFound(f"There is no tenant {tenant_id!r}.")
 

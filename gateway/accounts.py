@@ -28,14 +28,7 @@ class Accounts:
         self._books = books
         self._tenants = tenants
         self._open: set[Meter] = set()
-        self._is_ending = False
         tenants.on_change(self._end_requests_of_dead_keys)
-
-    def interrupt_background(self) -> None:
-        """The process ends, and with it work in the background, which whoever goes on does again."""
-        self._is_ending = True
-        for meter in self._open:
-            meter.interrupt()
 
     async def _end_requests_of_dead_keys(self) -> None:
         """Who may do what has changed: requests under keys that are revoked or gone end with InvalidApiKey."""
@@ -83,8 +76,6 @@ class Accounts:
             is_background=caller.is_background,
         )
         self._open.add(meter)
-        if self._is_ending:
-            meter.interrupt()
         if caller.as_of != self._tenants.num_changes:  # it was let in before a change, which missed this meter
             try:
                 await self._end_requests_of_dead_keys()
@@ -96,12 +87,16 @@ class Accounts:
 
 
 class Meter:
-    """What one request uses. `on_settled` is called with it once it is over."""
+    """What one request uses. `on_settled` is called with it once it is over.
+
+    One in the background has no client that sees its tokens as they come: whoever gets its answer gets it whole. So one
+    that is cut off, by whatever, has given nobody anything and costs nothing; most are asked again.
+    """
 
     __slots__ = (
-        "_admission", "_at_end", "_books", "_end", "_entry", "_first_token_at", "_is_background", "_is_interrupted",
-        "_is_settled", "_num_covered", "_on_settled", "_outcome", "_record", "_reservation", "_workers",
-        "num_cached_tokens", "num_completion_tokens", "refusal",
+        "_admission", "_at_end", "_books", "_end", "_entry", "_first_token_at", "_is_background", "_is_settled",
+        "_num_covered", "_on_settled", "_outcome", "_record", "_reservation", "_workers", "num_cached_tokens",
+        "num_completion_tokens", "refusal",
     )  # fmt: skip
 
     def __init__(
@@ -128,7 +123,6 @@ class Meter:
         self.num_cached_tokens = 0
         self._first_token_at: float | None = None
         self._is_settled = False
-        self._is_interrupted = False
         self._is_background = is_background
         self._outcome = RUNNING
         self._at_end: list[Callable[[str], None]] = []
@@ -147,10 +141,6 @@ class Meter:
         self._end = error
         for task in self._workers:
             task.cancel()
-
-    def interrupt(self) -> None:
-        """A request in the background that is cut off from now on is to be asked again: it costs nothing till then."""
-        self._is_interrupted = self._is_background
 
     @property
     def is_complete(self) -> bool:
@@ -188,7 +178,8 @@ class Meter:
             self._first_token_at = time.time()
         if event.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = event.num_cached_tokens
-        self._entry.progress(num_tokens, self.num_cached_tokens)
+        if not self._is_background:  # what a kill leaves without a token costs nothing
+            self._entry.progress(num_tokens, self.num_cached_tokens)
         return True
 
     async def reserves(self, event: TokenEvent) -> bool:
@@ -226,7 +217,7 @@ class Meter:
         self._is_settled = True
         self._on_settled(self)
         outcome = _outcome(error or self.refusal)
-        if outcome == ABORTED and self._is_interrupted:
+        if outcome == ABORTED and self._is_background:
             outcome = INTERRUPTED
             self.forget_answer()
         self._outcome = outcome

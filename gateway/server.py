@@ -13,7 +13,6 @@ import uvicorn
 
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine
-from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.app import create_app
 from loraplex.gateway.batches.answering import Answerer
 from loraplex.gateway.batches.runner import BatchRunner
@@ -38,19 +37,16 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         engine: Engine,
         runner: BatchRunner,
-        accounts: Accounts,
         drain_seconds: float,
     ) -> None:
         super().__init__(config)
         self._engine = engine
         self._runner = runner
-        self._accounts = accounts
         self._drain_seconds = drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._close_engine_after_drain())
         try:
-            self._accounts.interrupt_background()
             await self._runner.close()
             await super().shutdown(sockets)
         finally:
@@ -103,7 +99,6 @@ async def serve(
         ),
         services.engine,
         runner,
-        services.accounts,
         settings.server.drain_seconds,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from litestar.types import ASGIApp
 
-from loraplex.auth.errors import InvalidApiKey
+from loraplex.auth.errors import InvalidApiKey, KeysUnavailable
 from loraplex.auth.tenants import Tenants
 from loraplex.gateway.batches.lines import Line
 from loraplex.gateway.batches.records import Answer, Batch
@@ -61,7 +61,10 @@ class Answerer:
         self._sleep = sleep
 
     async def width(self, batch: Batch, most: int) -> int:
-        """How many lines may run at once: no more than half of what its limits allow, so that users find room."""
+        """How many lines may run at once: no more than half of what its limits allow, so that users find room.
+
+        Raises KeysUnavailable.
+        """
         try:
             policy = (await self._tenants.holder(batch.tenant_id, batch.key_id)).policy
         except InvalidApiKey:
@@ -70,7 +73,7 @@ class Answerer:
         return max(min([most, *(limit // 2 for limit in limits if limit is not None)]), 1)
 
     async def answer(self, batch: Batch, line: Line) -> Answer:
-        """The line's answer, good or bad; a limit that will have room again, or an absent engine, is waited for."""
+        """The line's answer, good or bad; what passes is waited for: a limit, an absent engine or database."""
         request_id = _request_id(batch, line)
         num_tries = num_crashes = 0
         while True:
@@ -84,7 +87,7 @@ class Answerer:
     async def _ask(self, batch: Batch, line: Line, request_id: str) -> Reply:
         try:
             caller = await self._tenants.holder(batch.tenant_id, batch.key_id)
-        except InvalidApiKey as error:
+        except (InvalidApiKey, KeysUnavailable) as error:
             problem = problem_of(error)
             return Reply(problem.row.status, {}, problem.body())
         background = msgspec.structs.replace(caller, is_background=True)

@@ -9,15 +9,19 @@ import contextlib
 import logging
 import time
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from loraplex.config.settings import BatchSettings
 from loraplex.gateway.batches.answering import Answerer, unanswered
 from loraplex.gateway.batches.lines import InputInvalid, Line, count_checked, requests
-from loraplex.gateway.batches.records import Batch, BatchProblem, BatchRecords, LeaseLost, Status
+from loraplex.gateway.batches.records import Answer, Batch, BatchProblem, BatchRecords, LeaseLost, Status
 from loraplex.gateway.files.store import FileStore, StoredFile
 
 _log = logging.getLogger("loraplex.gateway")
 
 _SWEEP_SECONDS = 3600.0
+_FIRST_PAUSE_SECONDS = 0.1  # between two tries to write down an answer
+_LONGEST_PAUSE_SECONDS = 5.0
 _EXPIRED = ("batch_expired", "The batch's completion window ended before this request was answered.")
 _CANCELLED = ("batch_cancelled", "The batch was cancelled before this request was answered.")
 
@@ -140,7 +144,7 @@ class BatchRunner:
 
         async def answer(line: Line) -> None:
             try:
-                await self._records.record(batch.id, await answerer.answer(batch, line))
+                await self._record(batch, await answerer.answer(batch, line))
             finally:
                 room.release()
 
@@ -149,6 +153,18 @@ class BatchRunner:
                 if line.number not in answered:
                     await room.acquire()
                     group.create_task(answer(line))
+
+    async def _record(self, batch: Batch, answer: Answer) -> None:
+        """As soon as the database takes it: the answer is paid for, and raising would cut off all other lines."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self._records.record(batch.id, answer)
+            except (SQLAlchemyError, OSError) as error:
+                reason = getattr(error, "orig", None) or error  # without the statement, which has the answer in it
+                _log.warning("batch %s: an answer waits for the database: %s", batch.id, reason)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _finish(self, batch: Batch) -> None:
         """Every line that has no answer is told why; then the files are written, and the batch is over."""

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ class FileStore:
         self._database = database
         self._settings = settings
         self._directory = Path(settings.directory).expanduser()
+        self._arriving: Counter[Path] = Counter()  # bytes of the drafts that are open, by where they lie
 
     @property
     def max_file_bytes(self) -> int:
@@ -62,18 +64,25 @@ class FileStore:
 
         What a tenant was promised, its answers, is written without a bound.
         """
-        room = sys.maxsize if not is_bounded else self._settings.max_tenant_bytes - await self._num_bytes(tenant_id)
-        if room <= 0:
-            raise StorageFull(f"The files of a tenant may take at most {self._settings.max_tenant_bytes} bytes.")
-        return await asyncio.to_thread(Draft, self._home(tenant_id), room)
+        home, room = self._home(tenant_id), sys.maxsize
+        if is_bounded:
+            async with self._database.connect() as connection:
+                room = self._settings.max_tenant_bytes - await _num_bytes(connection, tenant_id)
+        if room <= self._arriving[home]:
+            raise self._full()
+        return await asyncio.to_thread(Draft, home, room, self._arriving)
 
     async def keep(
         self, draft: "Draft", tenant_id: str, filename: str, purpose: Purpose, expires_at: float | None
     ) -> StoredFile:
-        """The draft becomes a file. Raises StorageFull."""
+        """The draft becomes a file. Raises StorageFull where others have taken its room, or TenantNotFound."""
         file = await self.seal(draft, tenant_id, filename, purpose, expires_at)
-        async with self._database.begin() as connection:
-            await self.enter(connection, file)
+        try:
+            async with self._database.begin() as connection:
+                await self.enter(connection, file, is_bounded=True)
+        except StorageFull:
+            await asyncio.to_thread(self.path(tenant_id, file.id).unlink, missing_ok=True)
+            raise
         return file
 
     async def seal(
@@ -92,11 +101,14 @@ class FileStore:
             expires_at=expires_at,
         )
 
-    async def enter(self, connection: AsyncConnection, file: StoredFile) -> None:
-        """Make a sealed file known, as part of a transaction. Raises TenantNotFound."""
+    async def enter(self, connection: AsyncConnection, file: StoredFile, *, is_bounded: bool = False) -> None:
+        """Make a sealed file known, as part of a transaction. Raises TenantNotFound, or StorageFull beyond a bound."""
         if file.tenant_id:  # it may have been deleted while the bytes came
-            await require_tenant(connection, file.tenant_id)
+            await require_tenant(connection, file.tenant_id, is_alone=is_bounded)
         await connection.execute(insert(table).values(**msgspec.structs.asdict(file)))
+        # after the insert, which is what keeps SQLite's other writers out
+        if is_bounded and await _num_bytes(connection, file.tenant_id) > self._settings.max_tenant_bytes:
+            raise self._full()
 
     async def get(self, tenant_id: str, file_id: str) -> StoredFile:
         """Raises FileNotFound, also for another tenant's file and one that has expired."""
@@ -157,10 +169,8 @@ class FileStore:
     def _home(self, tenant_id: str) -> Path:
         return self._directory / (tenant_id or "admin")
 
-    async def _num_bytes(self, tenant_id: str) -> int:
-        query = select(func.coalesce(func.sum(table.c.num_bytes), 0)).where(table.c.tenant_id == tenant_id)
-        async with self._database.connect() as connection:
-            return int((await connection.execute(query)).scalar_one())
+    def _full(self) -> StorageFull:
+        return StorageFull(f"The files of a tenant may take at most {self._settings.max_tenant_bytes} bytes.")
 
     async def _find(self, connection: AsyncConnection, tenant_id: str, file_id: str) -> StoredFile:
         row = None
@@ -172,20 +182,27 @@ class FileStore:
 
 
 class Draft:
-    """Bytes on their way into a file; they are litter until they are moved."""
+    """Bytes on their way into a file; they are litter until they are moved.
 
-    def __init__(self, home: Path, room: int) -> None:
+    The drafts that are `arriving` in one home have its `room` together.
+    """
+
+    def __init__(self, home: Path, room: int, arriving: Counter[Path]) -> None:
         home.mkdir(parents=True, exist_ok=True)
+        self._home = home
         self._path = home / f"draft-{secrets.token_hex(12)}"
         self._file = self._path.open("xb", buffering=_CHUNK)
         self._room = room
+        self._arriving = arriving
         self.num_bytes = 0
 
     async def write(self, chunk: bytes) -> None:
         """Raises StorageFull beyond the tenant's room, or where the disk has none."""
         self.num_bytes += len(chunk)
-        if self.num_bytes > self._room:
-            raise StorageFull(f"The file is larger than what is left of the tenant's storage, {self._room} bytes.")
+        self._arriving[self._home] += len(chunk)
+        if (excess := self._arriving[self._home] - self._room) > 0:
+            left = max(self.num_bytes - excess, 0)
+            raise StorageFull(f"The file is larger than what is left of the tenant's storage, {left} bytes.")
         try:
             await asyncio.to_thread(self._file.write, chunk)
         except OSError as error:
@@ -199,7 +216,10 @@ class Draft:
         self._path.rename(path)
 
     async def close(self) -> None:
-        """Whatever was not moved is gone."""
+        """Whatever was not moved is gone. Once only: its room is others' from then on."""
+        self._arriving[self._home] -= self.num_bytes
+        if not self._arriving[self._home]:
+            del self._arriving[self._home]
         await asyncio.to_thread(self._discard)
 
     def _discard(self) -> None:
@@ -223,6 +243,11 @@ def behind(table: Any, cursor: Any, order: Order) -> ColumnElement[bool]:
 
 def _living(tenant_id: str) -> ColumnElement[bool]:
     return (table.c.tenant_id == tenant_id) & or_(table.c.expires_at.is_(None), table.c.expires_at > time.time())
+
+
+async def _num_bytes(connection: AsyncConnection, tenant_id: str) -> int:
+    query = select(func.coalesce(func.sum(table.c.num_bytes), 0)).where(table.c.tenant_id == tenant_id)
+    return int((await connection.execute(query)).scalar_one())
 
 
 async def _is_read(connection: AsyncConnection, file_id: str) -> bool:

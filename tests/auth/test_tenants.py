@@ -11,7 +11,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from support.clock import Clock
 
 from loraplex.auth.authentication import REMEMBERED_SECONDS
@@ -269,6 +269,40 @@ async def test_key_moves_to_the_newest_pepper_when_it_is_used(database: AsyncEng
     assert (await new.authenticate(used.key)).key_id == used.id
     with pytest.raises(InvalidApiKey):
         await new.authenticate(unused.key)
+
+
+async def test_admin_key_moves_to_the_newest_pepper_when_it_is_used(database: AsyncEngine, clock: Clock) -> None:
+    old = Tenants(database, b"old", clock)
+    used = await old.bootstrap_admin(None)
+    unused, revoked = [await old.admins.create(name) for name in ("unused", "revoked")]
+    await old.admins.revoke(revoked.id)
+    both = Tenants(database, b"old\nnew", clock)
+    assert (await both.authenticate(used)).role == "admin"
+    with pytest.raises(InvalidApiKey):
+        await both.authenticate(revoked.key)
+    new = Tenants(database, b"new", clock)
+    assert (await new.authenticate(used)).role == "admin"
+    for key in (unused.key, revoked.key):
+        with pytest.raises(InvalidApiKey):
+            await new.authenticate(key)
+
+
+async def test_keys_under_an_older_pepper_are_good_while_the_database_takes_no_writes(
+    database: AsyncEngine, url: str, clock: Clock
+) -> None:
+    old = Tenants(database, b"old", clock)
+    admin = await old.bootstrap_admin(None)
+    key = await old.create_key((await old.create_tenant("acme")).id, "one")
+    if database.dialect.name == "sqlite":
+        reading = create_async_engine(url.replace(":///", ":///file:") + "?mode=ro&uri=true")
+    else:
+        settings = {"server_settings": {"default_transaction_read_only": "on"}}
+        reading = create_async_engine(url, connect_args=settings)
+    both = Tenants(reading, b"old\nnew", clock)
+    assert (await both.authenticate(admin)).role == "admin"
+    assert (await both.authenticate(key.key)).key_id == key.id
+    await reading.dispose()
+    assert (await old.authenticate(admin)).role == "admin"  # nothing has moved
 
 
 async def test_migration_keeps_tenants_and_keys_of_the_revision_before(database: AsyncEngine, clock: Clock) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from openai import OpenAI
 from openai.types import Batch
 from openai.types.chat import ChatCompletion
 from support.batching import begin, jsonl, lines_of, request_line, show, text_of, upload, wait
-from support.command_line import free_port, serving_at
-from support.gateway import BASE, Gateway, running, settings_in
+from support.gateway import BASE, Gateway, running, settings_in, wait_running
 from support.problems import assert_problem
 from support.strict import strictly
 
@@ -341,66 +338,3 @@ def test_batches_are_listed_newest_first_in_pages(gateway: Gateway) -> None:
         assert_problem(http.get("/v1/batches?colour=red"), 400, "unknown_parameter", "colour")
         for batch_id in made:
             wait(http, batch_id)
-
-
-def test_batch_goes_on_after_the_gateway_was_killed_and_answers_each_line_once(tmp_path: Path) -> None:
-    texts = {f"line-{number}": f"<slow>{number}" for number in range(60)}
-    content = jsonl(*(request_line(custom_id, text) for custom_id, text in texts.items()))
-    extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 5\n'
-    port = free_port()
-    with serving_at(tmp_path, port, extra) as (process, admin):
-        headers = headers_of_a_tenant(admin)
-        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
-            batch_id = begin(client, content)
-            before = wait(client, batch_id, answered=10)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert before["status"] == "in_progress"
-    with serving_at(tmp_path, port, extra) as (process, admin):
-        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
-            resumed = show(client, batch_id)
-            assert resumed["request_counts"]["completed"] >= before["request_counts"]["completed"]
-            batch = wait(client, batch_id, seconds=60)
-            found = lines_of(client, batch["output_file_id"])
-        used = admin.get("/admin/v1/engine/stats").json()["total_finished"]
-    assert batch["request_counts"] == {"total": 60, "completed": 60, "failed": 0}
-    assert {line["custom_id"]: text_of(line) for line in found} == texts
-    assert len(found) == 60
-    assert used <= 60 - resumed["request_counts"]["completed"], "what had an answer was asked again"
-
-
-def test_lines_that_a_shutdown_cuts_off_are_interrupted_and_cost_nothing(tmp_path: Path) -> None:
-    """They are asked again, and paid for then."""
-    content = jsonl(*(request_line(f"line-{number}", SLOW) for number in range(12)))
-    extra = f'[files]\ndirectory = "{tmp_path / "files"}"\n[batches]\nlease_seconds = 1\nmax_requests = 4\n'
-    port = free_port()
-    with serving_at(tmp_path, port, extra) as (process, admin):
-        headers = headers_of_a_tenant(admin)
-        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
-            batch_id = begin(client, content)
-            wait(client, batch_id, answered=4)
-            time.sleep(0.3)  # some tokens of the next ones
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-    with serving_at(tmp_path, port, extra) as (process, admin):
-        with httpx.Client(base_url=admin.base_url, headers=headers) as client:
-            assert wait(client, batch_id, seconds=60)["request_counts"]["completed"] == 12
-        rows = admin.get("/admin/v1/usage/requests").json()["data"]
-    cut = [row for row in rows if row["outcome"] == "interrupted"]
-    assert {row["outcome"] for row in rows} == {"completed", "interrupted"}
-    assert {(row["num_prompt_tokens"], row["num_completion_tokens"]) for row in cut} == {(0, 0)}
-    assert len(rows) - len(cut) == 12
-
-
-def headers_of_a_tenant(admin: httpx.Client) -> dict[str, str]:
-    """Of a new one, with a key of its own."""
-    tenant = admin.post("/admin/v1/tenants", json={"name": "t"}).json()["id"]
-    key = admin.post(f"/admin/v1/tenants/{tenant}/keys", json={}).json()["key"]
-    return {"Authorization": f"Bearer {key}"}
-
-
-def wait_running(gateway: Gateway) -> None:
-    deadline = time.monotonic() + 10
-    while not gateway.stats().num_running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

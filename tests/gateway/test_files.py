@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import pytest_asyncio
 from openai import OpenAI
+from sqlalchemy.ext.asyncio import AsyncEngine
 from support.gateway import Gateway
 from support.problems import assert_problem
+from support.services import own_postgres_database
+
+from loraplex.auth.store.database import open_database
+from loraplex.auth.tenants import Tenants
+from loraplex.config.settings import FileSettings
+from loraplex.gateway.errors import StorageFull
+from loraplex.gateway.files.store import FileStore, StoredFile
 
 CONTENT = b'{"custom_id": "a"}\n' * 3
 
@@ -23,6 +33,17 @@ CONTENT = b'{"custom_id": "a"}\n' * 3
 def client(gateway: Gateway) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0) as client:
         yield client
+
+
+@pytest_asyncio.fixture(params=["sqlite", "postgresql"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    async with AsyncExitStack() as stack:
+        url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+        if request.param == "postgresql":
+            url = await stack.enter_async_context(own_postgres_database())
+        engine = await open_database(url)
+        stack.push_async_callback(engine.dispose)
+        yield engine
 
 
 def upload(gateway: Gateway, *parts: tuple[str, Any], key: str | None = None) -> httpx.Response:
@@ -143,6 +164,48 @@ def test_tenants_files_have_a_bound_together(gateway: Gateway) -> None:
     with gateway.client(key) as client:
         client.delete("/v1/files/" + client.get("/v1/files").json()["data"][0]["id"])
         assert upload(gateway, *full, key=key).status_code == 200
+
+
+async def test_drafts_that_are_open_at_the_same_time_have_the_bound_together(
+    database: AsyncEngine, tmp_path: Path
+) -> None:
+    tenant = (await Tenants(database, b"pepper").create_tenant("t")).id
+    store = FileStore(database, FileSettings(directory=str(tmp_path / "files"), max_tenant_bytes=100))
+    first, second = [await store.open_draft(tenant) for _ in range(2)]
+    await first.write(b"x" * 60)
+    with pytest.raises(StorageFull, match="40 bytes"):
+        await second.write(b"x" * 41)
+    await second.close()
+    third = await store.open_draft(tenant)
+    await first.write(b"x" * 40)
+    with pytest.raises(StorageFull):
+        await store.open_draft(tenant)
+    await first.close()  # whatever it was, it was not kept
+    await third.write(b"x" * 100)
+    await store.keep(third, tenant, "third", "batch", None)
+    await third.close()
+    assert [path.stat().st_size for path in (tmp_path / "files" / tenant).iterdir()] == [100]
+
+
+async def test_files_kept_by_several_gateways_at_the_same_time_have_the_bound_together(
+    database: AsyncEngine, tmp_path: Path
+) -> None:
+    tenant = (await Tenants(database, b"pepper").create_tenant("t")).id
+    settings = FileSettings(directory=str(tmp_path / "files"), max_tenant_bytes=100)
+    stores = [FileStore(database, settings) for _ in range(4)]
+    drafts = [await store.open_draft(tenant) for store in stores]
+    for draft in drafts:
+        await draft.write(b"x" * 60)
+    kept = await asyncio.gather(
+        *(store.keep(draft, tenant, "x", "batch", None) for store, draft in zip(stores, drafts, strict=True)),
+        return_exceptions=True,
+    )
+    for draft in drafts:
+        await draft.close()
+    files = [file for file in kept if isinstance(file, StoredFile)]
+    assert sorted(type(end).__name__ for end in kept) == ["StorageFull"] * 3 + ["StoredFile"]
+    assert (await stores[0].page(tenant, purpose=None, after=None, limit=9, order="asc"))[0] == files
+    assert [path.name for path in (tmp_path / "files" / tenant).iterdir()] == [files[0].id]
 
 
 def test_upload_that_breaks_off_leaves_nothing(gateway: Gateway) -> None:

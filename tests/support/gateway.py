@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -61,6 +62,14 @@ class Gateway:
 
     def stats(self) -> Any:
         return asyncio.run_coroutine_threadsafe(self.services.engine.stats(), self.loop).result(10)
+
+
+def wait_running(gateway: Gateway) -> None:
+    """Until its engine answers something."""
+    deadline = time.monotonic() + 10
+    while not gateway.stats().num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def write_adapter(directory: Path, rank: int = 4) -> Path:
