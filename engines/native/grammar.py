@@ -46,14 +46,15 @@ class Constraint:
 
     def masks(self, drafts: Sequence[int]) -> list[bytes]:
         """Raises GenerationFailed where the grammar got out of hand."""
-        matcher, found = self._matcher, []
-        for place in range(len(drafts) + 1):
+        matcher, found, num_consumed = self._matcher, [], 0
+        for draft in drafts:
             found.append(matcher.compute_bitmask())
-            if place < len(drafts):
-                matcher.consume_token(drafts[place])
-        if matcher.is_error():
+            if not matcher.is_stopped():  # the end token behind the grammar's end would not be rolled back
+                matcher.consume_token(draft)
+                num_consumed += 1
+        found.append(matcher.compute_bitmask())
+        if matcher.is_error() or not matcher.rollback(num_consumed):
             raise self._failure()
-        matcher.rollback(len(drafts))
         return found
 
     def _failure(self) -> GenerationFailed:

@@ -31,6 +31,7 @@ root ::= number (op number)?
 op ::= "+" | "-"
 number ::= [0-9] [0-9]?
 """
+END = 257
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,11 @@ def closing_bias() -> dict[int, float]:
     tokenizer = make_tokenizer()
     ids: Any = [tokenizer.convert_tokens_to_ids(symbol) for symbol in '"}],:']
     return dict.fromkeys(ids, 5.0)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = make_tokenizer().convert_tokens_to_ids(list(text))
+    return ids
 
 
 def text_of(emissions: list[Emission]) -> str:
@@ -113,6 +119,42 @@ def test_forced_tokens_are_drafted_and_change_nothing(small: SmallWorld) -> None
         steps.append(core.stats().num_steps)
     assert answers[0] == answers[1]
     assert steps[1] < steps[0] / 2
+
+
+def test_drafts_beyond_the_grammars_end_leave_its_place(small: SmallWorld) -> None:
+    grammars = Grammars(small.directory, 320, frozenset([END]))
+    grammar = Grammar(kind="regex", source="[0-9]{3}")
+    grammars.begin(grammar)
+    while not grammars.is_ready(grammar):
+        pass
+    constraint = grammars.constraint(grammar)
+    four, two, one = ids_of("421")
+    constraint.consume(four)
+    before = constraint.masks(())
+    drafts = [two, one, END, END]
+    assert constraint.num_admitted(drafts[:3]) == 3
+    assert len(constraint.masks(drafts)) == 5
+    assert constraint.masks(()) == before
+    for token in (two, one):
+        assert not constraint.is_over
+        constraint.consume(token)
+    assert constraint.is_over
+
+
+def test_refused_drafts_beyond_the_grammars_end_change_nothing(small: SmallWorld) -> None:
+    """Whichever digit comes first, the prompt says what followed it and the end; another digit follows instead."""
+    prompt = [token for digit in "123456789" for token in (*ids_of(f"x{digit}00"), END)] + ids_of("x")
+    grammar, [zero] = Grammar(kind="regex", source="[0-9]{3}"), ids_of("0")
+    answers = []
+    for max_draft_tokens in (0, 8):
+        core = make_core(small, max_draft_tokens=max_draft_tokens)
+        core.submit(request("a", prompt, grammar=grammar, logit_bias={zero: -100.0}))
+        emissions = run(core)["a"]
+        assert emissions[-1].error is None
+        assert re.fullmatch("[1-9]{3}", text_of(emissions)), text_of(emissions)
+        answers.append(tokens(emissions))
+    assert answers[0] == answers[1]
+    assert core.stats().total_draft_tokens > 0
 
 
 def test_answer_that_ends_only_where_the_grammar_does_ignores_the_end_token(core: EngineCore) -> None:
