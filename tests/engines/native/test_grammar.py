@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from support.core import make_core, prompt_of, request, run, tokens
 from support.json_schemas import SCHEMAS
 from support.models import make_tokenizer
 from support.worlds import SmallWorld
+from tokenizers import Tokenizer, models
 
 from loraplex.engines.errors import GenerationFailed, InvalidRequest
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.grammar import Grammars
+from loraplex.engines.native.grammar import Constraint, Grammars
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import Grammar
 
@@ -49,6 +52,14 @@ def closing_bias() -> dict[int, float]:
 def ids_of(text: str) -> list[int]:
     ids: list[int] = make_tokenizer().convert_tokens_to_ids(list(text))
     return ids
+
+
+def begin(grammars: Grammars, regex: str) -> Constraint:
+    """At its beginning, once it is compiled."""
+    grammar = Grammar(kind="regex", source=regex)
+    while not grammars.is_ready(grammar):
+        pass
+    return grammars.constraint(grammar)
 
 
 def text_of(emissions: list[Emission]) -> str:
@@ -122,12 +133,7 @@ def test_forced_tokens_are_drafted_and_change_nothing(small: SmallWorld) -> None
 
 
 def test_drafts_beyond_the_grammars_end_leave_its_place(small: SmallWorld) -> None:
-    grammars = Grammars(small.directory, 320, frozenset([END]))
-    grammar = Grammar(kind="regex", source="[0-9]{3}")
-    grammars.begin(grammar)
-    while not grammars.is_ready(grammar):
-        pass
-    constraint = grammars.constraint(grammar)
+    constraint = begin(Grammars(small.directory, 320, frozenset([END])), "[0-9]{3}")
     four, two, one = ids_of("421")
     constraint.consume(four)
     before = constraint.masks(())
@@ -260,10 +266,45 @@ def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld) -> None:
 
 
 def test_model_without_tokenizer_json_refuses_grammars(tmp_path: Path) -> None:
-    grammars = Grammars(tmp_path, 320, frozenset([257]))
-    grammar = Grammar(kind="regex", source="a")
-    grammars.begin(grammar)
-    while not grammars.is_ready(grammar):
-        pass
     with pytest.raises(InvalidRequest, match="reads no tokenizer there"):
-        grammars.constraint(grammar)
+        begin(Grammars(tmp_path, 320, frozenset([END])), "a")
+
+
+def test_tokens_beyond_the_models_vocabulary_are_never_forced(small: SmallWorld) -> None:
+    """The tokenizer's byte for a space is its token 220."""
+    constraint = begin(Grammars(small.directory, 200, frozenset([END])), "ab c")
+    assert constraint.forced() == ids_of("ab")
+
+
+def with_tokenizer(small: SmallWorld, directory: Path, tokenizer: Tokenizer) -> SmallWorld:
+    """The same base, with another tokenizer.json."""
+    shutil.copytree(small.directory, directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return dataclasses.replace(small, directory=directory)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_serves_grammars(small: SmallWorld, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer().backend_tokenizer
+    tokenizer.add_tokens([f"<|more-{number}|>" for number in range(100)])
+    core = make_core(with_tokenizer(small, tmp_path / "base", tokenizer))
+    core.submit(request("a", prompt_of(1, 5), grammar=Grammar(kind="regex", source="[a-f]{3}-(one|two)")))
+    core.submit(request("b", prompt_of(2, 5)))
+    emissions = run(core)
+    assert re.fullmatch("[a-f]{3}-(one|two)", text_of(emissions["a"])), emissions["a"]
+    assert tokens(emissions["b"])
+
+
+def test_tokenizer_that_grammars_cannot_take_is_their_requests_error_alone(small: SmallWorld, tmp_path: Path) -> None:
+    words = models.WordLevel({f"w{number}": number for number in range(320)}, unk_token="w0")
+    core = make_core(with_tokenizer(small, tmp_path / "base", Tokenizer(words)))
+    for name in ("first", "second"):
+        core.submit(request(name, prompt_of(1, 5), grammar=Grammar(kind="regex", source=f"{name}[ab]+")))
+    core.submit(request("fine", prompt_of(2, 5)))
+    emissions = run(core)
+    for name in ("first", "second"):
+        error = emissions[name][-1].error
+        assert isinstance(error, InvalidRequest)
+        assert error.param == "grammar"
+        assert "grammars are not served for this model" in str(error)
+    assert emissions["fine"][-1].finish_reason is not None
+    assert core.blocks.num_used == 0
