@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -207,6 +208,23 @@ async def test_killed_worker_fails_requests_in_flight_and_comes_back(engine: Nat
     await until(lambda: is_ready(engine))
     assert token_ids(await collect(engine, request("after", adapter))) == expected
     assert (await engine.stats()).num_restarts == 1
+
+
+async def test_worker_that_cannot_be_started_at_once_is_started_later(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where for a moment there can be no more processes."""
+
+    async def second_try_has_begun() -> bool:
+        return engine._num_restarts == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/nowhere/python")
+        os.kill(worker_pid(), signal.SIGKILL)
+        await until(second_try_has_begun, seconds=10.0)
+        assert engine.health().state == "restarting"
+    await until(lambda: is_ready(engine))
+    assert len(token_ids(await collect(engine, request("after", ignore_eos=True)))) == 24
 
 
 async def test_stopped_worker_is_replaced_and_its_requests_told(small: SmallWorld) -> None:
