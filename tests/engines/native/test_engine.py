@@ -39,6 +39,7 @@ from loraplex.engines.protocol import (
     TokenEvent,
     WeightedAdapter,
 )
+from loraplex.engines.tokenizer import TemplatedTokenizer
 
 PROMPT = tuple(range(40, 60))
 
@@ -71,6 +72,10 @@ def worker_pid() -> int:
 
 async def is_ready(engine: NativeEngine) -> bool:
     return engine.health().state == "ready"
+
+
+async def is_restarting(engine: NativeEngine) -> bool:
+    return engine.health().state == "restarting"
 
 
 async def residents_are_known(engine: NativeEngine, number: int) -> bool:
@@ -225,6 +230,30 @@ async def test_worker_that_cannot_be_started_at_once_is_started_later(
         assert engine.health().state == "restarting"
     await until(lambda: is_ready(engine))
     assert len(token_ids(await collect(engine, request("after", ignore_eos=True)))) == 24
+
+
+async def test_request_whose_tokenizer_is_read_while_the_worker_dies_is_told(
+    engine: NativeEngine, small: SmallWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked, may_be_read = asyncio.Event(), asyncio.Event()
+    tokenizer_of = engine.tokenizer_of
+
+    async def slowly(adapter: Adapter | None) -> TemplatedTokenizer:
+        tokenizer = await tokenizer_of(adapter)
+        is_asked.set()
+        await may_be_read.wait()
+        return tokenizer
+
+    monkeypatch.setattr(engine, "tokenizer_of", slowly)
+    asked = asyncio.create_task(collect(engine, request("victim", small.adapters["rank-8"])))
+    await is_asked.wait()
+    os.kill(worker_pid(), signal.SIGKILL)
+    await until(lambda: is_restarting(engine))
+    may_be_read.set()
+    async with asyncio.timeout(1):
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            await asked
+    await until(lambda: is_ready(engine))
 
 
 async def test_stopped_worker_is_replaced_and_its_requests_told(small: SmallWorld) -> None:
