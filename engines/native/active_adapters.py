@@ -33,6 +33,21 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Gains:
+    """DoRA's of one module, by adapter; the last row is the base's.
+
+    factors: Shape [G + 1, out], ones where there is none. are_there: Shape [G + 1, 1], bool.
+    """
+
+    factors: Tensor
+    are_there: Tensor
+
+    def bias(self, bias: Tensor, owner: Tensor) -> Tensor:
+        """The bias that a token's gain must not reach: zeros where it has no gain. owner: Shape [T]. Shape [T, out]."""
+        return torch.where(self.are_there[owner], bias, bias.new_zeros(()))
+
+
+@dataclass(frozen=True, slots=True)
 class KnownRows:
     """Where the matrices of an adapter lie, remembered while its plan is the same."""
 
@@ -58,7 +73,7 @@ class ActiveAdapters:
         self._version = arena.version
         self._layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], Layout] = {}
         self._stacks: dict[int, Stack] = {}
-        self._gains: dict[int, Tensor | None] = {}
+        self._gains: dict[int, Gains | None] = {}
         self.touched = frozenset(index for entries in self._entries for index in entries)
 
     def serves(self, adapter_ids: Set[str]) -> bool:
@@ -91,17 +106,22 @@ class ActiveAdapters:
         entry, flat = self._entries[position].get(index), self._flats[position]
         return None if entry is None else (entry.a_of(flat), entry.b_of(flat), entry.scale)
 
-    def gains(self, index: int) -> Tensor | None:
-        """DoRA's; ones for adapters without any, and in one more row for the base. Shape [G + 1, out], or None."""
+    def gains(self, index: int) -> Gains | None:
+        """None where no adapter has any for the module."""
         if index not in self._gains:
-            found = [entries[index].gain_of(flat) if index in entries else None
-                     for entries, flat in zip(self._entries, self._flats, strict=True)]  # fmt: skip
-            some = next((gain for gain in found if gain is not None), None)
-            ones = None if some is None else torch.ones_like(some)
-            self._gains[index] = None if ones is None else torch.stack(
-                [*(ones if gain is None else gain for gain in found), ones]
-            )  # fmt: skip
+            self._gains[index] = self._found_gains(index)
         return self._gains[index]
+
+    def _found_gains(self, index: int) -> Gains | None:
+        found = [self.gain(index, position) for position in range(len(self._entries))]
+        some = next((gain for gain in found if gain is not None), None)
+        if some is None:
+            return None
+        ones = torch.ones_like(some)
+        return Gains(
+            factors=torch.stack([*(ones if gain is None else gain for gain in found), ones]),
+            are_there=torch.tensor([[gain is not None] for gain in (*found, None)], device=some.device),
+        )
 
     @cached_property
     def table(self) -> DecodeTable:

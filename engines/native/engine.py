@@ -115,6 +115,7 @@ class NativeEngine:
         for part in request.parts:
             self._known[part.adapter.id] = part.adapter
         tokenizer = await self.tokenizer_of(request.adapter)
+        self._require_ready()  # still: while a tokenizer was read the worker may have died
         request = _ended(request, tokenizer)
         worker, sampling = self._worker, request.sampling
         text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)

@@ -1,6 +1,7 @@
 """Grammars -> which tokens may follow, through llguidance. Compiled beside the step, and kept for the next request.
 
-A grammar that cannot be compiled, or grows beyond its bounds while it is followed, is its request's error alone.
+A grammar that cannot be compiled, or grows beyond its bounds while it is followed, is its request's error alone. So is
+every grammar where llguidance cannot take the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
-from loraplex.engines.errors import GenerationFailed, InvalidRequest, ModelNotServable
+from loraplex.engines.errors import GenerationFailed, InvalidRequest
 from loraplex.engines.matching import in_short, match, refusal
 from loraplex.engines.native.tokenizer_conversion import tokenizer_json
 from loraplex.engines.protocol import Grammar
@@ -25,10 +27,14 @@ _MAX_KEPT = 256
 
 
 class Constraint:
-    """Implements `sequence.Constraint`: one answer's place in its grammar."""
+    """Implements `sequence.Constraint`: one answer's place in its grammar.
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    A tokenizer may have tokens beyond the model's `vocab_size`: masks may have bits of them, which say nothing.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
+        self._vocab_size = vocab_size
 
     @property
     def is_over(self) -> bool:
@@ -39,21 +45,22 @@ class Constraint:
             raise self._failure()
 
     def forced(self) -> list[int]:
-        return self._matcher.compute_ff_tokens()
+        return list(takewhile(lambda token_id: token_id < self._vocab_size, self._matcher.compute_ff_tokens()))
 
     def num_admitted(self, token_ids: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(token_ids))
 
     def masks(self, drafts: Sequence[int]) -> list[bytes]:
         """Raises GenerationFailed where the grammar got out of hand."""
-        matcher, found = self._matcher, []
-        for place in range(len(drafts) + 1):
+        matcher, found, num_consumed = self._matcher, [], 0
+        for draft in drafts:
             found.append(matcher.compute_bitmask())
-            if place < len(drafts):
-                matcher.consume_token(drafts[place])
-        if matcher.is_error():
+            if not matcher.is_stopped():  # the end token behind the grammar's end would not be rolled back
+                matcher.consume_token(draft)
+                num_consumed += 1
+        found.append(matcher.compute_bitmask())
+        if matcher.is_error() or not matcher.rollback(num_consumed):
             raise self._failure()
-        matcher.rollback(len(drafts))
         return found
 
     def _failure(self) -> GenerationFailed:
@@ -89,25 +96,40 @@ class Grammars:
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """At the grammar's beginning. Raises InvalidRequest where it could not be compiled."""
-        return Constraint(self._compiled[grammar].result().deep_copy())
+        return Constraint(self._compiled[grammar].result().deep_copy(), self._vocab_size)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
+        try:
+            return self._read_tokenizer(self._vocab_size)
+        except ValueError:  # as where it has more tokens than the model
+            return self._read_tokenizer(None)
+
+    def _read_tokenizer(self, num_tokens: int | None) -> LLTokenizer:
+        """With so many tokens, or its own number. Raises ValueError, or ModelNotServable where there is none."""
         path, ends = self._directory / "tokenizer.json", self._eos_token_ids or None
         if path.is_file():
-            return LLTokenizer(str(path), n_vocab=self._vocab_size, eos_token=ends)
+            return LLTokenizer(str(path), n_vocab=num_tokens, eos_token=ends)
         if (tiktoken_file := find_tiktoken_file(self._directory)) is not None:
             config = self._directory / "tokenizer_config.json"
             codec = TiktokenCodec(tiktoken_file, json.loads(config.read_text()) if config.is_file() else {})
-            return lltokenizer_from_encoding(codec.encoding, n_vocab=self._vocab_size, eos_token=ends or [])
-        try:
-            return LLTokenizer(tokenizer_json(self._directory), n_vocab=self._vocab_size, eos_token=ends)
-        except ModelNotServable as error:
-            raise InvalidRequest(f"grammars are not served for this model: {error}", "grammar") from error
+            return lltokenizer_from_encoding(codec.encoding, n_vocab=num_tokens, eos_token=ends or [])
+        return LLTokenizer(tokenizer_json(self._directory), n_vocab=num_tokens, eos_token=ends)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = match(grammar, self._tokenizer, self._limits)
-        matcher.compute_bitmask()  # what a first mask computes is kept for all copies
+        """Raises InvalidRequest, whatever foreign code fails with: in Rust it may panic, which is no Exception."""
+        try:
+            tokenizer = self._tokenizer
+        except BaseException as error:
+            reason = in_short(str(error))
+            raise InvalidRequest(f"grammars are not served for this model: {reason}", "grammar") from error
+        try:
+            matcher = match(grammar, tokenizer, self._limits)
+            matcher.compute_bitmask()  # what a first mask computes is kept for all copies
+        except InvalidRequest:
+            raise
+        except BaseException as error:
+            raise refusal(grammar, str(error)) from error
         if matcher.is_error():
             raise refusal(grammar, matcher.get_error())
         return matcher

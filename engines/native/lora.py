@@ -299,8 +299,9 @@ class LoraLayers:
             _add_one_by_one(y, x.contiguous(), index, active, groups, bias)
             return
         gains = active.gains(index)
-        if gains is not None and bias is not None:
-            y.sub_(bias)
+        left_out = None if gains is None or bias is None else gains.bias(bias, groups.owner)
+        if left_out is not None:
+            y.sub_(left_out)
         if groups.is_composed and self._has_kernel:
             x = x.contiguous()
             for part in groups.taken_apart:
@@ -317,9 +318,9 @@ class LoraLayers:
             stack = active.stack(index)
             add_masked(y, x, stack.a, stack.b, groups.mask(stack.layout))
         if gains is not None:
-            y.mul_(gains[groups.owner])
-            if bias is not None:
-                y.add_(bias)
+            y.mul_(gains.factors[groups.owner])
+        if left_out is not None:
+            y.add_(left_out)
 
 
 def _add_one_by_one(

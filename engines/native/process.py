@@ -51,11 +51,10 @@ class WorkerProcess:
         inherited: Sequence[AdapterResidency] = (),
     ) -> None:
         self._settings = settings
+        self._context = context
         self._on_progress = on_progress
         self._address = address
-        self._socket = context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
+        self._socket: zmq.asyncio.Socket | None = None
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_numbers = itertools.count()
         self.answers: dict[str, Answer] = {}
@@ -66,29 +65,49 @@ class WorkerProcess:
 
     async def run(self) -> EngineError:
         """The worker's life; returns why it ended, once everyone who waited for it has been told."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loraplex.engines.native", self._address, stdin=asyncio.subprocess.PIPE
-        )
-        reader, heart = asyncio.create_task(self._read()), asyncio.create_task(self._beat())
-        waiter = asyncio.create_task(process.wait())
         error: EngineError = EngineUnavailable("the server is stopping")
+        try:
+            error = await self._live()
+            return error
+        finally:
+            if self._socket is not None:
+                self._socket.close(linger=0)
+            self._fail_all(error)
+
+    async def _live(self) -> EngineError:
+        try:
+            socket = self._socket = self._bind()
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "loraplex.engines.native", self._address, stdin=asyncio.subprocess.PIPE
+            )
+        except (OSError, zmq.ZMQError) as error:
+            return EngineDied(f"no engine process could be started: {error}")
+        reader, heart = asyncio.create_task(self._read(socket)), asyncio.create_task(self._beat())
+        waiter = asyncio.create_task(process.wait())
         try:
             done, _ = await asyncio.wait({reader, heart, waiter}, return_when=asyncio.FIRST_COMPLETED)
             if reader in done:
-                error = reader.result()
-            elif waiter in done:
-                error = EngineDied(f"the engine process ended with status {process.returncode}; it is being restarted")
-            else:
-                error = heart.result()
-            return error
+                return reader.result()
+            if waiter in done:
+                return EngineDied(f"the engine process ended with status {process.returncode}; it is being restarted")
+            return heart.result()
         finally:
             reader.cancel()
             heart.cancel()
             if process.returncode is None:
                 process.kill()
             await waiter
-            self._socket.close(linger=0)
-            self._fail_all(error)
+
+    def _bind(self) -> zmq.asyncio.Socket:
+        """Raises ZMQError, as where no more files may be open."""
+        socket = self._context.socket(zmq.PAIR)
+        try:
+            socket.set_hwm(0)
+            socket.bind(self._address)
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            raise
+        return socket
 
     @property
     def is_busy(self) -> bool:
@@ -97,6 +116,8 @@ class WorkerProcess:
 
     def send(self, command: Command) -> None:
         """Hand a command to the socket's own thread; never waits (no high-water mark), lost if the worker is gone."""
+        if self._socket is None:
+            return
         with contextlib.suppress(zmq.ZMQError):
             sent = cast("asyncio.Future[object]", self._socket.send(encode(command), zmq.NOBLOCK))
             if sent.done() and not sent.cancelled():
@@ -129,10 +150,10 @@ class WorkerProcess:
         except TimeoutError:
             return EngineDied(f"the engine process did not answer for {limit:g} s; it is being restarted")
 
-    async def _read(self) -> EngineError:
+    async def _read(self, socket: zmq.asyncio.Socket) -> EngineError:
         """Hand reports to whom they concern, until one says that the worker cannot start."""
         while True:
-            report = decode_report(await self._socket.recv())
+            report = decode_report(await socket.recv())
             match report:
                 case Stepped(step, tokens, failed, embeddings):
                     for token in tokens:

@@ -69,14 +69,16 @@ def picking(draw: Draw) -> Pick:
 
 
 def sample(logits: Tensor, rows: Sequence[Row], pick: Pick) -> list[Sampled | EngineError]:
-    """logits: Shape [N, V], changed in place. A row that is not finite is that row's error alone."""
+    """logits: Shape [N, V], may be changed in place. A row that is not finite is that row's error alone."""
     if not rows:
         return []
     asking = [index for index, row in enumerate(rows) if row.params.num_logprobs is not None]
     untouched = logits[asking] if asking else None
-    for index, row in enumerate(rows):
-        if _is_controlled(row):
-            _control(logits[index], row)
+    controlled = [index for index, row in enumerate(rows) if _is_controlled(row)]
+    if controlled:
+        logits = logits.float()  # in bfloat16 a penalty of 0.1 is less than half a step at 32: nothing would change
+    for index in controlled:
+        _control(logits[index], rows[index])
     _admit(logits, rows)
     largest, chosen = pick(logits, rows)
     logprobs: dict[int, TokenLogprobs] = {}
@@ -106,7 +108,7 @@ def _is_controlled(row: Row) -> bool:
 
 
 def _control(logits: Tensor, row: Row) -> None:
-    """Penalties, biases and bans of one row, in place. logits: Shape [V]."""
+    """Penalties, biases and bans of one row, in place. logits: Shape [V], float32."""
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.from_numpy(np.array(row.token_ids)).to(logits.device)  # what is written twice is the same

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ from loraplex.engines.protocol import (
     TokenEvent,
     WeightedAdapter,
 )
+from loraplex.engines.tokenizer import TemplatedTokenizer
 
 PROMPT = tuple(range(40, 60))
 
@@ -70,6 +72,10 @@ def worker_pid() -> int:
 
 async def is_ready(engine: NativeEngine) -> bool:
     return engine.health().state == "ready"
+
+
+async def is_restarting(engine: NativeEngine) -> bool:
+    return engine.health().state == "restarting"
 
 
 async def residents_are_known(engine: NativeEngine, number: int) -> bool:
@@ -207,6 +213,47 @@ async def test_killed_worker_fails_requests_in_flight_and_comes_back(engine: Nat
     await until(lambda: is_ready(engine))
     assert token_ids(await collect(engine, request("after", adapter))) == expected
     assert (await engine.stats()).num_restarts == 1
+
+
+async def test_worker_that_cannot_be_started_at_once_is_started_later(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where for a moment there can be no more processes."""
+
+    async def second_try_has_begun() -> bool:
+        return engine._num_restarts == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/nowhere/python")
+        os.kill(worker_pid(), signal.SIGKILL)
+        await until(second_try_has_begun, seconds=10.0)
+        assert engine.health().state == "restarting"
+    await until(lambda: is_ready(engine))
+    assert len(token_ids(await collect(engine, request("after", ignore_eos=True)))) == 24
+
+
+async def test_request_whose_tokenizer_is_read_while_the_worker_dies_is_told(
+    engine: NativeEngine, small: SmallWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked, may_be_read = asyncio.Event(), asyncio.Event()
+    tokenizer_of = engine.tokenizer_of
+
+    async def slowly(adapter: Adapter | None) -> TemplatedTokenizer:
+        tokenizer = await tokenizer_of(adapter)
+        is_asked.set()
+        await may_be_read.wait()
+        return tokenizer
+
+    monkeypatch.setattr(engine, "tokenizer_of", slowly)
+    asked = asyncio.create_task(collect(engine, request("victim", small.adapters["rank-8"])))
+    await is_asked.wait()
+    os.kill(worker_pid(), signal.SIGKILL)
+    await until(lambda: is_restarting(engine))
+    may_be_read.set()
+    async with asyncio.timeout(1):
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            await asked
+    await until(lambda: is_ready(engine))
 
 
 async def test_stopped_worker_is_replaced_and_its_requests_told(small: SmallWorld) -> None:

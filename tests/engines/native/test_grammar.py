@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from support.core import make_core, prompt_of, request, run, tokens
 from support.json_schemas import SCHEMAS
 from support.models import make_tokenizer
 from support.worlds import SmallWorld
+from tokenizers import Tokenizer, models
 
 from loraplex.engines.errors import GenerationFailed, InvalidRequest
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.grammar import Grammars
+from loraplex.engines.native.grammar import Constraint, Grammars
 from loraplex.engines.native.scheduler import Emission
 from loraplex.engines.protocol import Grammar
 
@@ -31,6 +34,7 @@ root ::= number (op number)?
 op ::= "+" | "-"
 number ::= [0-9] [0-9]?
 """
+END = 257
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,19 @@ def closing_bias() -> dict[int, float]:
     tokenizer = make_tokenizer()
     ids: Any = [tokenizer.convert_tokens_to_ids(symbol) for symbol in '"}],:']
     return dict.fromkeys(ids, 5.0)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = make_tokenizer().convert_tokens_to_ids(list(text))
+    return ids
+
+
+def begin(grammars: Grammars, regex: str) -> Constraint:
+    """At its beginning, once it is compiled."""
+    grammar = Grammar(kind="regex", source=regex)
+    while not grammars.is_ready(grammar):
+        pass
+    return grammars.constraint(grammar)
 
 
 def text_of(emissions: list[Emission]) -> str:
@@ -113,6 +130,37 @@ def test_forced_tokens_are_drafted_and_change_nothing(small: SmallWorld) -> None
         steps.append(core.stats().num_steps)
     assert answers[0] == answers[1]
     assert steps[1] < steps[0] / 2
+
+
+def test_drafts_beyond_the_grammars_end_leave_its_place(small: SmallWorld) -> None:
+    constraint = begin(Grammars(small.directory, 320, frozenset([END])), "[0-9]{3}")
+    four, two, one = ids_of("421")
+    constraint.consume(four)
+    before = constraint.masks(())
+    drafts = [two, one, END, END]
+    assert constraint.num_admitted(drafts[:3]) == 3
+    assert len(constraint.masks(drafts)) == 5
+    assert constraint.masks(()) == before
+    for token in (two, one):
+        assert not constraint.is_over
+        constraint.consume(token)
+    assert constraint.is_over
+
+
+def test_refused_drafts_beyond_the_grammars_end_change_nothing(small: SmallWorld) -> None:
+    """Whichever digit comes first, the prompt says what followed it and the end; another digit follows instead."""
+    prompt = [token for digit in "123456789" for token in (*ids_of(f"x{digit}00"), END)] + ids_of("x")
+    grammar, [zero] = Grammar(kind="regex", source="[0-9]{3}"), ids_of("0")
+    answers = []
+    for max_draft_tokens in (0, 8):
+        core = make_core(small, max_draft_tokens=max_draft_tokens)
+        core.submit(request("a", prompt, grammar=grammar, logit_bias={zero: -100.0}))
+        emissions = run(core)["a"]
+        assert emissions[-1].error is None
+        assert re.fullmatch("[1-9]{3}", text_of(emissions)), text_of(emissions)
+        answers.append(tokens(emissions))
+    assert answers[0] == answers[1]
+    assert core.stats().total_draft_tokens > 0
 
 
 def test_answer_that_ends_only_where_the_grammar_does_ignores_the_end_token(core: EngineCore) -> None:
@@ -218,10 +266,45 @@ def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld) -> None:
 
 
 def test_model_without_tokenizer_json_refuses_grammars(tmp_path: Path) -> None:
-    grammars = Grammars(tmp_path, 320, frozenset([257]))
-    grammar = Grammar(kind="regex", source="a")
-    grammars.begin(grammar)
-    while not grammars.is_ready(grammar):
-        pass
     with pytest.raises(InvalidRequest, match="reads no tokenizer there"):
-        grammars.constraint(grammar)
+        begin(Grammars(tmp_path, 320, frozenset([END])), "a")
+
+
+def test_tokens_beyond_the_models_vocabulary_are_never_forced(small: SmallWorld) -> None:
+    """The tokenizer's byte for a space is its token 220."""
+    constraint = begin(Grammars(small.directory, 200, frozenset([END])), "ab c")
+    assert constraint.forced() == ids_of("ab")
+
+
+def with_tokenizer(small: SmallWorld, directory: Path, tokenizer: Tokenizer) -> SmallWorld:
+    """The same base, with another tokenizer.json."""
+    shutil.copytree(small.directory, directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return dataclasses.replace(small, directory=directory)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_serves_grammars(small: SmallWorld, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer().backend_tokenizer
+    tokenizer.add_tokens([f"<|more-{number}|>" for number in range(100)])
+    core = make_core(with_tokenizer(small, tmp_path / "base", tokenizer))
+    core.submit(request("a", prompt_of(1, 5), grammar=Grammar(kind="regex", source="[a-f]{3}-(one|two)")))
+    core.submit(request("b", prompt_of(2, 5)))
+    emissions = run(core)
+    assert re.fullmatch("[a-f]{3}-(one|two)", text_of(emissions["a"])), emissions["a"]
+    assert tokens(emissions["b"])
+
+
+def test_tokenizer_that_grammars_cannot_take_is_their_requests_error_alone(small: SmallWorld, tmp_path: Path) -> None:
+    words = models.WordLevel({f"w{number}": number for number in range(320)}, unk_token="w0")
+    core = make_core(with_tokenizer(small, tmp_path / "base", Tokenizer(words)))
+    for name in ("first", "second"):
+        core.submit(request(name, prompt_of(1, 5), grammar=Grammar(kind="regex", source=f"{name}[ab]+")))
+    core.submit(request("fine", prompt_of(2, 5)))
+    emissions = run(core)
+    for name in ("first", "second"):
+        error = emissions[name][-1].error
+        assert isinstance(error, InvalidRequest)
+        assert error.param == "grammar"
+        assert "grammars are not served for this model" in str(error)
+    assert emissions["fine"][-1].finish_reason is not None
+    assert core.blocks.num_used == 0

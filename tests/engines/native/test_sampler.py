@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -117,6 +118,29 @@ def test_sample_presence_frequency_and_bias_are_openais_formula(pick: Pick) -> N
     assert greedy(presence_penalty=1.9) == [4]  # 8.1 against 7.1 and 8
     assert greedy(presence_penalty=2.0, frequency_penalty=0.1) == [6]  # 7.7, 6.9, 8
     assert greedy(logit_bias={5: 1.5, 4: -100.0}) == [5]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"logit_bias": {1: 0.1}},
+        {"repetition_penalty": 1.001},
+    ],
+    ids="".join,
+)
+def test_sample_small_controls_count_in_bfloat16(pick: Pick, controls: dict[str, Any]) -> None:
+    """At 40 its steps are 0.25. The rows beside it, and log-probabilities, are as they were."""
+    logits = torch.tensor([[40.0, 40.0, 0.0], [40.0, 40.0, 0.0]], dtype=torch.bfloat16)
+    row = Row(params(temperature=0.0, num_logprobs=0, **controls), token_ids=[0], output_counts={0: 1})
+    found, beside = sample(logits, [row, Row(params(temperature=0.0))], pick)
+    assert isinstance(found, Sampled)
+    assert isinstance(beside, Sampled)
+    assert (found.token_id, beside.token_id) == (1, 0)
+    assert found.logprobs is not None
+    assert found.logprobs.logprob == pytest.approx(-math.log(2), abs=1e-6)
 
 
 @both_ways
