@@ -50,8 +50,8 @@ def closing_bias() -> dict[int, float]:
 
 
 def ids_of(text: str) -> list[int]:
-    ids: list[int] = make_tokenizer().convert_tokens_to_ids(list(text))
-    return ids
+    ids: Any = make_tokenizer().convert_tokens_to_ids(list(text))
+    return [int(token_id) for token_id in ids]
 
 
 def begin(grammars: Grammars, regex: str) -> Constraint:
