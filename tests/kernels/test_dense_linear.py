@@ -52,19 +52,7 @@ def a_layer(
     return weight, torch.randn(num_out, generator=generator).to(dtype) if has_bias else None
 
 
-@pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_bias", [True, False])
-@FORMS
-def test_linear_equals_the_formula(
-    num_in: int,
-    num_out: int,
-    dtype: torch.dtype,
-    has_bias: bool,
-    form: Callable[..., Linear],
-    threads: int,
-    bfloat16_is: str,
-) -> None:
+def check_formula(form: Callable[..., Linear], num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool) -> None:
     """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
     weight, bias = a_layer(num_in, num_out, dtype, has_bias=has_bias)
     linear = form(weight, bias)
@@ -74,12 +62,26 @@ def test_linear_equals_the_formula(
         torch.testing.assert_close(linear(x).double(), linear_reference(x, weight, bias), rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [2100, 4096])
-@FORMS
-def test_a_row_is_the_same_in_any_company_to_the_last_bit(
-    dtype: torch.dtype, width: int, form: Callable[..., Linear], threads: int, bfloat16_is: str
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_equals_the_formula(
+    num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int, bfloat16_is: str
 ) -> None:
+    check_formula(Linear, num_in, num_out, dtype, has_bias)
+
+
+@NEEDS_PANELS
+@pytest.mark.parametrize(("num_in", "num_out"), FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_in_panels_equals_the_formula(
+    num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int
+) -> None:
+    check_formula(packed, num_in, num_out, dtype, has_bias)
+
+
+def check_company(form: Callable[..., Linear], dtype: torch.dtype, width: int) -> None:
     linear = form(*a_layer(width, 53, dtype))
     x = torch.randn(280, width).to(dtype)
     together = linear(x)
@@ -90,6 +92,23 @@ def test_a_row_is_the_same_in_any_company_to_the_last_bit(
             assert torch.equal(linear(x[begin:end]), together[begin:end])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2100, 4096])
+def test_a_row_is_the_same_in_any_company_to_the_last_bit(
+    dtype: torch.dtype, width: int, threads: int, bfloat16_is: str
+) -> None:
+    check_company(Linear, dtype, width)
+
+
+@NEEDS_PANELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2100, 4096])
+def test_a_row_in_panels_is_the_same_in_any_company_to_the_last_bit(
+    dtype: torch.dtype, width: int, threads: int
+) -> None:
+    check_company(packed, dtype, width)
+
+
 def test_rows_may_stand_in_any_number_of_dimensions_and_apart(bfloat16_is: str) -> None:
     linear = Linear(*a_layer(100, 257, torch.bfloat16))
     x = torch.randn(2, 9, 100).bfloat16()
@@ -98,14 +117,22 @@ def test_rows_may_stand_in_any_number_of_dimensions_and_apart(bfloat16_is: str) 
     assert torch.equal(linear(x[:, ::2]), linear(x)[:, ::2])
 
 
-@FORMS
-def test_what_is_not_a_number_stays_in_its_row(form: Callable[..., Linear], bfloat16_is: str) -> None:
+def check_nan(form: Callable[..., Linear]) -> None:
     linear = form(*a_layer(100, 257, torch.bfloat16))
     x = torch.randn(12, 100).bfloat16()
     x[3, 99] = float("nan")
     y = linear(x)
     assert torch.isnan(y[3]).all()
     assert torch.isfinite(y[[row for row in range(12) if row != 3]]).all()
+
+
+def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
+    check_nan(Linear)
+
+
+@NEEDS_PANELS
+def test_what_is_not_a_number_stays_in_its_row_of_panels() -> None:
+    check_nan(packed)
 
 
 @FORMS
