@@ -11,7 +11,13 @@ from typing import Any, Protocol
 from sqlalchemy.exc import SQLAlchemyError
 
 from loraplex.auth.errors import AuthError
-from loraplex.engines.errors import AdapterInUse, AdapterSourceUnavailable, EngineError, EngineUnavailable
+from loraplex.engines.errors import (
+    AdapterInUse,
+    AdapterSourceUnavailable,
+    DiskCacheFull,
+    EngineError,
+    EngineUnavailable,
+)
 from loraplex.engines.protocol import Adapter, Engine
 from loraplex.gateway.adapter_records import SHARED, AdapterRecords, Key, Registered
 from loraplex.gateway.errors import AdapterNotReady, GatewayError
@@ -23,6 +29,7 @@ _REPIN_SECONDS = 2.0  # until a pin that failed is tried again; twice as long af
 _LONGEST_REPIN_SECONDS = 60.0
 _UPLOAD_SECONDS = 3600.0  # how long an upload may be nobody's: another gateway enters it once it is checked
 _IDLE_SECONDS = 0.1
+_PASSING = (EngineUnavailable, AdapterSourceUnavailable, AdapterNotReady, DiskCacheFull)  # worth another try
 
 
 class Kept(Protocol):
@@ -174,9 +181,9 @@ class Upkeep:
             return False
         try:
             await self._kept.warm((SHARED, name))
-        except (EngineUnavailable, AdapterSourceUnavailable, AdapterNotReady):
+        except (*_PASSING, SQLAlchemyError, OSError):
             return False
-        except (EngineError, GatewayError) as error:
+        except (EngineError, GatewayError, AuthError) as error:
             _log.warning("adapters.preload: %s: %s", name, error)
         return True
 

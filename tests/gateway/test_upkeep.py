@@ -17,6 +17,8 @@ from loraplex.auth.caller import Caller
 from loraplex.auth.store.database import open_database
 from loraplex.engines.adapters.store import AdapterStore
 from loraplex.engines.echo import EchoEngine
+from loraplex.engines.errors import DiskCacheFull
+from loraplex.engines.protocol import Adapter
 from loraplex.gateway.adapter_records import AdapterRecords, Key
 from loraplex.gateway.catalogue import Catalogue
 
@@ -121,3 +123,27 @@ async def test_rounds_go_on_where_uploads_cannot_be_removed(
         await catalogue.route("one", ACME)
         await written(database)
     assert "uploads that no version names could not be removed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [DiskCacheFull("in use"), OperationalError("SELECT", {}, Exception("no answer"))], ids=["disk", "database"]
+)
+async def test_preload_that_failed_for_a_moment_is_tried_again(
+    catalogue: Catalogue, database: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = EchoEngine(settings_in(tmp_path))
+    load, num_failures = engine.load, 0
+
+    async def fail_once(adapter: Adapter) -> None:
+        nonlocal num_failures
+        if not num_failures:
+            num_failures += 1
+            raise error
+        await load(adapter)
+
+    monkeypatch.setattr(engine, "load", fail_once)
+    await engine.start(lambda progress: None)
+    async with Catalogue(database, catalogue.store, engine, BASE, preload=("one",)), asyncio.timeout(10):
+        while not await engine.residency():
+            await asyncio.sleep(0.02)
+    assert num_failures == 1
