@@ -167,11 +167,18 @@ def test_weights_that_no_file_keeps_are_moved_and_not_packed(tmp_path: Path, pan
             assert name.endswith("norm.weight") or "embed" in name or tensor.data_ptr() % LINE == 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told by Linux alone")
 def test_files_that_are_mapped_are_told_from_other_memory(tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux"):
-        assert unwritten_files() == []
-        return
     model = read(a_checkpoint(tmp_path, tied=False))
     places = unwritten_files()
     assert any(model.lm_head.weight.data_ptr() in place for place in places)
     assert not any(torch.ones(1 << 20).data_ptr() in place for place in places)
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_no_file_is_known_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, error: type[OSError]) -> None:
+    def refuse(path: Path) -> str:
+        raise error(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert unwritten_files() == []
