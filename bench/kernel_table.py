@@ -39,7 +39,7 @@ from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_chunk, attend_decode, chunk_mask
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.calls import Calls
-from loraplex.kernels.dense.linear import Linear, panels_size
+from loraplex.kernels.dense.linear import Linear, pack, panels_size
 from loraplex.kernels.fused import cpu_elementwise as elementwise
 from loraplex.kernels.fused.cpu_gated import Gate
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
@@ -60,14 +60,19 @@ class Figure:
     percent_of_copy: float
 
 
+def packed_linear(weight: Tensor) -> Linear:
+    panels = in_large_pages(panels_size(weight))
+    pack(weight, panels)
+    return Linear(weight, panels=panels)
+
+
 def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         num_bytes = shape.intermediate * shape.hidden * dtype.itemsize
         number = -(-BEYOND_CACHES // num_bytes)
         weights = [torch.randn(shape.intermediate, shape.hidden).to(dtype) for _ in range(number)]
-        room = panels_size(weights[0])  # none where the CPU reads rows as fast
-        packed = [Linear(weight, panels=in_large_pages(room)) for weight in weights] if room else []
+        packed = [packed_linear(weight) for weight in weights] if panels_size(weights[0]) else []
         for count in (1, 4, 8, 16, 32, 64, 256, 448):
             x = torch.randn(count, shape.hidden).to(dtype)
             name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
