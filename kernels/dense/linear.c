@@ -71,21 +71,22 @@ DEFINE_FINISH(bfloat16)
 DEFINE_OUTPUTS(float)
 DEFINE_OUTPUTS(bfloat16)
 
-/* One thread's outputs of a layer in panels. Rows of x, in float32, lie `x_stride` numbers apart. */
-#define DEFINE_PANELS_OUTPUTS(T)                                                                  \
-    static void outputs_of_panels_##T(const Layer *layer, const float *x, int64_t x_stride, T *y, \
-                                      int64_t num_tokens, int64_t me, int64_t all) {              \
+/* One thread's outputs of a layer in panels. Rows of inputs lie `x_stride` numbers apart. */
+#define DEFINE_PANELS_OUTPUTS(T, KIND)                                                            \
+    static void outputs_of_panels_##KIND(const Layer *layer, const void *inputs, int64_t x_stride, T *y, \
+                                         int64_t num_tokens, int64_t me, int64_t all) {           \
         const T *bias = layer->bias;                                                              \
+        const ROW_##KIND *x = inputs;                                                             \
         int64_t in = layer->in, out = layer->out, size = panel_bytes_##T(in);                     \
         int64_t first = num_panels(out) * me / all, last = num_panels(out) * (me + 1) / all;      \
-        float sums[TOKENS_A_PANEL * PANEL];                                                       \
+        float sums[2 * TOKENS_A_PANEL * PANEL];                                                   \
         for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PANEL) {                    \
             int tokens = num_tokens - begin < TOKENS_A_PANEL ? num_tokens - begin : TOKENS_A_PANEL; \
             for (int64_t p = first, some; p < last; p += some) {                                  \
-                some = last - p < at_once(tokens) ? 1 : at_once(tokens);                          \
+                some = last - p < at_once_##KIND(tokens) ? 1 : at_once_##KIND(tokens);            \
                 memset(sums, 0, some * tokens * PANEL * sizeof(float));                           \
-                some_panels_##T((const char *)layer->panels + p * size, in, x + begin * x_stride, x_stride, sums, \
-                                some, tokens);                                                    \
+                some_panels_##KIND((const char *)layer->panels + p * size, in, x + begin * x_stride, x_stride, sums, \
+                                   some, tokens);                                                 \
                 for (int64_t q = 0, o = p * PANEL; q < some; q++, o += PANEL)                     \
                     finish_##T(sums + q * tokens * PANEL, PANEL, bias ? bias + o : NULL, y + begin * out + o, out, \
                                tokens, out - o < PANEL ? out - o : PANEL);                        \
@@ -93,13 +94,15 @@ DEFINE_OUTPUTS(bfloat16)
         }                                                                                         \
     }
 
-DEFINE_PANELS_OUTPUTS(float)
-DEFINE_PANELS_OUTPUTS(bfloat16)
+DEFINE_PANELS_OUTPUTS(float, float)
+DEFINE_PANELS_OUTPUTS(bfloat16, bfloat16)
+DEFINE_PANELS_OUTPUTS(bfloat16, pairs)
 
-/* Bytes that a layer's panels take, or 0 where the CPU is not one for them. */
+/* Bytes that a layer's panels take, or 0 where the CPU is not one for them: tile registers read bfloat16 by rows. */
 #define DEFINE_PACKING(T)                                                                         \
     int64_t loraplex_panels_##T(int64_t in, int64_t out) {                                        \
-        return takes_panels() ? num_panels(out) * panel_bytes_##T(in) : 0;                        \
+        int can = takes_panels() && (sizeof(T) == sizeof(float) || !takes_tiles());               \
+        return can ? num_panels(out) * panel_bytes_##T(in) : 0;                                   \
     }                                                                                             \
     void loraplex_pack_##T(const T *weight, T *panels, int64_t in, int64_t out, int num_threads) { \
         _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")                     \
@@ -109,43 +112,49 @@ DEFINE_PANELS_OUTPUTS(bfloat16)
 DEFINE_PACKING(float)
 DEFINE_PACKING(bfloat16)
 
-void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t num_tokens, int num_threads,
-                           void *scratch) {
-    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        if (layer->panels) outputs_of_panels_float(layer, x, layer->in, y, num_tokens, me, all);
-        else some_outputs_float(layer, x, y, num_tokens, 0, NULL, me, all);
-    }
+/* How tokens are multiplied: of bfloat16 in tiles, in pairs, packed or as they lie, or widened; of either type by panels,
+   of rows as they lie, of copies or of widened ones; float32 else by rows as they lie. */
+typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE, PANELS, PANELS_OF_COPIES, PANELS_OF_WIDE } Form;
+
+static Form form_of_float(const Layer *layer, int64_t num_tokens) {
+    if (!layer->panels) return WIDE;
+    return contend(layer->in, sizeof(float), num_tokens) ? PANELS_OF_COPIES : PANELS;
 }
 
-/* How tokens of bfloat16 are multiplied: in tiles, in pairs, packed or as they lie, or in float32, by panels or rows. */
-typedef enum { TILES, PACKED_PAIRS, PAIRS, WIDE, PANELS } Form;
-
-static Form form_of(const Layer *layer, int64_t num_tokens) {
-    if (layer->panels) return PANELS;
+static Form form_of_bfloat16(const Layer *layer, int64_t num_tokens) {
+    int64_t in = layer->in;
+    if (layer->panels && !takes_pairs()) return PANELS_OF_WIDE;
+    if (layer->panels)
+        return in % INPUTS_pairs || contend(in, sizeof(bfloat16), num_tokens) ? PANELS_OF_COPIES : PANELS;
     if (takes_tiles() && num_tokens > MOST_IN_PAIRS) return TILES;
     if (!takes_pairs()) return WIDE;
-    return is_worth_packing(layer->in, num_tokens) ? PACKED_PAIRS : PAIRS;
+    return is_worth_packing(in, num_tokens) ? PACKED_PAIRS : PAIRS;
 }
 
 /* Few tokens are brought into it by each thread for itself: what another writes would have to come from its cache. */
 static int is_few(int64_t num_tokens) { return num_tokens <= FEW; }
 
-/* Bytes that they take then, in whole lines. */
-static int64_t prepared_size(const Layer *layer, int64_t num_tokens) {
-    Form form = form_of(layer, num_tokens);
-    int64_t size = form == TILES          ? packed_size(layer->in, num_tokens) * sizeof(bfloat16)
-                   : form == PACKED_PAIRS ? num_tokens * paired_width(layer->in) * sizeof(bfloat16)
-                   : form == WIDE         ? num_tokens * layer->in * sizeof(float)
-                   : form == PANELS       ? num_tokens * even(layer->in) * sizeof(float)
-                                          : 0;
-    return (size + LINE - 1) / LINE * LINE;
+/* Bytes that they take then, in whole lines, where a number takes `size`. */
+static int64_t prepared_size(Form form, int64_t in, int64_t num_tokens, int64_t size) {
+    int64_t bytes = form == TILES              ? packed_size(in, num_tokens) * sizeof(bfloat16)
+                    : form == PACKED_PAIRS     ? num_tokens * paired_width(in) * sizeof(bfloat16)
+                    : form == PANELS_OF_COPIES ? num_tokens * panels_width(in, size) * size
+                    : form == PANELS_OF_WIDE   ? num_tokens * panels_width(in, sizeof(float)) * sizeof(float)
+                    : form == WIDE && size < (int64_t)sizeof(float) ? num_tokens * in * sizeof(float)
+                                                                    : 0;
+    return (bytes + LINE - 1) / LINE * LINE;
 }
 
 /* Bytes: prepared tokens, as often as they are, and a widened tile for each thread. */
-int64_t loraplex_linear_scratch(const Layer *layer, int64_t num_tokens, int64_t num_threads) {
-    return prepared_size(layer, num_tokens) * (is_few(num_tokens) ? num_threads : 1) + num_threads * WIDE_TILE;
-}
+#define DEFINE_SCRATCH(T)                                                                         \
+    int64_t loraplex_linear_scratch_##T(const Layer *layer, int64_t num_tokens, int64_t num_threads) { \
+        int64_t size = prepared_size(form_of_##T(layer, num_tokens), layer->in, num_tokens, sizeof(T)); \
+        int64_t tiles = sizeof(T) == sizeof(float) ? 0 : num_threads * WIDE_TILE;                 \
+        return size * (is_few(num_tokens) ? num_threads : 1) + tiles;                             \
+    }
+
+DEFINE_SCRATCH(float)
+DEFINE_SCRATCH(bfloat16)
 
 /* One thread's part of rows in float32, `width` numbers apart, of which those behind `in` are zero. */
 static void widen_rows(const bfloat16 *x, int64_t in, int64_t num_tokens, float *wide, int64_t width, int me, int all) {
@@ -155,19 +164,49 @@ static void widen_rows(const bfloat16 *x, int64_t in, int64_t num_tokens, float 
     }
 }
 
+/* The same of rows as they are, of numbers of `size` bytes. */
+static void space_rows(const char *x, int64_t in, int64_t num_tokens, char *copies, int64_t size, int me, int all) {
+    int64_t row = in * size, width = panels_width(in, size) * size;
+    for (int64_t t = me; t < num_tokens; t += all) {
+        memcpy(copies + t * width, x + t * row, row);
+        memset(copies + t * width + row, 0, width - row);
+    }
+}
+
 /* One thread's part of it. */
 static void prepare(Form form, const bfloat16 *x, int64_t in, int64_t num_tokens, void *prepared, int me, int all) {
     if (form == TILES) pack_tokens(x, in, num_tokens, prepared, me, all);
     if (form == PACKED_PAIRS) pack_pairs(x, in, num_tokens, prepared, me, all);
     if (form == WIDE) widen_rows(x, in, num_tokens, prepared, in, me, all);
-    if (form == PANELS) widen_rows(x, in, num_tokens, prepared, even(in), me, all);
+    if (form == PANELS_OF_COPIES) space_rows((const char *)x, in, num_tokens, prepared, sizeof(bfloat16), me, all);
+    if (form == PANELS_OF_WIDE)
+        widen_rows(x, in, num_tokens, prepared, panels_width(in, sizeof(float)), me, all);
 }
 
-/* `scratch`: of loraplex_linear_scratch bytes, in 64-byte lines. */
+/* `scratch`, here and below: of loraplex_linear_scratch_ bytes, in 64-byte lines. */
+void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t num_tokens, int num_threads,
+                           char *scratch) {
+    Form form = form_of_float(layer, num_tokens);
+    int64_t in = layer->in, size = prepared_size(form, in, num_tokens, sizeof(float));
+    int few = is_few(num_tokens);
+    _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        char *prepared = scratch + (few ? me * size : 0);
+        if (size)
+            space_rows((const char *)x, in, num_tokens, prepared, sizeof(float), few ? 0 : me, few ? 1 : all);
+        if (size && !few) {
+            _Pragma("omp barrier")
+        }
+        if (form == WIDE) some_outputs_float(layer, x, y, num_tokens, 0, NULL, me, all);
+        else if (form == PANELS) outputs_of_panels_float(layer, x, in, y, num_tokens, me, all);
+        else outputs_of_panels_float(layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
+    }
+}
+
 void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y, int64_t num_tokens, int num_threads,
                               char *scratch) {
-    int64_t in = layer->in, size = prepared_size(layer, num_tokens);
-    Form form = form_of(layer, num_tokens);
+    Form form = form_of_bfloat16(layer, num_tokens);
+    int64_t in = layer->in, size = prepared_size(form, in, num_tokens, sizeof(bfloat16));
     int few = is_few(num_tokens);
     _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)") {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -180,7 +219,11 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
         if (form == TILES)
             linear_tiles(layer->weight, layer->bias, in, layer->out, prepared, y, num_tokens, me, all);
         else if (form == PANELS)
-            outputs_of_panels_bfloat16(layer, prepared, even(in), y, num_tokens, me, all);
+            outputs_of_panels_pairs(layer, x, in, y, num_tokens, me, all);
+        else if (form == PANELS_OF_COPIES)
+            outputs_of_panels_pairs(layer, prepared, panels_width(in, sizeof(bfloat16)), y, num_tokens, me, all);
+        else if (form == PANELS_OF_WIDE)
+            outputs_of_panels_bfloat16(layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
         else
             some_outputs_bfloat16(layer, form == PAIRS ? x : prepared, y, num_tokens, form != WIDE, wide, me, all);
     }

@@ -16,7 +16,7 @@ from loraplex.kernels.built import function, library, size
 from loraplex.kernels.scratch import scratch_of
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-_SIZE = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # layer, tokens, threads -> bytes that bfloat16 needs
+_SIZE = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # layer, tokens, threads -> bytes
 _ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 _PACKING = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
 
@@ -58,7 +58,9 @@ class Linear:
             None if bias is None else bias.data_ptr(),
             None if panels is None else panels.data_ptr(),
         )
-        self._run = function(__file__, f"loraplex_linear_{_NAMES[weight.dtype]}", *_ARGUMENTS)
+        name = _NAMES[weight.dtype]
+        self._run = function(__file__, f"loraplex_linear_{name}", *_ARGUMENTS)
+        self._scratch = size(__file__, f"loraplex_linear_scratch_{name}", *_SIZE)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: Shape [..., in], of the weight's type. Result: Shape [..., out]; sums in float32, rounded once.
@@ -75,10 +77,7 @@ class Linear:
         return y
 
     def _scratch_bytes(self, num_tokens: int, num_threads: int) -> int:
-        if self._dtype == torch.float32:
-            return 0
-        layer = ctypes.addressof(self._layer)
-        return size(__file__, "loraplex_linear_scratch", *_SIZE)(layer, num_tokens, num_threads)
+        return self._scratch(ctypes.addressof(self._layer), num_tokens, num_threads)
 
 
 def panels_size(weight: Tensor) -> int:

@@ -1,118 +1,184 @@
-/* Products of weights in panels and rows of inputs, in float32, where a CPU has vectors of eight numbers and nothing
-   better: no lanes are to be added up, and all of a panel lies in a row.
+/* Products of weights in panels and rows of inputs: no lanes are to be added up, and all of a panel lies in a row.
 
    A panel holds PANEL outputs. Each of its lines holds what they weigh one input with, or two inputs in bfloat16, an
-   output's two beside each other: the halves of a word, each a shift or a mask away from its float32. What an output or
-   an input lacks of a whole line is zero. Each sum is made in the same order whatever the tokens beside it: over CHUNK
-   lines in a register, then over those sums. */
+   output's two beside each other: as a CPU multiplies pairs, or the halves of a word, each a shift or a mask away from
+   its float32. What an output or an input lacks of a whole line is zero. Each sum is made in float32, in the same order
+   whatever the tokens beside it: over CHUNK lines in a register, then over those sums. */
 
 #ifndef LORAPLEX_PANELS_H
 #define LORAPLEX_PANELS_H
 
-#include "floats.h"
+#include "dense/tile.h"
 
-#define PANEL 16            /* outputs: two vectors of sums */
-#define INPUTS_float 1      /* inputs of a line */
+#define PANEL 16              /* outputs */
+#define INPUTS_float 1        /* inputs of a line */
 #define INPUTS_bfloat16 2
-#define CHUNK 256           /* lines: half the first cache, where all tokens of a pass meet them */
-#define PANEL_TOKENS 6      /* whose sums are held in registers */
-#define TOKENS_A_PANEL 96   /* tokens of a pass over the weights */
-#define MOST_PANELS 4       /* at a time, where a token alone leaves room for the sums of several */
-#define LINES_AHEAD 64      /* that are asked for: a CPU's own guess ends with the page */
+#define INPUTS_pairs 2
+#define ROW_float float       /* of what rows of inputs are there */
+#define ROW_bfloat16 float
+#define ROW_pairs bfloat16
+#define CHUNK_Lanes 256       /* lines, which stay in the first cache while all tokens of a pass meet them */
+#define CHUNK_Broad 64
+#define MOST_TOKENS_Lanes 6   /* whose sums are held in registers, sixteen or thirty-two */
+#define MOST_TOKENS_Broad 12
+#define MOST_PANELS_Lanes 4   /* at a time: of a token alone, beside which there is room for several */
+#define MOST_PANELS_Broad 2   /* of any tokens */
+#define TOKENS_A_PANEL 96     /* tokens of a pass over the weights */
+#define LINES_AHEAD 64        /* that are asked for: a CPU's own guess ends with the page */
+#define WAYS 8                /* rows whose numbers a first cache surely holds where they contend for the same sets */
+#define PAGE 4096             /* bytes, by which rows lie that do */
 
 int loraplex_panels = -1; /* whether weights are to be packed: -1 not asked yet */
 
-/* Numbers of a row of inputs that is widened for panels; what is behind `in` has to be zero. */
-static int64_t even(int64_t in) { return in + (in & 1); }
+static int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
+
+/* Whether rows of inputs, of `size` bytes a number, would push each other out of the first cache. */
+static int contend(int64_t in, int64_t size, int64_t num_tokens) { return num_tokens > WAYS && in * size % PAGE == 0; }
+
+/* Numbers from a row of inputs to the next that is brought into what panels are multiplied with: an odd number of
+   lines. What is behind `in` has to be zero. */
+static int64_t panels_width(int64_t in, int64_t size) { return ((in * size + LINE - 1) / LINE | 1) * LINE / size; }
 
 #if HAS_BROAD
 
-#define FOR_PANELS __attribute__((target("arch=x86-64-v3")))
+#define FOR_PANELS_Lanes __attribute__((target("arch=x86-64-v3")))
+#define FOR_PANELS_Broad FOR_Broad
 
 static int takes_panels(void) {
     if (loraplex_panels < 0)
         loraplex_panels = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi2") && !has_broad();
+                          __builtin_cpu_supports("bmi2");
     return loraplex_panels;
 }
 
+/* How many panels are computed at a time. */
+static int at_once_float(int64_t num_tokens) {
+    return takes_broad() ? MOST_PANELS_Broad : num_tokens == 1 ? MOST_PANELS_Lanes : 1;
+}
+#define at_once_bfloat16 at_once_float
+#define at_once_pairs(num_tokens) MOST_PANELS_Broad
+
 /* In memory, as a register that holds it is one too few. */
-static const Words UPPER_HALVES = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu};
 #define HIDE(variable) __asm__("" : "+m"(variable))
 
-#define WEIGHTS_float(from, input, mask) (*(const AnyLanes *)(from))
-#define WEIGHTS_bfloat16(from, input, mask)                                                       \
-    ((Lanes)((input) ? *(const Words *)(from) & (mask) : *(const Words *)(from) << 16))
+#define VECTORS(V) (PANEL * (int)sizeof(float) / (int)sizeof(V)) /* of a line */
+#define ANY_Lanes AnyLanes
+#define ANY_Broad __m512_u
+#define WORDS_Lanes Words
+typedef uint32_t WORDS_Broad __attribute__((vector_size(4 * BROAD)));
+#define WEIGHTS_float(V, from, input, mask) (*(const V *)(from))
+#define WEIGHTS_bfloat16(V, from, input, mask)                                                    \
+    ((V)((input) ? *(const WORDS_##V *)(from) & (mask) : *(const WORDS_##V *)(from) << 16))
 
 /* sums[p * sums_next + t * PANEL + o] += products over `lines` lines of panel p, which lie `next` bytes times p behind
-   `w`, for p < panels and t < tokens, which are constants where it is called. */
-#define DEFINE_PANELS(T)                                                                          \
-    FOR_PANELS INLINED void dot_panels_##T(const char *w, int64_t next, const float *x, int64_t x_stride, \
-                                           int64_t lines, float *sums, int64_t sums_next, int panels, int tokens) { \
-        Lanes lanes[MOST_PANELS][PANEL_TOKENS][2];                                                \
-        Words mask = UPPER_HALVES;                                                                \
+   `w`, for p < panels and t < tokens, which are constants where it is called, in vectors of type V. */
+#define DEFINE_DOT_PANELS(T, V)                                                                   \
+    FOR_PANELS_##V INLINED void dot_panels_##T##_##V(const char *w, int64_t next, const float *x, int64_t x_stride, \
+                                                     int64_t lines, float *sums, int64_t sums_next, int panels, \
+                                                     int tokens) {                                \
+        V lanes[MOST_PANELS_##V][MOST_TOKENS_##V][VECTORS(V)];                                    \
+        WORDS_##V mask = (WORDS_##V){0} | 0xffff0000u;                                  \
         UNROLLED for (int p = 0; p < panels; p++)                                                 \
-            UNROLLED for (int t = 0; t < tokens; t++) lanes[p][t][0] = lanes[p][t][1] = (Lanes){0}; \
+            UNROLLED_16 for (int t = 0; t < tokens; t++)                                          \
+                UNROLLED for (int v = 0; v < VECTORS(V); v++) lanes[p][t][v] = (V){0};            \
         for (int64_t line = 0; line < lines; line++, w += LINE, x += INPUTS_##T) {                \
             HIDE(mask);                                                                           \
             UNROLLED for (int p = 0; p < panels; p++) READ_AHEAD(w + p * next + LINES_AHEAD * LINE); \
             UNROLLED for (int i = 0; i < INPUTS_##T; i++) {                                       \
-                Lanes weights[MOST_PANELS][2];                                                    \
+                V weights[MOST_PANELS_##V][VECTORS(V)];                                           \
                 UNROLLED for (int p = 0; p < panels; p++)                                         \
-                    UNROLLED for (int h = 0; h < 2; h++)                                          \
-                        weights[p][h] = WEIGHTS_##T(w + p * next + h * sizeof(Lanes), i, mask);   \
-                UNROLLED for (int t = 0; t < tokens; t++) {                                       \
-                    float one = x[t * x_stride + i];                                              \
-                    Lanes input = {one, one, one, one, one, one, one, one};                       \
+                    UNROLLED for (int v = 0; v < VECTORS(V); v++)                                 \
+                        weights[p][v] = WEIGHTS_##T(V, w + p * next + v * sizeof(V), i, mask);    \
+                UNROLLED_16 for (int t = 0; t < tokens; t++) {                                    \
+                    V input = x[t * x_stride + i] - (V){0};                                       \
                     UNROLLED for (int p = 0; p < panels; p++)                                     \
-                        UNROLLED for (int h = 0; h < 2; h++) lanes[p][t][h] += weights[p][h] * input; \
+                        UNROLLED for (int v = 0; v < VECTORS(V); v++) lanes[p][t][v] += weights[p][v] * input; \
                 }                                                                                 \
             }                                                                                     \
         }                                                                                         \
         UNROLLED for (int p = 0; p < panels; p++)                                                 \
-            UNROLLED for (int t = 0; t < tokens; t++)                                             \
-                UNROLLED for (int h = 0; h < 2; h++)                                              \
-                    *(AnyLanes *)(sums + p * sums_next + t * PANEL + h * LANES) += lanes[p][t][h]; \
-    }                                                                                             \
-                                                                                                  \
-    /* The same of any number of tokens <= TOKENS_A_PANEL, one panel or MOST_PANELS. */  \
-    FOR_PANELS static void some_panels_##T(const char *w, int64_t in, const float *x, int64_t x_stride, float *sums, \
-                                           int panels, int tokens) {                              \
-        int64_t lines = (in + INPUTS_##T - 1) / INPUTS_##T, next = lines * LINE, sums_next = tokens * PANEL; \
-        int groups = (tokens + PANEL_TOKENS - 1) / PANEL_TOKENS;                                  \
-        for (int64_t first = 0; first < lines; first += CHUNK, w += CHUNK * LINE, x += CHUNK * INPUTS_##T) \
-            for (int g = 0; g < groups; g++) {                                                    \
-                int t = tokens * g / groups, size = tokens * (g + 1) / groups - t;                \
-                int64_t some = lines - first < CHUNK ? lines - first : CHUNK;                     \
-                const float *inputs = x + t * x_stride;                                           \
-                float *own = sums + t * PANEL;                                                    \
-                if (size == 6) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 6); \
-                else if (size == 5) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 5); \
-                else if (size == 4) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 4); \
-                else if (size == 3) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 3); \
-                else if (size == 2) dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 2); \
-                else if (panels == MOST_PANELS)                                                   \
-                    dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, MOST_PANELS, 1); \
-                else dot_panels_##T(w, next, inputs, x_stride, some, own, sums_next, 1, 1);       \
-            }                                                                                     \
+            UNROLLED_16 for (int t = 0; t < tokens; t++)                                          \
+                UNROLLED for (int v = 0; v < VECTORS(V); v++)                                     \
+                    *(ANY_##V *)(sums + p * sums_next + t * PANEL + v * sizeof(V) / sizeof(float)) += lanes[p][t][v]; \
     }
 
-DEFINE_PANELS(float)
-DEFINE_PANELS(bfloat16)
+/* The same in pairs, of rows of bfloat16. */
+FOR_PAIRS INLINED void dot_panels_pairs_Broad(const char *w, int64_t next, const bfloat16 *x, int64_t x_stride,
+                                              int64_t lines, float *sums, int64_t sums_next, int panels, int tokens) {
+    __m512 lanes[MOST_PANELS_Broad][MOST_TOKENS_Broad];
+    UNROLLED for (int p = 0; p < panels; p++)
+        UNROLLED_16 for (int t = 0; t < tokens; t++) lanes[p][t] = _mm512_setzero_ps();
+    for (int64_t line = 0; line < lines; line++, w += LINE, x += INPUTS_pairs) {
+        __m512i weights[MOST_PANELS_Broad];
+        UNROLLED for (int p = 0; p < panels; p++) {
+            READ_AHEAD(w + p * next + LINES_AHEAD * LINE);
+            weights[p] = _mm512_load_si512(w + p * next);
+        }
+        UNROLLED_16 for (int t = 0; t < tokens; t++) {
+            int32_t pair;
+            memcpy(&pair, x + t * x_stride, sizeof pair);
+            __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+            UNROLLED for (int p = 0; p < panels; p++)
+                lanes[p][t] = _mm512_dpbf16_ps(lanes[p][t], (__m512bh)weights[p], input);
+        }
+    }
+    UNROLLED for (int p = 0; p < panels; p++)
+        UNROLLED_16 for (int t = 0; t < tokens; t++)
+            *(__m512_u *)(sums + p * sums_next + t * PANEL) += lanes[p][t];
+}
+
+/* The same of any number of tokens <= TOKENS_A_PANEL, one panel or `at_once` of them. */
+#define SHAPE(T, V, p, t)                                                                         \
+    if (panels == p && size == t) {                                                               \
+        dot_panels_##T##_##V(w, next, x + low * x_stride, x_stride, some, own, sums_next, p, t);  \
+        continue;                                                                                 \
+    }
+#define SHAPES_OF_6(T, V, p)                                                                      \
+    SHAPE(T, V, p, 1) SHAPE(T, V, p, 2) SHAPE(T, V, p, 3) SHAPE(T, V, p, 4) SHAPE(T, V, p, 5) SHAPE(T, V, p, 6)
+#define SHAPES_OF_12(T, V, p)                                                                     \
+    SHAPES_OF_6(T, V, p) SHAPE(T, V, p, 7) SHAPE(T, V, p, 8) SHAPE(T, V, p, 9) SHAPE(T, V, p, 10) \
+    SHAPE(T, V, p, 11) SHAPE(T, V, p, 12)
+#define SHAPES_Lanes(T) SHAPES_OF_6(T, Lanes, 1) SHAPE(T, Lanes, MOST_PANELS_Lanes, 1)
+#define SHAPES_Broad(T) SHAPES_OF_12(T, Broad, MOST_PANELS_Broad) SHAPES_OF_12(T, Broad, 1)
+#define DEFINE_SOME_PANELS(T, V, FOR_CPU)                                                         \
+    FOR_CPU static void some_panels_##T##_##V(const char *w, int64_t in, const ROW_##T *x, int64_t x_stride, \
+                                              float *sums, int panels, int tokens) {              \
+        int64_t lines = (in + INPUTS_##T - 1) / INPUTS_##T, next = lines * LINE, sums_next = tokens * PANEL; \
+        int groups = (tokens + MOST_TOKENS_##V - 1) / MOST_TOKENS_##V;                            \
+        for (int64_t first = 0; first < lines; first += CHUNK_##V) {                              \
+            int64_t some = lines - first < CHUNK_##V ? lines - first : CHUNK_##V;                 \
+            for (int g = 0; g < groups; g++) {                                                    \
+                int low = tokens * g / groups, size = tokens * (g + 1) / groups - low;            \
+                float *own = sums + low * PANEL;                                                  \
+                SHAPES_##V(T)                                                                     \
+            }                                                                                     \
+            w += some * LINE;                                                                     \
+            x += some * INPUTS_##T;                                                               \
+        }                                                                                         \
+    }
+
+DEFINE_DOT_PANELS(float, Lanes) DEFINE_SOME_PANELS(float, Lanes, FOR_PANELS_Lanes)
+DEFINE_DOT_PANELS(bfloat16, Lanes) DEFINE_SOME_PANELS(bfloat16, Lanes, FOR_PANELS_Lanes)
+DEFINE_DOT_PANELS(float, Broad) DEFINE_SOME_PANELS(float, Broad, FOR_PANELS_Broad)
+DEFINE_DOT_PANELS(bfloat16, Broad) DEFINE_SOME_PANELS(bfloat16, Broad, FOR_PANELS_Broad)
+DEFINE_SOME_PANELS(pairs, Broad, FOR_PAIRS)
+
+#define some_panels_float BY_WIDTH(some_panels_float)
+#define some_panels_bfloat16 BY_WIDTH(some_panels_bfloat16)
+#define some_panels_pairs some_panels_pairs_Broad
 
 #else
 
 static int takes_panels(void) { return loraplex_panels = 0; }
+#define at_once_float(num_tokens) 1
+#define at_once_bfloat16(num_tokens) 1
+#define at_once_pairs(num_tokens) 1
 
 #define some_panels_float(w, in, x, x_stride, sums, panels, tokens) ((void)0)
 #define some_panels_bfloat16(w, in, x, x_stride, sums, panels, tokens) ((void)0)
+#define some_panels_pairs(w, in, x, x_stride, sums, panels, tokens) ((void)0)
 
 #endif
-
-/* How many panels are computed at a time. */
-static int at_once(int64_t num_tokens) { return num_tokens == 1 ? MOST_PANELS : 1; }
-
-static int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
 
 /* One thread's part of packing rows of weights. */
 #define DEFINE_PACK(T)                                                                            \

@@ -23,11 +23,12 @@ def flag(module: ModuleType, name: str) -> ctypes.c_int:
 @contextmanager
 def panels_wanted(wanted: bool) -> Iterator[None]:
     """Whether weights are packed in panels, whatever is fastest on this CPU, which has to have the instructions."""
-    linear.panels_size(torch.zeros(1, 1))  # which asks the CPU
-    panels = flag(linear, "loraplex_panels")
-    before, panels.value = panels.value, int(wanted)
+    linear.panels_size(torch.zeros(1, 1, dtype=torch.bfloat16))  # which asks the CPU
+    panels, tiles = flag(linear, "loraplex_panels"), flag(linear, "loraplex_tiles")
+    before = panels.value, tiles.value
+    panels.value, tiles.value = int(wanted), 0
     yield
-    panels.value = before
+    panels.value, tiles.value = before
 
 
 def can_use_panels() -> bool:
