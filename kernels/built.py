@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,12 +54,15 @@ def as_word(argument: Argument) -> int:
 
 @cache
 def library(module: str) -> ctypes.CDLL | None:
-    """The library of the module in this file, `decode.py` has `_decode*.so`; None where none was built that loads."""
+    """The library of the module in this file, `decode.py` has `_decode*.so`; None where none was built that loads.
+
+    One that was built for another Python is none: it may be older than the module.
+    """
     path = Path(module)
-    for built in sorted(path.parent.glob(f"_{path.stem}*.so")):
+    for suffix in EXTENSION_SUFFIXES:
         try:
-            return ctypes.CDLL(str(built))
-        except OSError:  # built for another machine, or a torch without OpenMP
+            return ctypes.CDLL(str(path.with_name(f"_{path.stem}{suffix}")))
+        except OSError:  # there is none, or it was built for another machine, or a torch without OpenMP
             continue
     return None
 

@@ -157,7 +157,8 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     if not attention.layers or attention.own_masks:
         reason = "make attention masks of their own" if attention.layers else "do not use its attention interface"
         raise ModelNotServable(f"{type(model).__name__} is not served: in transformers its layers {reason}")
-    fit = [name for name, layer in linear.items() if _is_linear_passage(passages.get(name), layer)]
+    passable = {name for name in linear if _is_linear_passage(passages.get(name))}
+    fit = [name for name in linear if name in passable and given[name].dtype == model.dtype]
     kinds = {id(tensor): number for number, tensor in enumerate(given.values())}
     inputs = {name: kinds[id(tensor)] for name, tensor in given.items()}
     num_layers = model.config.get_text_config().num_hidden_layers
@@ -165,7 +166,8 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         selects=logits.shape[1] == 1,
         layers={name: (linear[name], BaseModule(index, name, *_features(linear[name]), inputs[name]))
                 for index, name in enumerate(fit)},
-        unfit={name: "does not turn each token's row into one" if _is_used(name, passages) else UNUSED
+        unfit={name: f"is computed in {_name(given[name].dtype)}, adapters in {_name(model.dtype)}" if name in passable
+               else "does not turn each token's row into one" if _is_used(name, passages) else UNUSED
                for name in owners if name not in fit and (name in linear or passages.get(name) is None)},
         passages={name: passage for name, passage in passages.items()
                   if passage is not None and not _has_linear_inside(owners[name])},
@@ -258,7 +260,7 @@ def _token_dim(value: object, size: int) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def _is_linear_passage(passage: Passage | None, layer: nn.Module) -> bool:
+def _is_linear_passage(passage: Passage | None) -> bool:
     """Whether rows of tokens go in and one tensor of rows comes out."""
     return passage is not None and len(passage.outputs) == 1 and 0 in passage.inputs
 

@@ -150,9 +150,11 @@ def has_tiles(dtype: torch.dtype, device: torch.device) -> bool:
 def add_decode(y: Tensor, x: Tensor, module: int, step: DecodeStep | CurrentStep) -> None:
     """y[t] += weight · scale · (x[t] Aᵀ) B for the step's tokens.
 
-    x: Shape [..., in]. y: Shape [..., out]. Both are contiguous.
+    x: Shape [..., in]. y: Shape [..., out]. Contiguous, of the adapters' type; ValueError where they differ.
     Sums are in float32 and rounded once, so a 16-bit y is nearer the formula than by the torch forms.
     """
+    if x.dtype != y.dtype:
+        raise ValueError(f"x is {x.dtype}, y {y.dtype}")
     table, tokens = step.structures
     function(__file__, _NAMES[x.dtype], *_ARGUMENTS)(table, module, tokens, x, y)
 

@@ -118,6 +118,16 @@ def test_scores_far_apart_and_far_below_give_what_softmax_gives(dtype: torch.dty
     check(case, Form(30.0), slack=2e-3)
 
 
+def test_weights_of_a_long_context_add_up_to_one(bfloat16_is: str) -> None:
+    """Sums go on from block to block: what each would lose would add up as well."""
+    count, start = 32, 131_040
+    keys = torch.randn(start + count, 1, 16, generator=torch.Generator().manual_seed(0))
+    q, out = torch.randn(1, count, 16, generator=torch.Generator().manual_seed(1)), torch.empty(count, 1, 16)
+    runs = PrefillRuns([(0, count, start, torch.arange(start + count))])
+    runs.attend(q, keys, torch.ones_like(keys), FORMS["plain"], out)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_a_number_stays_in_its_run(dtype: torch.dtype, bfloat16_is: str) -> None:
     """And is not lost there: whoever looks at it gets no number."""

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.core import make_core, prompt_of, request, run, tokens
 from support.models import AdapterSpec, llama_config, make_adapter, make_model
 from support.worlds import SmallWorld
-from transformers import MixtralConfig
+from transformers import HunYuanMoEV1Config, MixtralConfig
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
 from loraplex.engines.adapters.peft import Base, plan_adapter
@@ -201,6 +201,31 @@ def test_adapter_is_refused_by_name_and_its_neighbour_undisturbed(
     assert not core.has_work
 
 
+def base_in(directory: Path, dtype: Literal["float32", "bfloat16"]) -> Base:
+    settings = Settings(
+        model=Model(path=str(directory), name="moe", dtype=dtype, device="cpu"),
+        engine=EngineSettings(kv_block_size=4, num_threads=1, kv_cache_bytes=2**20),
+        adapters=Adapters(device_bytes=2**20),
+    )
+    return load_machine(settings, lambda progress: None).base
+
+
+def test_lora_of_a_layer_in_another_type_than_the_models_is_refused_by_name(tmp_path: Path) -> None:
+    """This model's router stays in float32; of an adapter in bfloat16 it would read what lies behind it too."""
+    config = HunYuanMoEV1Config(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, moe_topk=2, max_position_embeddings=64,
+    )  # fmt: skip
+    make_model(config, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", AdapterSpec("router", 4, ("q_proj", "wg")), tmp_path)
+    plan_adapter(adapter, base_in(tmp_path / "base", "float32"))
+    with pytest.raises(
+        AdapterUnsupported,
+        match=r"gate\.wg cannot .* is computed in float32, adapters in bfloat16",
+    ):
+        plan_adapter(adapter, base_in(tmp_path / "base", "bfloat16"))
+
+
 def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path: Path) -> None:
     """As they were saved while every expert had layers of its own."""
     config = MixtralConfig(
@@ -216,12 +241,7 @@ def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path:
     save_file(tensors, path / "adapter_model.safetensors")
     said = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**said, "target_modules": ["q_proj", "w1"]}))
-    settings = Settings(
-        model=Model(path=str(tmp_path / "base"), name="moe", dtype="float32", device="cpu"),
-        engine=EngineSettings(kv_block_size=4, num_threads=1, kv_cache_bytes=2**20),
-        adapters=Adapters(device_bytes=2**20),
-    )
-    base = load_machine(settings, lambda progress: None).base
+    base = base_in(tmp_path / "base", "float32")
     with pytest.raises(AdapterUnsupported, match=r"block_sparse_moe\.experts\.2\.w1 is a layer of one expert"):
         plan_adapter(adapter, base)
 
