@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -33,6 +34,7 @@ from loraplex.engines.native.messages import (
 from loraplex.engines.protocol import AdapterResidency, Embedding, Progress
 
 _HEARTBEAT_SECONDS = 2.0
+_LOOKS = "5000"  # a tenth of a millisecond: longer than threads that all run wait for each other in a step
 
 
 class WorkerProcess:
@@ -78,8 +80,9 @@ class WorkerProcess:
         try:
             socket = self._socket = self._bind()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "loraplex.engines.native", self._address, stdin=asyncio.subprocess.PIPE
-            )
+                sys.executable, "-m", "loraplex.engines.native", self._address,
+                stdin=asyncio.subprocess.PIPE, env=_environment(),
+            )  # fmt: skip
         except (OSError, zmq.ZMQError) as error:
             return EngineDied(f"no engine process could be started: {error}")
         reader, heart = asyncio.create_task(self._read(socket)), asyncio.create_task(self._beat())
@@ -200,6 +203,13 @@ class WorkerProcess:
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()  # looked at: nobody need be waiting
+
+
+def _environment() -> dict[str, str]:
+    """The worker's. Unless it says how threads wait: GNU's would spin for many milliseconds, on a core that the thread
+    they wait for may need, where other processes take some of the machine."""
+    ours = {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else {"GOMP_SPINCOUNT": _LOOKS}
+    return {**os.environ, **ours}
 
 
 def _error(failure: Failure) -> EngineError:

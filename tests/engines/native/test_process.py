@@ -29,3 +29,29 @@ async def test_run_that_starts_no_process_tells_everyone(
     with pytest.raises(EngineDied, match="no engine process could be started"):
         await worker.ready
     context.term()  # would wait for a socket that is open
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"GOMP_SPINCOUNT": "infinity"}, {"OMP_WAIT_POLICY": "active"}],
+    ids=["by default", "a count", "a policy"],
+)
+async def test_workers_threads_spin_for_as_long_as_the_environment_says_and_else_shortly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    teller = tmp_path / "python"
+    teller.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\n")
+    teller.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(teller))
+    context = zmq.asyncio.Context()
+    settings = Settings(model=Model(path=str(tmp_path), name="none"))
+    await WorkerProcess(settings, context, f"ipc://{tmp_path}/1", lambda progress: None).run()
+    told = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
+    found = {name: told[name] for name in names if name in told}
+    assert found == (said or {"GOMP_SPINCOUNT": "5000"})
+    context.term()
