@@ -96,7 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
     of that form; `bad_words_ids` are token sequences that never appear in the answer.
     With `seed`, the same request draws the same tokens whatever shares its batch.
-    `stop` strings and `stop_token_ids` end generation, behind the first `min_tokens`, and are not part of the text unless
+    `stop` strings and `stop_token_ids` end generation behind the first `min_tokens`, and are no part of the text unless
     it `includes_stop`. Special tokens leave no text unless `skip_special_tokens` is off.
     """
 

@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces: it ends at the first, and nothing of a possible one is told too early."""
+"""Stop strings in a text that comes in pieces: it ends at the first, and no part of one is told too early."""
 
 from __future__ import annotations
 

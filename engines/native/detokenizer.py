@@ -14,7 +14,7 @@ class Detokenizer:
     def __init__(
         self, stream: TextStream, stops: Sequence[str], *, includes_stop: bool = False, min_tokens: int = 0
     ) -> None:
-        """Stop strings are cut off unless the text `includes_stop`; one that the first `min_tokens` complete is none."""
+        """Where the text `includes_stop` it ends with the stop string. The first `min_tokens` complete none."""
         self._stream = stream
         self._stops = StopStrings(stops, includes_stop=includes_stop) if any(stops) else None
         self._num_exempt = min_tokens

@@ -28,7 +28,8 @@ def client(demo: Demo) -> Iterator[OpenAI]:
 def completed(client: OpenAI, demo: Demo, prompt: Any, *, stream: bool = False, **options: Any) -> CompletionChoice:
     asked: dict[str, Any] = {"model": demo.models[0], "prompt": prompt, "temperature": 0, "max_tokens": 12, **options}
     if not stream:
-        return client.completions.create(**asked).choices[0]
+        whole: CompletionChoice = client.completions.create(**asked).choices[0]
+        return whole
     text, logprobs, reason = "", {}, None  # type: ignore[var-annotated]
     for chunk in client.completions.create(**asked, stream=True):
         text += chunk.choices[0].text
@@ -86,7 +87,7 @@ def test_stop_token_is_told_where_it_is_asked_for(client: OpenAI, demo: Demo, st
     assert whole.logprobs is not None
     assert whole.logprobs.tokens is not None
     *before, stop = whole.logprobs.tokens[:2]
-    [stop_id] = TOKENIZER.convert_tokens_to_ids(TOKENIZER.tokenize(stop))
+    [stop_id] = TOKENIZER.encode(stop, add_special_tokens=False)
     extra = {"stop_token_ids": [stop_id], "include_stop_str_in_output": included}
     found = completed(client, demo, PROMPT, stream=stream, logprobs=0, extra_body=extra)
     assert found.text == "".join([*before, stop] if included else before)
