@@ -359,4 +359,4 @@ class _Answer:
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:
     """The events whose tokens are part of the text: one that only ended the answer is not."""
-    return [event for event in events if not event.is_end]
+    return [event for event in events if not event.is_end and (event.text or event.finish_reason != "stop")]
