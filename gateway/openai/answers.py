@@ -19,7 +19,6 @@ from loraplex.engines.protocol import (
     Engine,
     FinishReason,
     GenerateRequest,
-    Grammar,
     SamplingParams,
     TokenEvent,
 )
@@ -56,8 +55,11 @@ class Asked(Protocol):
         """Whether a stream tells the usage in a frame of its own."""
         ...
 
-    def form(self) -> tuple[str, Grammar] | None:
-        """The field that says what the answer must look like, and what it says."""
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        """The field that said a grammar which the engine cannot follow, and what is wrong with it; None where none did.
+
+        `reason` is the engine's.
+        """
         ...
 
 
@@ -81,6 +83,15 @@ class Wire(Protocol):
     def whole(self, choices: Sequence[Sequence[TokenEvent]], usage: Usage) -> bytes:
         """The answer at once, as JSON."""
         ...
+
+
+class Stopping(Protocol):
+    """Hears one answer's text, and tells where it is over before the engine ends it."""
+
+    @property
+    def is_stopped(self) -> bool: ...
+    def feed(self, text: str, num_tokens: int) -> object: ...
+    def finish(self) -> object: ...
 
 
 class Answers:
@@ -117,10 +128,12 @@ class Answers:
         framing: Framing = OPENAI,
         on_event: Callable[[int, TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
+        stopping: Callable[[], Stopping | None] = lambda: None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event of each choice as it comes.
 
-        `before_end` is done when the answer is complete, before the client learns that it is.
+        `before_end` is done when the answer is complete, before the client learns that it is. `stopping` gives, for
+        each choice, what hears its text and may end it.
 
         Raises what the engine raises before its first token, and ClientLeft.
         """
@@ -138,7 +151,7 @@ class Answers:
                 witnesses = (*witnesses, record.saw)
             answer = _Answer(wire, meter, witnesses, before_end)
             turns = Turns(self._at_once)
-            generations = [partial(self._generate, body.model, choice, meter, turns) for choice in choices]
+            generations = [partial(self._generate, body.model, choice, meter, turns, stopping()) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
@@ -157,6 +170,7 @@ class Answers:
         choice: GenerateRequest,
         meter: Meter,
         turns: Turns,
+        stopping: Stopping | None,
         number: int,
         take: Callable[[int, TokenEvent], None],
     ) -> None:
@@ -168,7 +182,10 @@ class Answers:
             async with turns.turn(choice) as choice:
                 with self._metrics.watching(model, choice) as watch:
                     counting = _Counting(watch, meter, number, take)
-                    async with aclosing(self._events(choice)) as events:  # type: ignore[type-var]
+                    heard = self._events(choice)
+                    if stopping is not None:
+                        heard = _until_stopped(heard, stopping)
+                    async with aclosing(heard) as events:  # type: ignore[type-var]
                         while (event := await each(events, counting.take)) is not None:
                             if not await meter.reserves(event):
                                 take(number, _cut(event))
@@ -203,6 +220,20 @@ async def _of_prompt_alone(engine: Engine, choice: GenerateRequest) -> AsyncIter
             yield replace(event, token_ids=(), text="", finish_reason="length")
 
 
+async def _until_stopped(events: AsyncIterator[TokenEvent], stopping: Stopping) -> AsyncIterator[TokenEvent]:
+    """The events up to the one whose text completes a stop string; what the engine would make beyond it is aborted."""
+    async with aclosing(events):  # type: ignore[type-var]
+        async for event in events:
+            stopping.feed(event.text, len(event.token_ids))
+            if event.finish_reason is not None:
+                stopping.finish()
+            if not stopping.is_stopped:
+                yield event
+                continue
+            yield replace(event, finish_reason="stop")
+            return
+
+
 def _cut(event: TokenEvent) -> TokenEvent:
     """What is told instead of an event that the budget does not cover."""
     return TokenEvent(request_id=event.request_id, token_ids=(), text="", step=event.step, finish_reason="length")
@@ -210,9 +241,9 @@ def _cut(event: TokenEvent) -> TokenEvent:
 
 def _name_as_asked(error: BaseException, body: Asked) -> None:
     """Let an engine's complaint of a grammar name the field that said it."""
-    form = body.form()
-    if isinstance(error, InvalidRequest) and error.param == "grammar" and form is not None:
-        error.param = form[0]
+    if isinstance(error, InvalidRequest) and error.param == "grammar" and (said := body.complaint(str(error))):
+        error.param, message = said
+        error.args = (message,)
 
 
 def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest]) -> Demand:
@@ -328,4 +359,4 @@ class _Answer:
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:
     """The events whose tokens are part of the text: one that only ended the answer is not."""
-    return [event for event in events if event.text or event.finish_reason != "stop"]
+    return [event for event in events if not event.is_end and (event.text or event.finish_reason != "stop")]

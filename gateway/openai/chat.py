@@ -40,6 +40,6 @@ def chat_routes(engine: Engine, catalogue: Catalogue, answers: Answers, model: M
         wire = ChatWire(completion_id, body, dialogue.tokenizer, tier)
         if not dialogue.is_plain:
             wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, [dialogue.speech() for _ in choices])
-        return await answers.respond(request, dialogue, choices, wire)
+        return await answers.respond(request, dialogue, choices, wire, stopping=dialogue.stopping)
 
     return [create_chat_completion]

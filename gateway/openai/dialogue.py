@@ -6,11 +6,13 @@ from msgspec.structs import replace
 
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import GenerateRequest, Grammar
+from loraplex.engines.stop_strings import StopStrings
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.tool_wire import NamedTool
 from loraplex.gateway.openai.toolless import without_tools
-from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
+from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, faulty_rule, reasoned
 from loraplex.gateway.speech.calls import CallParser
 from loraplex.gateway.speech.formats import HERMES, call_format
 from loraplex.gateway.speech.reasoning import ReasoningParser, reasoning_tags
@@ -46,8 +48,10 @@ class Dialogue:
         template = self.tokenizer.chat_template
         self._tags = reasoning_tags(model.reasoning_parser, template)
         self._form = call_format(model.tool_parser, template) if self._names and knows_tools else HERMES
+        self._stops = () if self.is_plain else _stops(body)
         self._variables = _variables(body, self.tokenizer, may_reason=self._tags is not None)
         self._is_begun = False
+        self._held: Grammar | None = None
 
     @property
     def model(self) -> str:
@@ -101,35 +105,63 @@ class Dialogue:
 
     def speech(self) -> Speech:
         """For one of the answers."""
+        body = self.body
         reasoning = None if self._tags is None else ReasoningParser(self._tags, is_begun=self._is_begun)
-        return Speech(reasoning, CallParser(self._form, self._names) if self._names else None)
+        calls = CallParser(self._form, self._names, is_forced=body.forces_call) if self._names else None
+        if not self._stops:
+            return Speech(reasoning, calls)
+        stops = StopStrings(self._stops, includes_stop=bool(body.include_stop_str_in_output))
+        return Speech(reasoning, calls, stops, body.min_tokens or 0)
+
+    def stopping(self) -> Speech | None:
+        """What hears one of the answers and tells where a stop string ends it; None where the engine does.
+
+        An engine knows no reasoning and no calls, which hold stop strings as they are.
+        """
+        return self.speech() if self._stops else None
 
     def hold(self, choices: list[GenerateRequest]) -> list[GenerateRequest]:
-        """The same requests, held to what the answer may say. The prompt must have been encoded."""
+        """The same requests, held to what the answer may say. The prompt must have been encoded.
+
+        Where to stop in it is not the engine's to find.
+        """
         if self.is_plain:
             return choices
-        grammar = self._grammar()
+        grammar = self._held = self._grammar()
         tags = [] if self._tags is None else [self._tags.begin, self._tags.end]
         skips = all(self._leaves_text(marker) for marker in (*tags, *(self._form.openings if self._names else ())))
-        return [
-            replace(
-                choice,
-                sampling=replace(
-                    choice.sampling, grammar=grammar, skip_special_tokens=choice.sampling.skip_special_tokens and skips
-                ),
+        held = []
+        for choice in choices:
+            said = choice.sampling
+            shows = said.skip_special_tokens and not skips  # nobody asked for the end's name
+            sampling = replace(
+                said,
+                grammar=grammar,
+                stop=(),
+                includes_stop=said.includes_stop and not shows,
+                skip_special_tokens=said.skip_special_tokens and skips,
             )
-            for choice in choices
-        ]
+            held.append(replace(choice, sampling=sampling))
+        return held
 
     def _leaves_text(self, marker: str) -> bool:
         """Not where it is a special token, which is left out of texts unless asked for."""
         return bool(self.tokenizer.decode(self.tokenizer.encode(marker, add_special_tokens=False)))
 
-    def form(self) -> tuple[str, Grammar] | None:
-        """The field that says what the answer must look like, for an engine's complaint of it."""
-        if not self._holds_calls:
-            return self.body.form()
-        return ("tool_choice" if self.body.forces_call else "tools"), self._grammar() or Grammar(kind="lark", source="")
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        """The field that said the grammar which an engine complains of, and the reason in that field's words."""
+        body = self.body
+        rule, fault = (self._held and faulty_rule(self._held, reason)) or ("", reason)
+        if rule == "body":
+            return body.complaint(f"the form cannot be used: {fault}")
+        if not self._holds_calls or (self._held and self._held.kind != "lark"):
+            return body.complaint(reason)
+        if rule.startswith("args_"):
+            name = self._callable()[int(rule.removeprefix("args_"))].name
+            place = next(place for place, tool in enumerate(body.tools or []) if tool.function.name == name)
+            return f"tools[{place}].function.parameters", f"calls of {name!r} cannot be held to its schema: {fault}"
+        told = fault.replace("the lark cannot be used", "calls of these tools cannot be held to their schemas")
+        return ("tool_choice" if body.forces_call else "tools"), told
 
     @property
     def _holds_calls(self) -> bool:
@@ -159,7 +191,7 @@ class Dialogue:
             self.tokenizer,
             thinking,
             is_forced=is_forced,
-            is_parallel=self.body.parallel_tool_calls is not False,
+            is_parallel=self.body.parallel_tool_calls is not False and not isinstance(self.body.tool_choice, NamedTool),
             otherwise=form[1] if form and not is_forced else None,
         )
         if grammar is None and form is not None:
@@ -167,14 +199,22 @@ class Dialogue:
         return grammar
 
     def _callable(self) -> list[CallableTool]:
-        """A forced call keeps to the schema always, a free one where the tool says `strict`."""
+        """A forced call keeps to the schema always, as far as that can be where the tool is not `strict`; a free one
+        where it is.
+        """
         found = []
         for tool in self.body.tools or []:
             spec = tool.function
             if spec.name in self._names:
                 schema = spec.parameters if spec.parameters is not None else {"additionalProperties": False}
-                found.append(CallableTool(spec.name, schema if self.body.forces_call or spec.strict else None))
+                is_strict = bool(spec.strict) or spec.parameters is None
+                kept = schema if self.body.forces_call or spec.strict else None
+                found.append(CallableTool(spec.name, kept, is_strict))
         return found
+
+
+def _stops(body: ChatRequest) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def _variables(body: ChatRequest, tokenizer: Tokenizer, *, may_reason: bool) -> dict[str, Any] | None:

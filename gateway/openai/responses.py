@@ -80,7 +80,8 @@ def response_routes(
                     await store.save(caller, response_id, stored, body.previous_response_id)
 
             framing = Framing(b"", wire.error)
-            return await answers.respond(request, dialogue, at_tier(tier, choices), wire, framing, before_end=keep)
+            choices, stopping = at_tier(tier, choices), dialogue.stopping
+            return await answers.respond(request, dialogue, choices, wire, framing, before_end=keep, stopping=stopping)
 
     @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:

@@ -14,11 +14,15 @@ from loraplex.gateway.speech.json_span import JsonSpan
 
 
 class CallParser:
-    """`feed` each piece, then `finish` once. `names` are the tools that may be called."""
+    """`feed` each piece, then `finish` once. `names` are the tools that may be called.
 
-    def __init__(self, form: CallFormat, names: Set[str]) -> None:
+    Where a call `is_forced` the answer has no text: what would be a call, had it not been cut short, is not told.
+    """
+
+    def __init__(self, form: CallFormat, names: Set[str], *, is_forced: bool = False) -> None:
         self._form = form
         self._names = names
+        self._is_forced = is_forced
         self._held = ""
         self._space = ""  # before a possible call
         self._is_beginning = True
@@ -50,7 +54,7 @@ class CallParser:
         return taken
 
     def _say(self, text: str) -> None:
-        if text:
+        if text and not self._is_forced:
             self._deltas.append(Text(text))
 
     # Each of these takes what is certain off the held text, and tells whether another step may go on with the rest.

@@ -13,28 +13,11 @@ from msgspec.structs import fields, replace
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_create_params
 from pydantic import BaseModel
+from support.chats import SAYS_TWO, SAYS_WEATHER, THOUGHT, TOOLS, calls_of, user
 from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
 from loraplex.gateway.openai.chat_wire import ChatRequest
-
-TOOLS: Any = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
-        },
-    },
-    {"type": "function", "function": {"name": "now", "description": "The time."}},
-]
-SAYS_WEATHER = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"place": "Łódź"}}\n</tool_call>'
-SAYS_TWO = SAYS_WEATHER + '\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-THOUGHT = "<think>\nWarm?\n</think>\n\n"
-
-
-def user(text: str) -> Any:
-    return [{"role": "user", "content": text}]
 
 
 @pytest.fixture
@@ -43,27 +26,10 @@ def client(gateway: Gateway) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway whose model reasons between <think> tags."""
-    home = tmp_path_factory.mktemp("thinking")
-    settings = settings_in(home)
-    settings = replace(settings, model=replace(settings.model, reasoning_parser="think"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
-        with running(settings, "k") as gateway:
-            gateway.tenant_id, gateway.api_key = gateway.new_tenant("thinkers")
-            yield gateway
-
-
 @pytest.fixture
 async def thinker(thinking: Gateway) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=f"{thinking.url}/v1", api_key=thinking.api_key, max_retries=0) as client:
         yield client
-
-
-def calls_of(message: Any) -> list[tuple[str, Any]]:
-    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
 
 
 def test_create_tells_text_calls_and_reason(client: OpenAI) -> None:

@@ -10,11 +10,11 @@ from typing import Any, get_type_hints
 
 import openai
 import pytest
-from msgspec.structs import fields, replace
+from msgspec.structs import fields
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent, response_create_params
 from pydantic import BaseModel, TypeAdapter
-from support.gateway import BASE, Gateway, running, settings_in
+from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
 from loraplex.auth.caller import Caller
@@ -40,16 +40,6 @@ EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 def client(gateway: Gateway) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    settings = settings_in(tmp_path_factory.mktemp("thinking"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
-        with running(replace(settings, model=replace(settings.model, reasoning_parser="think")), "k") as gateway:
-            _, gateway.api_key = gateway.new_tenant("thinkers")
-            yield gateway
 
 
 def events_of(gateway: Gateway, **body: Any) -> list[Any]:
@@ -129,6 +119,26 @@ def test_stream_and_whole_tell_the_same_items(thinking: Gateway, says: str) -> N
     if THOUGHT in says:
         assert whole.usage is not None
         assert whole.usage.output_tokens_details.reasoning_tokens == len(THOUGHT) - len("<think>\n\n")
+
+
+@pytest.mark.parametrize(("stop", "kinds", "content"), [
+    ("Warm", ["reasoning", "message", "function_call"], "I look."),
+    ("place", ["reasoning", "message", "function_call"], "I look."),
+    ("look", ["reasoning", "message"], "I "),
+])  # fmt: skip
+def test_stop_ends_the_text_and_neither_calls_nor_reasoning(
+    thinking: Gateway, stop: str, kinds: list[str], content: str
+) -> None:
+    says = THOUGHT + SAYS_CALL
+    with OpenAI(base_url=f"{thinking.url}/v1", api_key=thinking.api_key) as client:
+        whole: Any = client.responses.create(model=BASE, input=says, tools=TOOLS, extra_body={"stop": stop})
+    streamed = events_of(thinking, input=says, tools=TOOLS, stop=stop)[-1].response
+    for response in (whole, streamed):
+        assert [item.type for item in response.output] == kinds
+        assert (response.output_text, response.status) == (content, "completed")
+        assert response.output[0].content[0].text == "Warm?"
+        assert [json.loads(item.arguments) for item in response.output[2:]] == [{"place": "Łódź"}] * (len(kinds) - 2)
+    assert whole.usage == streamed.usage
 
 
 def test_tools_are_called_and_answered(client: OpenAI) -> None:
