@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +18,15 @@ _GIB = 2**30
 # What `quant_method` calls the forms whose weights transformers unpacks as it reads them: everywhere, and on a CPU.
 _UNPACKED = {"compressed-tensors"}
 _UNPACKED_ON_CPU = {*_UNPACKED, "fp8", "mxfp4"}
+
+
+def require_device(name: str) -> None:
+    """Raises ModelNotServable where `model.device` names a CUDA device that torch does not find."""
+    if not name.startswith("cuda"):
+        return
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (torch.device(name).index or 0) >= found:
+        raise ModelNotServable(f"model.device = {name!r}: torch {torch.__version__} finds {found} CUDA devices here")
 
 
 def free_bytes(device: torch.device, cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
@@ -48,10 +58,13 @@ def require_room_for_weights(directory: Path, dtype: torch.dtype | None, device:
 
 
 def weight_bytes(directory: Path, dtype: torch.dtype | None) -> int:
-    """Size in memory of a checkpoint's safetensors files; `dtype` replaces their floating types. 0 without any."""
+    """Size in memory of a checkpoint's safetensors files; `dtype` replaces their floating types. 0 without any.
+
+    Raises ModelNotServable for a file that is cut off, or no safetensors file.
+    """
     total = 0
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 part = file.get_slice(name)
                 stored = _itemsize(part.get_dtype())
@@ -59,6 +72,14 @@ def weight_bytes(directory: Path, dtype: torch.dtype | None) -> int:
                 itemsize = dtype.itemsize if dtype is not None and is_wide_float else stored
                 total += int(torch.Size(part.get_shape()).numel() * itemsize)
     return total
+
+
+def _opened(path: Path) -> Any:
+    """As a context that gives the file. Raises ModelNotServable."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelNotServable(f"{path} cannot be read: {error}") from error
 
 
 def unpacked_bytes(directory: Path, dtype: torch.dtype | None, device: torch.device) -> int:

@@ -92,7 +92,8 @@ class WorkerProcess:
             if reader in done:
                 return reader.result()
             if waiter in done:
-                return EngineDied(f"the engine process ended with status {process.returncode}; it is being restarted")
+                what_then = "; it is being restarted" if self.was_ready else " before it was ready"
+                return EngineDied(f"the engine process ended with status {process.returncode}{what_then}")
             return heart.result()
         finally:
             reader.cancel()

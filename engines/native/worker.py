@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,9 +16,11 @@ from queue import SimpleQueue
 
 import zmq
 
-from loraplex.engines.errors import AdapterError, AdapterInvalid, EngineError, ModelNotServable, to_wire
+from loraplex.config.settings import Settings
+from loraplex.engines.errors import AdapterError, AdapterInvalid, EngineDied, EngineError, to_wire
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.loading import Machine, load_machine
+from loraplex.engines.native.memory import require_device
 from loraplex.engines.native.messages import (
     Command,
     Configure,
@@ -47,7 +48,7 @@ from loraplex.engines.native.messages import (
     language,
 )
 from loraplex.engines.native.scheduler import Emission
-from loraplex.engines.protocol import AdapterCard, Embedding
+from loraplex.engines.protocol import AdapterCard, Embedding, Progress
 
 # How long to sleep for a command, in milliseconds: while adapters are read or grammars compiled; while requests wait.
 _LOADING_MS = 2
@@ -70,8 +71,8 @@ class Worker:
         configure = decode_command(self._socket.recv())
         assert isinstance(configure, Configure)
         try:
-            machine = load_machine(configure.settings, lambda progress: self._send(Loading(progress)))
-        except ModelNotServable as error:
+            machine = _load(configure.settings, lambda progress: self._send(Loading(progress)))
+        except EngineError as error:
             self._send(StartFailed(_failure(error)))
             return
         self._core = EngineCore(machine)
@@ -143,6 +144,19 @@ class Worker:
         self._socket.send(encode(report))
 
 
+def _load(settings: Settings, on_progress: Callable[[Progress], None]) -> Machine:
+    """Raises ModelNotServable where that lies in the settings or the model; EngineDied for all else, as another try
+    may go well."""
+    try:
+        require_device(settings.model.device)
+        return load_machine(settings, on_progress)
+    except EngineError:
+        raise
+    except Exception as error:
+        _log.exception("the model was not loaded")
+        raise EngineDied(f"the engine could not load the model: {type(error).__name__}: {error}") from error
+
+
 def _failure(error: EngineError) -> Failure:
     return Failure(*to_wire(error))
 
@@ -180,13 +194,12 @@ def stepped(step: int, emissions: list[Emission]) -> Stepped:
 
 
 def _exit_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin: its lock would be held when the interpreter ends, which aborts it
     os._exit(0)
 
 
 def main() -> None:
     """Serve on the socket whose address is the only argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     context = zmq.Context()
@@ -197,7 +210,7 @@ def main() -> None:
         Worker(socket).run()
     except Exception:
         _log.exception("the engine process ends")
-        raise
+        sys.exit(1)
     finally:
         socket.close(linger=1000)
         context.term()
