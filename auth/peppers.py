@@ -9,7 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 
+from sqlalchemy import func, select, union
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from loraplex.auth.keys import digest
+from loraplex.auth.store.tables import api_keys, tenant_secrets
 
 
 class Peppers:
@@ -28,7 +32,12 @@ class Peppers:
     @property
     def fingerprint(self) -> str:
         """Of the current version, 8 hex digits; it says nothing of the secret."""
-        return hmac.new(self._versions[0], b"loraplex pepper version", hashlib.sha256).hexdigest()[:8]
+        return _fingerprint(self._versions[0])
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Of every version."""
+        return {_fingerprint(version) for version in self._versions}
 
     def digest(self, key: str) -> str:
         """Under the current version."""
@@ -37,3 +46,15 @@ class Peppers:
     def digests(self, key: str) -> list[str]:
         """Under each version, the current one first."""
         return [digest(version, key) for version in self._versions]
+
+
+async def fingerprints_in(database: AsyncEngine, now: float) -> set[str]:
+    """Of the peppers that a database's living keys and its secrets are under, as far as it says."""
+    is_over = api_keys.c.revoked_at.is_not(None) | (func.coalesce(api_keys.c.expires_at, now + 1) <= now)
+    query = union(select(api_keys.c.pepper).where(~is_over), select(tenant_secrets.c.pepper))
+    async with database.connect() as connection:
+        return set((await connection.execute(query)).scalars()) - {""}
+
+
+def _fingerprint(version: bytes) -> str:
+    return hmac.new(version, b"loraplex pepper version", hashlib.sha256).hexdigest()[:8]

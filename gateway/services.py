@@ -3,6 +3,7 @@
 import logging
 import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,9 +24,10 @@ from loraplex.auth.limits.admission import Admission
 from loraplex.auth.limits.memory import MemoryStore
 from loraplex.auth.limits.policy import Limits
 from loraplex.auth.limits.shared import RedisStore
+from loraplex.auth.peppers import Peppers, fingerprints_in
 from loraplex.auth.secrets import TenantSecrets
 from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch
-from loraplex.auth.store.database import open_database
+from loraplex.auth.store.database import SchemaTooNew, open_database
 from loraplex.auth.tenants import Tenants
 from loraplex.config.settings import LimitSettings, Settings, environment
 from loraplex.engines.adapters.store import AdapterStore
@@ -66,17 +68,14 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
     """An engine that is not given is built, not started. Raises CannotOpen; ModelNotServable for an unknown engine."""
     engine = engine or build_engine(settings)
     try:
-        pepper = load_pepper(environment(settings.auth.pepper_env), Path(settings.auth.pepper_file))
+        pepper = load_pepper(environment(settings.auth.pepper_env), Path(settings.auth.pepper_file).expanduser())
     except (OSError, ValueError) as error:
         raise CannotOpen(f"auth.pepper_file: {error}") from error
-    try:
-        database = await open_database(settings.database.url)
-    except (SQLAlchemyError, OSError, ImportError) as error:
-        raise CannotOpen(f"database.url: {getattr(error, 'orig', None) or error}") from error
+    database = await _database(settings.database.url)
     store = AdapterStore(settings.adapters)
     try:
+        await _require_pepper_of(database, Peppers(pepper))
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
-        made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
         secrets, audit = TenantSecrets(database, pepper), AuditLog(database)
         files = FileStore(database, settings.files)
         batches = BatchRecords(database, files)
@@ -90,12 +89,33 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
             watch.on(ACCESS, tenants.forget)
             watch.on(CATALOGUE, catalogue.reload, rests=True)  # it reads the whole catalogue
             responses = ResponseStore(database, settings.responses.retention_days * 86400.0)
+            # last, for a key that was made is shown only by a start that comes so far
+            made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))
             yield Services(
                 engine, store, tenants, catalogue, accounts, secrets, audit, usage, files, batches, responses, made
             )
     finally:
         await store.close()
         await database.dispose()
+
+
+async def _database(url: str) -> AsyncEngine:
+    """Raises CannotOpen."""
+    try:
+        return await open_database(url)
+    except (SQLAlchemyError, OSError, ImportError, SchemaTooNew) as error:
+        reason = getattr(error, "orig", None) or error
+        raise CannotOpen(f"database.url: {str(reason) or type(reason).__name__}") from error
+
+
+async def _require_pepper_of(database: AsyncEngine, peppers: Peppers) -> None:
+    """Raises CannotOpen where no key could be let in and no secret read."""
+    found = await fingerprints_in(database, time.time())
+    if found and not found & peppers.fingerprints:
+        raise CannotOpen(
+            "auth.pepper_file: the database's keys are under another pepper; bring back the one that they were made "
+            "under (gateways that share a database share it)"
+        )
 
 
 @asynccontextmanager
