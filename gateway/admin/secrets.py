@@ -14,6 +14,7 @@ from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import require_tenant_admin
 from loraplex.gateway.replies import json_reply
+from loraplex.gateway.source_tokens import SECRET_OF
 
 _SECRETS = "/admin/v1/tenants/{tenant_id:str}/secrets"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -43,7 +44,7 @@ def secret_routes(tenants: Tenants, secrets: TenantSecrets) -> list[HTTPRouteHan
 
     @put(_SECRETS + "/{name:str}", guards=[require_tenant_admin])
     async def put_secret(request: Request[Any, Any, Any]) -> Response[bytes]:
-        name = _checked(request.path_params["name"])
+        name = _used(request.path_params["name"])
         wanted = await _value.of(request)
         return json_reply(await secrets.put(await tenant_of(request), name, wanted.value))
 
@@ -53,6 +54,13 @@ def secret_routes(tenants: Tenants, secrets: TenantSecrets) -> list[HTTPRouteHan
         await secrets.remove(await tenant_of(request), name)
 
     return [list_secrets, put_secret, delete_secret]
+
+
+def _used(name: str) -> str:
+    """Raises MalformedRequest: under another name a token would lie there and never be sent."""
+    if name not in SECRET_OF.values():
+        raise MalformedRequest(f"The secrets that are used are {', '.join(SECRET_OF.values())}.", "name")
+    return name
 
 
 def _checked(name: str) -> str:

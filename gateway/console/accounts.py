@@ -11,7 +11,7 @@ from loraplex.gateway.console.commands import Session, Tenant, command, group, s
 
 KeyId = Annotated[str, typer.Argument(help="A key's id, as `keys list` shows it.")]
 OfKey = Annotated[str | None, typer.Option("--key-id", help="A key of the tenant; else the tenant itself.")]
-SecretName = Annotated[str, typer.Argument(help="Such as hf_token.")]
+SecretName = Annotated[str, typer.Argument(help="hub_token, s3_token or https_token.")]
 Settings = Annotated[
     list[str] | None,
     typer.Argument(help="NAME=VALUE, such as requests_per_minute=60, weight=3 or allowed_models=team/*,base; "

@@ -70,19 +70,21 @@ def test_last_admin_key_is_not_revoked(tmp_path: Path, monkeypatch: pytest.Monke
 def test_secret_is_never_shown_and_belongs_to_its_tenant(gateway: Gateway, tenant: tuple[str, str]) -> None:
     path = f"/admin/v1/tenants/{tenant[0]}/secrets"
     with tenant_admin(gateway, tenant[0]) as own, gateway.admin() as admin:
-        put = own.put(f"{path}/hf_token", json={"value": "hf_deep-secret"})
+        put = own.put(f"{path}/hub_token", json={"value": "hf_deep-secret"})
         assert put.status_code == 200
         assert set(put.json()) == {"name", "created_at", "updated_at"}
         for client in (own, admin):
             listed = client.get(path)
-            assert [secret["name"] for secret in listed.json()["data"]] == ["hf_token"]
+            assert [secret["name"] for secret in listed.json()["data"]] == ["hub_token"]
             assert "deep-secret" not in listed.text
-        assert own.delete(f"{path}/hf_token").status_code == 204
-        assert_problem(own.delete(f"{path}/hf_token"), 404, "secret_not_found")
-        for name in ("HF", "1x", "a-b", "x" * 65, "%00"):
-            assert_problem(own.put(f"{path}/{name}", json={"value": "v"}), 400, "invalid_request", "name")
+        assert own.delete(f"{path}/hub_token").status_code == 204
+        assert_problem(own.delete(f"{path}/hub_token"), 404, "secret_not_found")
+        for name in ("HF", "1x", "a-b", "x" * 65, "%00", "hf_token"):
+            refused = own.put(f"{path}/{name}", json={"value": "v"})
+            assert_problem(refused, 400, "invalid_request", "name")
+            assert "hub_token, s3_token, https_token" in refused.json()["error"]["message"]
         for value in ("", "x" * 8193, 5, None):
-            assert_problem(own.put(f"{path}/a", json={"value": value}), 400, "invalid_request", "value")
+            assert_problem(own.put(f"{path}/hub_token", json={"value": value}), 400, "invalid_request", "value")
     assert "deep-secret" not in str(audit(gateway, tenant_id=tenant[0]))
 
 
@@ -272,8 +274,8 @@ def test_no_secret_and_no_key_is_in_a_sessions_log(
         shown = [admin.post("/admin/v1/admin-keys", json={"name": "logged?"}).json()["key"]]
         made = admin.post(f"{path}/keys", json={}).json()
         shown += [made["key"], admin.post(f"{path}/keys/{made['id']}/rotate", json={}).json()["key"]]
-        admin.put(f"{path}/secrets/hf_token", json={"value": "hf_deep-secret"})
-        admin.put(f"{path}/secrets/hf_token", json={"value": ["hf_deep-secret"]})  # refused
+        admin.put(f"{path}/secrets/hub_token", json={"value": "hf_deep-secret"})
+        admin.put(f"{path}/secrets/hub_token", json={"value": ["hf_deep-secret"]})  # refused
         with gateway.client(made["key"] + "x") as mistyped, gateway.client(made["key"]) as client:
             mistyped.post("/v1/chat/completions", json=chat("x"))
             client.post("/v1/chat/completions", json=chat("<fail> with a prompt of its own"))

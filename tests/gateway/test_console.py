@@ -83,10 +83,10 @@ def test_adapters_secrets_and_admin_keys(gateway: Gateway) -> None:
     assert "versions" in run(gateway, "adapters", "show", name, "--tenant", tenant).stdout
     assert [one["name"] for one in told(gateway, "adapters", "list", "--tenant", tenant)["data"]] == [name]
     assert run(gateway, "adapters", "delete", name, "--tenant", tenant).exit_code == 0
-    put = run(gateway, "secrets", "put", tenant, "hf_token", stdin="hf_deep-secret\n")
+    put = run(gateway, "secrets", "put", tenant, "hub_token", stdin="hf_deep-secret\n")
     assert put.exit_code == 0, put.stderr
     assert "deep-secret" not in put.stdout + run(gateway, "secrets", "list", tenant).stdout
-    assert run(gateway, "secrets", "delete", tenant, "hf_token").exit_code == 0
+    assert run(gateway, "secrets", "delete", tenant, "hub_token").exit_code == 0
     made = told(gateway, "admin-keys", "create", "console")
     assert told(gateway, "tenants", "list", key=made["key"])["data"]
     assert run(gateway, "admin-keys", "revoke", made["id"]).exit_code == 0

@@ -279,9 +279,9 @@ def _key(world: World, whose: Whose) -> str:
 def _secret(world: World, whose: Whose) -> str:
     if whose != "missing":
         with world.gateway.admin() as admin:
-            path = f"/admin/v1/tenants/{_tenant(world, whose)}/secrets/token"
+            path = f"/admin/v1/tenants/{_tenant(world, whose)}/secrets/hub_token"
             assert admin.put(path, json={"value": "v"}).status_code == 200
-    return "token"
+    return "hub_token"
 
 
 def _admin_key(world: World, whose: Whose) -> str:
