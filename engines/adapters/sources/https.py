@@ -7,6 +7,7 @@ a valid certificate. The token goes to the first host only.
 from __future__ import annotations
 
 import http.client
+import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class HttpsSource:
 
     def __init__(self, ca_file: str | None, *, allow_private: bool) -> None:
         try:
-            self._context = ssl.create_default_context(cafile=ca_file)
+            self._context = ssl.create_default_context(cafile=ca_file and os.path.expanduser(ca_file))
         except OSError as error:
             raise SettingsError(f"adapters.https_ca_file: {ca_file} holds no certificates: {error}") from error
         self._allow_private = allow_private

@@ -157,6 +157,15 @@ def test_https_ca_file_without_certificates_is_a_settings_error(tmp_path: Path, 
             AdapterStore(msgspec.structs.replace(settings, https_ca_file=str(tmp_path / name)))
 
 
+async def test_https_ca_file_may_lie_in_the_home_directory(
+    tmp_path: Path, settings: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    authority = make_authority(tmp_path, host="127.0.0.2")
+    store = AdapterStore(msgspec.structs.replace(settings, https_ca_file=f"~/{authority.ca_file.name}"))
+    await store.close()
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 async def test_https_refusal_is_not_tried_again(store: AdapterStore, web: WebServer, status: int) -> None:
     with pytest.raises(AdapterNotFound, match=str(status)):
