@@ -45,7 +45,7 @@ from shapes import SHAPES, make_adapter, make_base
 
 from loraplex.engines.protocol import Adapter
 
-ADMIN_KEY = "bench-admin-key"
+ADMIN_KEY = "an-admin-key-of-the-bench"
 START_SECONDS = 600.0
 
 

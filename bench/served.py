@@ -25,7 +25,7 @@ from loraplex.config.demo import MODEL_DIR
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 BASE = "loraplex-demo"
-ADMIN_KEY = "bench-admin-key"
+ADMIN_KEY = "an-admin-key-of-the-bench"
 _START_SECONDS = 120.0
 
 

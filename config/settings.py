@@ -13,6 +13,7 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 MebibyteAtLeast = Annotated[int, msgspec.Meta(ge=2**20)]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 DEFAULT_DEVICE_BYTES = 2**30
+MIN_ADMIN_KEY = 20
 
 
 class SettingsError(ValueError):
@@ -52,7 +53,10 @@ class Model(_Section, frozen=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Help(description="Compute type; auto takes the checkpoint's."),
     ] = "auto"
-    device: Annotated[str, Help(description="cpu, cuda, cuda:N, or auto for CUDA where there is one.")] = "auto"
+    device: Annotated[
+        str,
+        Help(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto for CUDA where there is one."),
+    ] = "auto"
     generation_config: Annotated[
         Literal["auto", "none"],
         Help(description="auto: what a request leaves open is as the checkpoint's generation_config.json says."),
@@ -212,7 +216,11 @@ class Database(_Section, frozen=True):
 
 class Auth(_Section, frozen=True):
     admin_key_env: Annotated[
-        str, Help(description="Environment variable that holds the bootstrap admin key; unset: one is printed once.")
+        str,
+        Help(
+            description="Environment variable that holds the bootstrap admin key, 20 characters or more; unset: one is "
+            "printed once."
+        ),
     ] = "LORAPLEX_ADMIN_KEY"
     pepper_env: Annotated[
         str, Help(description="Environment variable with the secret that key hashes are made under.")
@@ -325,6 +333,15 @@ def load_settings(path: Path) -> Settings:
         return msgspec.toml.decode(text, type=Settings)
     except msgspec.DecodeError as error:
         raise SettingsError(f"{path}: {error}") from error
+
+
+def require_long_admin_key(auth: Auth) -> None:
+    """Raises SettingsError where the environment's admin key is one that could be guessed."""
+    if len(environment(auth.admin_key_env) or "x" * MIN_ADMIN_KEY) < MIN_ADMIN_KEY:
+        raise SettingsError(
+            f"{auth.admin_key_env} is too short: an admin key has {MIN_ADMIN_KEY} characters or more, such as what "
+            "`openssl rand -hex 32` prints"
+        )
 
 
 def environment(name: str) -> str | None:

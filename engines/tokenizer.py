@@ -139,6 +139,16 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in forms) or find_tiktoken_file(directory) is not None
 
 
+def require_tokenizer(directory: Path) -> None:
+    """Raises ModelNotServable where there is none in any form."""
+    if not _has_tokenizer(directory):
+        raise _no_tokenizer(directory)
+
+
+def _no_tokenizer(directory: Path) -> ModelNotServable:
+    return ModelNotServable(f"{directory} holds no tokenizer.json, no tokenizer.model and no tiktoken file")
+
+
 def _numbered_words(directory: Path) -> Tokenizer:
     """Words w0, w1, …, as many as config.json says: every id has a text, so that every token shows in a stream."""
     config = json.loads((directory / "config.json").read_text())
@@ -159,7 +169,7 @@ def read_codec(directory: Path, config: Mapping[str, Any]) -> Codec:
         return TiktokenCodec(tiktoken_file, config)
     if any((directory / name).is_file() for name in _CONVERTIBLE):
         return JsonCodec(Tokenizer.from_str(_converted(directory)))
-    raise ModelNotServable(f"{directory} holds no tokenizer.json, no tokenizer.model and no tiktoken file")
+    raise _no_tokenizer(directory)
 
 
 def _converted(directory: Path) -> str:

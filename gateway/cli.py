@@ -18,9 +18,8 @@ import uvloop
 from rich.console import Console
 from rich.markup import escape
 
-from loraplex.config.settings import Settings, SettingsError, load_settings
-from loraplex.engines.build import build_engine
-from loraplex.engines.errors import EngineError, ModelNotServable
+from loraplex.config.settings import Settings, SettingsError, load_settings, require_long_admin_key
+from loraplex.engines.errors import EngineError
 from loraplex.engines.protocol import Progress
 from loraplex.gateway.console.accounts import add_account_commands
 from loraplex.gateway.console.adapters import add_adapter_commands
@@ -74,26 +73,25 @@ def serve_command(
 @app.command("check-config")
 def check_config_command(config: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
     """Check a settings file and print every setting as it takes effect."""
+    from loraplex.gateway.config_check import faults
+
     settings = _load(config)
-    try:
-        build_engine(settings)
-    except ModelNotServable as error:
-        _fail(f"{config}: {error}")
-    if settings.engine.kind == "native" and not (settings.model.directory / "config.json").is_file():
-        _fail(f"{config}: model.path = {settings.model.path!r} holds no config.json")
-    print(msgspec.json.format(msgspec.json.encode(_without_password(settings)), indent=2).decode())
+    if found := list(faults(settings)):
+        _fail("\n".join(f"{config}: {fault}" for fault in found))
+    print(msgspec.json.format(msgspec.json.encode(_without_passwords(settings)), indent=2).decode())
 
 
-def _without_password(settings: Settings) -> Settings:
+def _without_passwords(settings: Settings) -> Settings:
     """The same settings, fit to be shown."""
     from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
 
-    try:
-        shown = make_url(settings.database.url).render_as_string(hide_password=True)
-    except ArgumentError:
-        _fail("database.url is not a database's URL")
-    return msgspec.structs.replace(settings, database=msgspec.structs.replace(settings.database, url=shown))
+    def shown(url: str) -> str:
+        return make_url(url).render_as_string(hide_password=True)
+
+    database = msgspec.structs.replace(settings.database, url=shown(settings.database.url))
+    redis_url = settings.limits.redis_url
+    limits = msgspec.structs.replace(settings.limits, redis_url=redis_url and shown(redis_url))
+    return msgspec.structs.replace(settings, database=database, limits=limits)
 
 
 def main() -> None:
@@ -126,13 +124,16 @@ def _run(
     for noisy in ("uvicorn", "httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        require_long_admin_key(settings.auth)
         listener = listen(settings)
+    except SettingsError as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}")
     with listener:
         try:
             uvloop.run(_serve(settings, listener, present, on_open))
-        except (CannotOpen, EngineError) as error:
+        except (CannotOpen, EngineError, SettingsError) as error:
             _fail(str(error))
 
 

@@ -35,6 +35,8 @@ def test_reference_is_what_the_settings_say() -> None:
         (MODEL + "[adapters]\ndevice_bytes = 1048575", "$.adapters.device_bytes"),
         (MODEL + "[adapters]\ndevice_share = 1.0", "$.adapters.device_share"),
         (MODEL + "[adapters]\npreload = [1]", "$.adapters.preload"),
+        (MODEL + 'device = "gpu"', "$.model.device"),
+        (MODEL + 'device = "cuda:"', "$.model.device"),
         (MODEL + "[model", "loraplex.toml"),
     ],
 )

@@ -67,8 +67,8 @@ def test_check_config_prints_every_setting(tmp_path: Path) -> None:
     assert '"max_batch_tokens": 512' in done.stdout
 
 
-def test_check_config_never_shows_the_databases_password(tmp_path: Path) -> None:
-    path = write_config(tmp_path)
+def test_check_config_never_shows_a_password(tmp_path: Path) -> None:
+    path = write_config(tmp_path, extra='[limits]\nredis_url = "redis://:hush@cache:6379/0"')
     lines = [
         'url = "postgresql+asyncpg://loraplex:hush@db/loraplex"' if line.startswith("url =") else line
         for line in path.read_text().splitlines()
@@ -77,6 +77,7 @@ def test_check_config_never_shows_the_databases_password(tmp_path: Path) -> None
     done = run("check-config", str(path))
     assert done.returncode == 0, done.stderr
     assert "postgresql+asyncpg://loraplex:***@db/loraplex" in done.stdout
+    assert "redis://:***@cache:6379/0" in done.stdout
     assert "hush" not in done.stdout + done.stderr
 
 
@@ -122,6 +123,27 @@ def test_serve_what_cannot_be_opened_is_named(tmp_path: Path, old: str, new: str
     assert setting in done.stderr
     assert "Traceback" not in done.stderr
     assert "a-secret" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["serve", "--config"], ["check-config"]], ids=["serve", "check-config"])
+def test_admin_key_that_could_be_guessed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "short")
+    done = run(*command, str(write_config(tmp_path)))
+    assert done.returncode == 2
+    assert "LORAPLEX_ADMIN_KEY is too short" in done.stderr
+    assert "'short'" not in done.stderr
+    assert not (tmp_path / "test.db").exists()
+
+
+def test_serve_authorities_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace("[adapters]", '[adapters]\nhttps_ca_file = "/nowhere.pem"'))
+    done = run("serve", "--config", str(path))
+    assert done.returncode == 2
+    assert "adapters.https_ca_file" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_serve_port_taken_is_a_clear_error(tmp_path: Path) -> None:

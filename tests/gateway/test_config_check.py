@@ -1,0 +1,77 @@
+"""What check-config finds without loading the model or reaching anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from support.gateway import settings_in
+
+from loraplex.config.settings import Adapters, Database, EngineSettings, LimitSettings, Model, Settings
+from loraplex.gateway.config_check import faults
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.delenv("LORAPLEX_TEST_ADMIN_KEY", raising=False)
+    return settings_in(tmp_path)
+
+
+def test_faults_of_settings_that_work_are_none(settings: Settings) -> None:
+    assert list(faults(settings)) == []
+
+
+CASES = {
+    "unknown engine": ({"engine": EngineSettings(kind="warp")}, ["engine.kind = 'warp'"]),
+    "no database's url": ({"database": Database(url="nonsense")}, ["database.url: "]),
+    "driver that waits": ({"database": Database(url="postgresql+psycopg2://h/l")}, ["database.url: "]),
+    "no redis's url": ({"limits": LimitSettings(redis_url="localhost:6379")}, ["limits.redis_url: "]),
+    "no redis's port": ({"limits": LimitSettings(redis_url="redis://h:port")}, ["limits.redis_url: "]),
+    "no certificates": ({"adapters": Adapters(https_ca_file="/nowhere.pem")}, ["adapters.https_ca_file: "]),
+    "two at once": (
+        {"database": Database(url="nonsense"), "limits": LimitSettings(redis_url="localhost")},
+        ["database.url: ", "limits.redis_url: "],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_faults_name_the_settings(settings: Settings, case: str) -> None:
+    changes, says = CASES[case]
+    found = list(faults(replace(settings, **changes)))
+    assert [fault[: len(start)] for fault, start in zip(found, says, strict=True)] == says, found
+
+
+def test_faults_tell_of_a_driver_that_is_not_installed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    (fault,) = faults(replace(settings, database=Database(url="postgresql://h/l")))
+    assert fault == "database.url: PostgreSQL's driver is not installed: pip install 'loraplex[postgres]'"
+
+
+def test_faults_tell_of_a_model_that_is_not_there_and_of_one_without_tokenizer(
+    settings: Settings, tmp_path: Path
+) -> None:
+    model = Model(path=str(tmp_path / "model"), name="m")
+    settings = replace(settings, model=model, engine=EngineSettings())
+    (fault,) = faults(settings)
+    assert fault == f"model.path = {model.path!r} holds no config.json"
+    model.directory.mkdir()
+    (model.directory / "config.json").write_text("{}")
+    (fault,) = faults(settings)
+    assert "holds no tokenizer.json" in fault
+    assert list(faults(replace(settings, model=replace(model, random_weights=True)))) == []
+    (model.directory / "tokenizer.model").touch()
+    assert list(faults(settings)) == []
+
+
+@pytest.mark.parametrize("key", ["k", "x" * 19])
+def test_faults_tell_of_an_admin_key_that_could_be_guessed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", key)
+    (fault,) = faults(settings)
+    assert fault.startswith("LORAPLEX_TEST_ADMIN_KEY is too short: an admin key has 20 characters or more")
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "x" * 20)
+    assert list(faults(settings)) == []
