@@ -66,6 +66,7 @@ def load_pepper(value: str | None, path: Path) -> bytes:
     """
     if value is not None:
         return value.encode()
+    path = path.expanduser()
     if not path.exists():
         _make_pepper(path)
     pepper = path.read_bytes().strip()

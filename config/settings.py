@@ -55,7 +55,9 @@ class Model(_Section, frozen=True):
     ] = "auto"
     device: Annotated[
         str,
-        Help(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto for CUDA where there is one."),
+        Help(
+            pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto for CUDA where there is one."
+        ),
     ] = "auto"
     generation_config: Annotated[
         Literal["auto", "none"],
@@ -209,9 +211,13 @@ class Adapters(_Section, frozen=True):
 
 
 class Database(_Section, frozen=True):
-    url: Annotated[str, Help(description="SQLAlchemy URL of tenants, keys and the catalogue.")] = (
-        "sqlite+aiosqlite:///loraplex.db"
-    )
+    url: Annotated[
+        str,
+        Help(
+            description="Where tenants, keys and the catalogue are: sqlite:///FILE, or "
+            "postgresql://user:password@host/name with the extra postgres."
+        ),
+    ] = "sqlite:///loraplex.db"
 
 
 class Auth(_Section, frozen=True):

@@ -68,7 +68,7 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
     """An engine that is not given is built, not started. Raises CannotOpen; ModelNotServable for an unknown engine."""
     engine = engine or build_engine(settings)
     try:
-        pepper = load_pepper(environment(settings.auth.pepper_env), Path(settings.auth.pepper_file).expanduser())
+        pepper = load_pepper(environment(settings.auth.pepper_env), Path(settings.auth.pepper_file))
     except (OSError, ValueError) as error:
         raise CannotOpen(f"auth.pepper_file: {error}") from error
     database = await _database(settings.database.url)

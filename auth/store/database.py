@@ -37,9 +37,7 @@ async def open_database(url: str) -> AsyncEngine:
     if engine.dialect.name == "sqlite":
         database = engine.url.database or ""
         if database not in ("", ":memory:") and not database.startswith("file:"):
-            Path(database).parent.mkdir(parents=True, exist_ok=True)
-            if not Path(database).exists():
-                Path(database).touch(mode=0o600)  # SQLite gives its other files beside it the same
+            _make_file(Path(database))
         event.listen(engine.sync_engine, "connect", _set_sqlite_pragmas)
     try:
         async with engine.begin() as connection:
@@ -52,6 +50,13 @@ async def open_database(url: str) -> AsyncEngine:
             raise SchemaTooNew("its schema is newer than this loraplex") from error
         raise
     return engine
+
+
+def _make_file(path: Path) -> None:
+    """Where there is none. SQLite gives its other files, beside it, the same mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.touch(mode=0o600)
 
 
 def create_engine(url: str) -> AsyncEngine:

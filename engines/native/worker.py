@@ -208,9 +208,9 @@ def main() -> None:
     socket.connect(sys.argv[1])
     try:
         Worker(socket).run()
-    except Exception:
+    except Exception as error:
         _log.exception("the engine process ends")
-        sys.exit(1)
+        raise SystemExit(1) from error  # which shows no second traceback
     finally:
         socket.close(linger=1000)
         context.term()

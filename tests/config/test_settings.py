@@ -19,6 +19,19 @@ def test_example_is_valid() -> None:
     assert settings.server.drain_seconds == 30
 
 
+def test_container_may_write_where_the_example_says() -> None:
+    settings = load_settings(ROOT / "config" / "example.toml")
+    image = (ROOT / "Dockerfile").read_text()
+    written = [
+        settings.database.url.removeprefix("sqlite:///"), settings.auth.pepper_file, settings.adapters.cache_dir,
+        settings.files.directory, settings.usage.prompt_log,
+    ]  # fmt: skip
+    home = "/var/lib/loraplex"
+    assert f"install -d -o loraplex -g loraplex -m 700 {home}" in image
+    assert f"VOLUME {home}\nWORKDIR {home}\n" in image  # and where paths without a directory lead
+    assert [path for path in written if not path.startswith(f"{home}/")] == []
+
+
 def test_reference_is_what_the_settings_say() -> None:
     assert (ROOT / "docs" / "settings.md").read_text() == settings_markdown()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -23,7 +24,7 @@ def test_faults_of_settings_that_work_are_none(settings: Settings) -> None:
     assert list(faults(settings)) == []
 
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown engine": ({"engine": EngineSettings(kind="warp")}, ["engine.kind = 'warp'"]),
     "no database's url": ({"database": Database(url="nonsense")}, ["database.url: "]),
     "driver that waits": ({"database": Database(url="postgresql+psycopg2://h/l")}, ["database.url: "]),

@@ -55,3 +55,19 @@ async def test_workers_threads_spin_for_as_long_as_the_environment_says_and_else
     found = {name: told[name] for name in names if name in told}
     assert found == (said or {"GOMP_SPINCOUNT": "5000"})
     context.term()
+
+
+async def test_worker_that_ends_before_it_is_ready_is_not_said_to_be_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is known to whoever began it: a server that starts ends."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    context = zmq.asyncio.Context()
+    settings = Settings(model=Model(path=str(tmp_path), name="none"))
+    error = await WorkerProcess(settings, context, f"ipc://{tmp_path}/1", lambda progress: None).run()
+    assert isinstance(error, EngineDied)
+    assert str(error) == "the engine process ended with status 3 before it was ready"
+    context.term()
