@@ -217,7 +217,7 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),
         includes_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
+        ignore_eos=bool(body.ignore_eos or body.ignore_eos_token),
         min_tokens=min_tokens,
         skip_special_tokens=body.skip_special_tokens is not False,
     )

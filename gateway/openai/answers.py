@@ -117,16 +117,19 @@ class Answers:
         framing: Framing = OPENAI,
         on_event: Callable[[int, TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
+        label: str | None = None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event of each choice as it comes.
 
-        `before_end` is done when the answer is complete, before the client learns that it is.
+        `before_end` is done when the answer is complete, before the client learns that it is. `label` is what metrics
+        and books call the model, where it is not the body's name for it.
 
         Raises what the engine raises before its first token, and ClientLeft.
         """
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
-        demand = _demand(request, body, choices)
+        label = label or body.model
+        demand = _demand(request, body, choices, label)
         meter = await self._accounts.open(caller, demand, partial(tell_limits, request))
         tell_meter(request, meter)
         try:
@@ -138,7 +141,7 @@ class Answers:
                 witnesses = (*witnesses, record.saw)
             answer = _Answer(wire, meter, witnesses, before_end)
             turns = Turns(self._at_once)
-            generations = [partial(self._generate, body.model, choice, meter, turns) for choice in choices]
+            generations = [partial(self._generate, label, choice, meter, turns) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
@@ -215,13 +218,13 @@ def _name_as_asked(error: BaseException, body: Asked) -> None:
         error.param = form[0]
 
 
-def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest]) -> Demand:
+def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest], label: str) -> Demand:
     """All choices together; the choices of one prompt stand together, and count it once."""
     return Demand(
         request_id=choices[0].request_id.removesuffix("-0-0"),
         trace_id=request_id_of(request),
         route=request.scope["path"],
-        model=body.model,
+        model=label,
         adapter_id=computed_with(choices[0]),
         num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
         max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),

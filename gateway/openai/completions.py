@@ -14,15 +14,15 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
 from loraplex.engines.tokenizer_protocol import Tokenizer
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
-from loraplex.gateway.openai.routing import route_of
+from loraplex.gateway.openai.routing import composed_route_of
 from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
 from loraplex.gateway.prompts import completion_requests, tokenizer_for
+from loraplex.gateway.request_adapters import RequestAdapters
 
 
 class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
@@ -82,7 +82,7 @@ class Completion(Struct, omit_defaults=True):
 _body = Body(CompletionRequest)
 
 
-def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) -> list[HTTPRouteHandler]:
+def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answers) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     @inference_post("/v1/completions")
@@ -90,11 +90,11 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         body = await _body.of(request)
         body.check()
         caller = caller_of(request)
-        route = await route_of(body, caller, catalogue)
+        route = await composed_route_of(body, caller, adapters)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
         choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
         wire = _CompletionWire(completion_id, body, choices, await tokenizer_for(route, engine))
-        return await answers.respond(request, body, choices, wire)
+        return await answers.respond(request, body, choices, wire, label=adapters.label(body.model, caller))
 
     return [create_completion]
 

@@ -16,7 +16,9 @@ class Text(Struct, forbid_unknown_fields=True, tag="text"):
 
 
 class JsonObject(Struct, forbid_unknown_fields=True, tag="json_object"):
-    """Any JSON object."""
+    """Any JSON object, or as LoRAX has it one of a `schema`."""
+
+    schema: Schema | str | UnsetType | None = UNSET
 
 
 class NamedSchema(Struct, forbid_unknown_fields=True):
@@ -70,8 +72,8 @@ class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
 def _of_format(said: ResponseFormat | None) -> list[tuple[str, Grammar]]:
     match said:
-        case JsonObject():
-            return [("response_format", _schema({"type": "object"}))]
+        case JsonObject(schema):
+            return [("response_format", _schema(schema or {"type": "object"}))]
         case JsonSchema(named):
             return [("response_format", _schema(named.schema or {"type": "object"}))]
         case _:

@@ -95,7 +95,7 @@ _FIELDS = {
 class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that are honoured, those said without effect on the answer, and those known and not offered."""
 
-    model: str
+    model: str = ""
     input: str | Annotated[list[InputItem], msgspec.Meta(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
@@ -120,6 +120,8 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # common extensions
+    adapter_source: str | None = None
+    api_token: str | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
@@ -199,8 +201,8 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         match self.text.format if self.text else None:
             case SchemaFormat(name, schema, description, strict):
                 return JsonSchema(NamedSchema(name, schema, description, strict))
-            case JsonObject():
-                return JsonObject()
+            case JsonObject() as form:
+                return form
             case _:
                 return None
 

@@ -38,7 +38,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
 
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
-    model: str
+    model: str = ""
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -53,12 +53,15 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     # said about a request, without effect on its answer
     user: str | None = None
     # common extensions
+    adapter_source: str | None = None
+    api_token: str | None = None
     adapters: Annotated[list[AdapterPart], msgspec.Meta(min_length=1, max_length=16)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Unit | None = None
     typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
+    ignore_eos_token: bool | None = None  # LoRAX's name for the same
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

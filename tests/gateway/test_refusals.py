@@ -302,7 +302,6 @@ def test_message_field_not_offered_is_refused_by_name(gateway: Gateway, field: s
     ("body", "param"),
     [
         ({"model": BASE}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "model"),
         ({"model": BASE, "messages": [{"role": "user"}]}, "messages[0].content"),
         ({"model": BASE, "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ],
