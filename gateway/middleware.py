@@ -31,8 +31,12 @@ def tell_limits(request: Request[Any, Any, Any], headers: Callable[[], Headers])
 
 def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
     """These headers join the response too."""
-    told: Headers = request.scope.setdefault("told_headers", [])  # type: ignore[typeddict-item]
-    told.extend(headers)
+    tell_with(request.scope, headers)
+
+
+def tell_with(scope: Any, headers: Headers) -> None:
+    """The same, where there is a scope alone."""
+    scope.setdefault("told_headers", []).extend(headers)
 
 
 def before_answer(scope: Scope, do: Callable[[int], Awaitable[None]]) -> None:
