@@ -151,7 +151,8 @@ class SpokenWire(ChatWire):
             case Text(text):
                 return b'{"content":' + msgspec.json.encode(text) + b"}"
             case Reasoning(text):
-                return b'{"reasoning_content":' + msgspec.json.encode(text) + b"}"
+                told = msgspec.json.encode(text)
+                return b'{"reasoning_content":%b,"reasoning":%b}' % (told, told)
             case CallBegun(call_id, name):
                 place = self._num_calls[number]
                 self._num_calls[number] += 1
@@ -175,10 +176,9 @@ def spoken_message(deltas: Sequence[Delta]) -> AnswerMessage:
         elif isinstance(delta, CallArguments):
             calls[-1].function.arguments += delta.text
     text = "".join(delta.text for delta in deltas if isinstance(delta, Text))
-    reasoning = "".join(delta.text for delta in deltas if isinstance(delta, Reasoning))
-    return AnswerMessage(
-        content=text or (None if calls else ""), reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET
-    )
+    reasoning = "".join(delta.text for delta in deltas if isinstance(delta, Reasoning)) or UNSET
+    content = text or (None if calls else "")
+    return AnswerMessage(content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls or UNSET)
 
 
 def _reason(events: Sequence[TokenEvent]) -> FinishReason:

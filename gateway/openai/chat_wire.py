@@ -87,12 +87,13 @@ class ChoiceLogprobs(Struct):
 
 
 class AnswerMessage(Struct):
-    """`content` is null where the answer is calls alone."""
+    """`content` is null where the answer is calls alone. Older and newer clients know reasoning by two names."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: list[MadeCall] | UnsetType = UNSET
 
 

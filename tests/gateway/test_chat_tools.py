@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import msgspec
 import openai
 import pytest
 from msgspec.structs import fields, replace
@@ -16,6 +17,8 @@ from pydantic import BaseModel
 from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
+from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 
 TOOLS: Any = [
@@ -218,7 +221,7 @@ def test_conversation_goes_on_with_calls_and_results(client: OpenAI) -> None:
 async def test_reasoning_is_told_apart_and_counted(thinker: AsyncOpenAI) -> None:
     answer = await thinker.chat.completions.create(model=BASE, messages=user(THOUGHT + SAYS_WEATHER), tools=TOOLS)
     message: Any = answer.choices[0].message
-    assert (message.reasoning_content, message.content) == ("Warm?", "I look.")
+    assert (message.reasoning_content, message.reasoning, message.content) == ("Warm?", "Warm?", "I look.")
     assert calls_of(message) == [("weather", {"place": "Łódź"})]
     assert answer.usage is not None
     assert answer.usage.completion_tokens_details is not None
@@ -236,6 +239,7 @@ async def test_reasoning_streams_before_the_answer(thinker: AsyncOpenAI) -> None
             delta: Any = choice.delta
             if thought := getattr(delta, "reasoning_content", None):
                 assert not content
+                assert delta.reasoning == thought
                 reasoning += thought
             content += delta.content or ""
     assert (reasoning, content) == ("Warm?", "Yes.")
@@ -269,6 +273,29 @@ async def test_reasoning_history_and_effort_are_taken(thinker: AsyncOpenAI) -> N
         model=BASE, messages=messages, extra_body={"chat_template_kwargs": {"enable_thinking": False}}
     )
     assert answer.choices[0].message.content == "a\nb\nd"
+
+
+@pytest.mark.parametrize("names", [("reasoning_content",), ("reasoning",), ("reasoning_content", "reasoning")], ids=str)
+def test_reasoning_of_the_history_reaches_the_template_by_either_name(names: tuple[str, ...]) -> None:
+    said = {"role": "assistant", "content": "b", **dict.fromkeys(names, "c")}
+    message = msgspec.convert(said, Message)
+    message.check("messages[0]")
+    assert message.for_template().reasoning_content == "c"
+
+
+def test_reasoning_that_is_said_in_two_ways_is_refused_by_name() -> None:
+    message = Message(role="assistant", content="b", reasoning_content="c", reasoning="d")
+    with pytest.raises(MalformedRequest) as refused:
+        message.check("messages[0]")
+    assert refused.value.param == "messages[0].reasoning"
+
+
+async def test_answer_that_reasoned_goes_back_as_it_is(thinker: AsyncOpenAI) -> None:
+    first = (await thinker.chat.completions.create(model=BASE, messages=user(THOUGHT + "Yes."))).choices[0].message
+    for said in (first, first.model_dump()):
+        messages: Any = [*user("a"), said, *user("d")]
+        answer = await thinker.chat.completions.create(model=BASE, messages=messages)
+        assert answer.choices[0].message.content == "a\nYes.\nd"
 
 
 def test_template_variable_unknown_is_refused_by_name(gateway: Gateway) -> None:
