@@ -11,7 +11,10 @@ from loraplex.gateway.openai.wire import refuse_what_matters
 
 
 class TextPart(Struct, forbid_unknown_fields=True, tag="text"):
+    """`cache_control` is a hint that Anthropic's clients give; prompts that begin alike are found again without it."""
+
     text: str
+    cache_control: Raw | UnsetType = UNSET
 
 
 class RefusalPart(Struct, forbid_unknown_fields=True, tag="refusal"):

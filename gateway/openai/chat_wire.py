@@ -36,7 +36,6 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
     metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    store: Literal[False] | None = None
     # known, not offered
     functions: Raw | UnsetType = UNSET
     function_call: Raw | UnsetType = UNSET
@@ -47,11 +46,21 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
     chat_template: Raw | UnsetType = UNSET
+    store: Raw | UnsetType = UNSET
     verbosity: Raw | UnsetType = UNSET
     web_search_options: Raw | UnsetType = UNSET
+    # vLLM's
+    add_special_tokens: Raw | UnsetType = UNSET
+    best_of: Raw | UnsetType = UNSET
+    documents: Raw | UnsetType = UNSET
+    echo: Raw | UnsetType = UNSET
+    include_reasoning: Raw | UnsetType = UNSET
+    media_io_kwargs: Raw | UnsetType = UNSET
+    mm_processor_kwargs: Raw | UnsetType = UNSET
 
     # the values of those that ask for nothing we lack
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **ToolFields.not_offered,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "audio": (),
@@ -61,8 +70,16 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
         "prompt_cache_options": (),
         "prompt_cache_retention": ("in_memory",),
         "chat_template": (),  # a client's template could run for ever in the gateway's process
+        "store": (False,),  # chats are not kept; responses are
         "verbosity": ("medium",),
         "web_search_options": (),
+        "add_special_tokens": (False,),  # the template writes them
+        "best_of": (1,),
+        "documents": ([],),
+        "echo": (False,),
+        "include_reasoning": (True,),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
     }
 
     def check(self) -> None:

@@ -33,10 +33,11 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    add_special_tokens: bool | None = None
     # known, not offered
     suffix: Raw | UnsetType = UNSET
 
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {**GenerationFields.not_offered, "suffix": ("",)}
 
     def check(self) -> None:
         super().check()
@@ -92,7 +93,15 @@ def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answer
         caller = caller_of(request)
         route = await composed_route_of(body, caller, adapters)
         completion_id = f"cmpl-{secrets.token_hex(12)}"
-        choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
+        choices = await completion_requests(
+            body,
+            body.prompt,
+            completion_id,
+            route,
+            caller,
+            engine,
+            add_special_tokens=body.add_special_tokens is not False,
+        )
         wire = _CompletionWire(completion_id, body, choices, await tokenizer_for(route, engine))
         return await answers.respond(request, body, choices, wire, label=adapters.label(body.model, caller))
 

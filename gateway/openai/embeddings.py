@@ -16,7 +16,8 @@ from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.openai.routing import route_of
-from loraplex.gateway.prompts import prompts_of, tokenizer_for
+from loraplex.gateway.openai.wire import Truncation
+from loraplex.gateway.prompts import last_of, prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
 
@@ -37,6 +38,7 @@ class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     api_token: str | None = None
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class EmbeddingObject(Struct):
@@ -74,7 +76,11 @@ def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedd
         width = engine.info().embedding_width
         if body.dimensions is not None and body.dimensions > width:
             raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
+        if body.truncate_prompt_tokens == 0:
+            raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
         prompts = await prompts_of(body.input, await tokenizer_for(route, engine), engine, "input")
+        most, room = body.truncate_prompt_tokens, engine.info().max_model_len
+        prompts = [last_of(prompt, most, room) for prompt in prompts]
         wanted = Wanted(
             embedding_id=f"embd-{secrets.token_hex(12)}",
             model=adapters.label(body.model, caller),

@@ -1,9 +1,9 @@
 """What an answer must look like: OpenAI's `response_format` and vLLM's fields for the same, as one grammar."""
 
 import json
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Grammar
 from loraplex.gateway.errors import MalformedRequest
@@ -45,6 +45,18 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    # known, not offered
+    disable_additional_properties: Raw | UnsetType = UNSET
+    disable_any_whitespace: Raw | UnsetType = UNSET
+    structural_tag: Raw | UnsetType = UNSET
+    whitespace_pattern: Raw | UnsetType = UNSET
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (False,),
+        "disable_any_whitespace": (False,),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    }
 
 
 class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -22,7 +22,7 @@ from loraplex.gateway.openai.tool_wire import (
     ToolChoice,
     ToolName,
 )
-from loraplex.gateway.openai.wire import Count, StreamOptions, refuse_what_matters
+from loraplex.gateway.openai.wire import Count, Stops, StreamOptions, refuse_what_matters
 
 
 class ResponseTool(Struct, forbid_unknown_fields=True, tag="function"):
@@ -100,7 +100,7 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     metadata: Metadata | None = None
@@ -128,7 +128,7 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    stop: Stops | None = None
     logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None

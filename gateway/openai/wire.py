@@ -3,7 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.forms import FormFields
@@ -15,6 +15,10 @@ Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+Stops = str | Annotated[list[str], msgspec.Meta(max_length=16)]
+Truncation = Annotated[
+    int, msgspec.Meta(ge=-1)
+]  # so many tokens of a prompt, the last ones; -1: what there is room for
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -36,13 +40,29 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     `not_offered`. A field that is neither is refused by the decoder.
     """
 
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "guided_decoding_backend": (
+            "auto",
+            "guidance",
+            "lm-format-enforcer",
+            "outlines",
+            "xgrammar",
+        ),  # the form is kept
+        "kv_transfer_params": ({},),
+        "length_penalty": (1.0,),
+        "logits_processors": ([],),
+        "priority": (0,),
+        "return_tokens_as_token_ids": (False,),
+        "spaces_between_special_tokens": (True,),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
 
     model: str = ""
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    top_p: Unit | None = None
+    stop: Stops | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     frequency_penalty: Penalty | None = None
@@ -69,10 +89,25 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    # vLLM's, known, not offered
+    guided_decoding_backend: Raw | UnsetType = UNSET
+    kv_transfer_params: Raw | UnsetType = UNSET
+    length_penalty: Raw | UnsetType = UNSET
+    logits_processors: Raw | UnsetType = UNSET
+    priority: Raw | UnsetType = UNSET
+    return_tokens_as_token_ids: Raw | UnsetType = UNSET
+    spaces_between_special_tokens: Raw | UnsetType = UNSET
+    use_beam_search: Raw | UnsetType = UNSET
+    vllm_xargs: Raw | UnsetType = UNSET
 
     def check(self) -> None:
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
         refuse_what_matters(self, self.not_offered)
+        if self.structured_outputs is not None:
+            refuse_what_matters(self.structured_outputs, self.structured_outputs.not_offered, "structured_outputs.")
+        if self.truncate_prompt_tokens == 0:
+            raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
 
