@@ -7,6 +7,7 @@ from typing import Any
 
 from loraplex.engines.events import Mailbox
 from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.stop_strings import StopStrings
 from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
 
 EOS = 256
@@ -92,6 +93,7 @@ class Speech:
             text=text,
             step=step,
             finish_reason=finish,
+            is_end=token == EOS,
             logprobs=() if self._num_logprobs is None else _certainty(self._num_logprobs, token),
             prompt_logprobs=_prompt_certainty(self._request) if self.num_said == 1 else (),
         )
@@ -100,9 +102,11 @@ class Speech:
 def _answer(request: GenerateRequest, prompt: str) -> tuple[int, ...]:
     """The tokens of the whole answer, however few are asked for."""
     whole = f"{composed(request)}: {prompt}" if request.parts else prompt
-    cuts = [(at, len(stop)) for stop in request.sampling.stop if (at := whole.find(stop)) >= 0]
-    cut, length = min(cuts, default=(len(whole), 0))
-    return (*whole[: cut + length * request.sampling.includes_stop].encode(), EOS)
+    sampling = request.sampling
+    stops = StopStrings(sampling.stop, includes_stop=sampling.includes_stop)
+    exempt = whole.encode()[: sampling.min_tokens].decode(errors="ignore")
+    said = stops.feed(exempt, may_stop=False) + stops.feed(whole[len(exempt) :]) + stops.finish()
+    return (*said.encode(), EOS)
 
 
 def composed(request: GenerateRequest) -> str:

@@ -96,8 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
     of that form; `bad_words_ids` are token sequences that never appear in the answer.
     With `seed`, the same request draws the same tokens whatever shares its batch.
-    `stop` strings end generation and are not part of the text, unless it `includes_stop`; `stop_token_ids` never are.
-    Special tokens leave no text unless `skip_special_tokens` is off.
+    `stop` strings and `stop_token_ids` end generation behind the first `min_tokens`, and are no part of the text unless
+    it `includes_stop`. Special tokens leave no text unless `skip_special_tokens` is off.
     """
 
     max_tokens: int
@@ -195,8 +195,9 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Some tokens of one request, in order; the last event of a request alone carries a `finish_reason`.
 
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
-    while a character or a possible stop string is incomplete. `token_ids` counts every token generated, the
-    end-of-sequence token included. `step` is the number of the engine step that made the last of them.
+    while a character or a possible stop string is incomplete: `num_held` characters of the text so far wait for what
+    follows. `token_ids` counts every token generated, the one that `is_end` included: it ended the answer, and what
+    text comes with it was held back before. `step` is the number of the engine step that made the last of them.
     `num_cached_tokens` of the prompt came from the prefix cache; `queue_seconds` passed until a step took the request
     up. `logprobs`, if asked for, has one entry a token; `prompt_logprobs`, on a request's first event, one a token of
     the prompt, None for its first.
@@ -207,6 +208,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     step: int
     finish_reason: FinishReason | None = None
+    is_end: bool = False
+    num_held: int = 0
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()

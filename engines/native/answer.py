@@ -14,14 +14,24 @@ from loraplex.engines.protocol import TokenEvent
 class Answer:
     """Puts them into the request's mailbox. `is_over` once the worker has nothing more to do for it.
 
-    `ends` are tokens without a text of their own; `stop` tells the worker that a stop string was met.
+    `ends` are tokens that end it, and part of its text only where that `includes_ends`; `stop` tells the worker that a
+    stop string was met.
     """
 
-    def __init__(self, mailbox: Mailbox, detokenizer: Detokenizer, ends: Set[int], stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        detokenizer: Detokenizer,
+        ends: Set[int],
+        stop: Callable[[], None],
+        *,
+        includes_ends: bool = False,
+    ) -> None:
         self._mailbox = mailbox
         self._detokenizer = detokenizer
         self._ends = ends
         self._stop = stop
+        self._includes_ends = includes_ends
         self.is_over = False
 
     def add(self, token: Token, step: int) -> None:
@@ -45,9 +55,15 @@ class Answer:
             self._mailbox.fail(error)
 
     def _event(self, token: Token, step: int) -> TokenEvent:
-        """A token as the client sees it; one that is an end has no text."""
+        """A token as the client sees it."""
         finish, detokenizer = token.finish_reason, self._detokenizer
-        text = "" if finish == "stop" and token.token_id in self._ends else detokenizer.feed(token.token_id)
+        is_end = finish == "stop" and token.token_id in self._ends
+        if is_end and not self._includes_ends:
+            text = ""
+        else:
+            num_held = detokenizer.num_held
+            text = detokenizer.feed(token.token_id)
+            is_end = is_end and len(text) + detokenizer.num_held == num_held
         if finish is not None and not detokenizer.is_stopped:
             text += detokenizer.finish()
         return TokenEvent(
@@ -56,6 +72,8 @@ class Answer:
             text=text,
             step=step,
             finish_reason="stop" if detokenizer.is_stopped else finish,
+            is_end=is_end,
+            num_held=detokenizer.num_held,
             num_cached_tokens=token.num_cached_tokens,
             queue_seconds=token.queue_seconds,
             logprobs=(token.logprobs,) if token.logprobs is not None else (),

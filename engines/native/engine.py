@@ -119,10 +119,13 @@ class NativeEngine:
         request = _ended(request, tokenizer)
         worker, sampling = self._worker, request.sampling
         text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
-        detokenizer = Detokenizer(text, sampling.stop, includes_stop=sampling.includes_stop)
+        detokenizer = Detokenizer(
+            text, sampling.stop, includes_stop=sampling.includes_stop, min_tokens=sampling.min_tokens
+        )
         ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
         stop = partial(worker.send, End(request.request_id, aborted=False))
-        answer = worker.answers[request.request_id] = Answer(mailbox, detokenizer, ends, stop)
+        answer = Answer(mailbox, detokenizer, ends, stop, includes_ends=sampling.includes_stop)
+        worker.answers[request.request_id] = answer
         try:
             worker.send(Submit(request))
             yield

@@ -83,6 +83,15 @@ class Wire(Protocol):
         ...
 
 
+class Stopping(Protocol):
+    """Hears one answer's text, and tells where it is over before the engine ends it."""
+
+    @property
+    def is_stopped(self) -> bool: ...
+    def feed(self, text: str, num_tokens: int) -> object: ...
+    def finish(self) -> object: ...
+
+
 class Answers:
     """Answers generation requests of any route over one engine."""
 
@@ -117,12 +126,14 @@ class Answers:
         framing: Framing = OPENAI,
         on_event: Callable[[int, TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
+        stopping: Callable[[], Stopping | None] = lambda: None,
         label: str | None = None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event of each choice as it comes.
 
-        `before_end` is done when the answer is complete, before the client learns that it is. `label` is what metrics
-        and books call the model, where it is not the body's name for it.
+        `before_end` is done when the answer is complete, before the client learns that it is. `stopping` gives, for
+        each choice, what hears its text and may end it. `label` is what metrics and books call the model, where it is
+        not the body's name for it.
 
         Raises what the engine raises before its first token, and ClientLeft.
         """
@@ -141,7 +152,7 @@ class Answers:
                 witnesses = (*witnesses, record.saw)
             answer = _Answer(wire, meter, witnesses, before_end)
             turns = Turns(self._at_once)
-            generations = [partial(self._generate, label, choice, meter, turns) for choice in choices]
+            generations = [partial(self._generate, label, choice, meter, turns, stopping()) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
@@ -160,6 +171,7 @@ class Answers:
         choice: GenerateRequest,
         meter: Meter,
         turns: Turns,
+        stopping: Stopping | None,
         number: int,
         take: Callable[[int, TokenEvent], None],
     ) -> None:
@@ -171,7 +183,10 @@ class Answers:
             async with turns.turn(choice) as choice:
                 with self._metrics.watching(model, choice) as watch:
                     counting = _Counting(watch, meter, number, take)
-                    async with aclosing(self._events(choice)) as events:  # type: ignore[type-var]
+                    heard = self._events(choice)
+                    if stopping is not None:
+                        heard = _until_stopped(heard, stopping)
+                    async with aclosing(heard) as events:  # type: ignore[type-var]
                         while (event := await each(events, counting.take)) is not None:
                             if not await meter.reserves(event):
                                 take(number, _cut(event))
@@ -204,6 +219,20 @@ async def _of_prompt_alone(engine: Engine, choice: GenerateRequest) -> AsyncIter
     async with aclosing(engine.generate(replace(choice, sampling=sampling))) as events:  # type: ignore[type-var]
         async for event in events:
             yield replace(event, token_ids=(), text="", finish_reason="length")
+
+
+async def _until_stopped(events: AsyncIterator[TokenEvent], stopping: Stopping) -> AsyncIterator[TokenEvent]:
+    """The events up to the one whose text completes a stop string; what the engine would make beyond it is aborted."""
+    async with aclosing(events):  # type: ignore[type-var]
+        async for event in events:
+            stopping.feed(event.text, len(event.token_ids))
+            if event.finish_reason is not None:
+                stopping.finish()
+            if not stopping.is_stopped:
+                yield event
+                continue
+            yield replace(event, finish_reason="stop")
+            return
 
 
 def _cut(event: TokenEvent) -> TokenEvent:
@@ -331,4 +360,4 @@ class _Answer:
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:
     """The events whose tokens are part of the text: one that only ended the answer is not."""
-    return [event for event in events if event.text or event.finish_reason != "stop"]
+    return [event for event in events if not event.is_end]

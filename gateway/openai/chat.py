@@ -40,6 +40,7 @@ def chat_routes(engine: Engine, adapters: RequestAdapters, answers: Answers, mod
         wire = ChatWire(completion_id, body, dialogue.tokenizer, tier)
         if not dialogue.is_plain:
             wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, [dialogue.speech() for _ in choices])
-        return await answers.respond(request, dialogue, choices, wire, label=adapters.label(body.model, caller))
+        label = adapters.label(body.model, caller)
+        return await answers.respond(request, dialogue, choices, wire, stopping=dialogue.stopping, label=label)
 
     return [create_chat_completion]

@@ -144,7 +144,7 @@ class SpokenWire(ChatWire):
         speech = self._speeches[number]
         if speech.is_reasoning:
             self._num_reasoning += len(event.token_ids)
-        return speech.feed(event.text)
+        return speech.feed(event.text, len(event.token_ids))
 
     def _delta(self, number: int, delta: Delta) -> bytes:
         match delta:

@@ -1,7 +1,7 @@
 """Tokens with their log-probabilities, as completions tell them: lists of one entry a token."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from msgspec import Struct
 
@@ -28,8 +28,31 @@ class CompletionLogprobs(Struct):
         self.top_logprobs.append(None if logprobs is None else _top(logprobs, tokenizer))
 
 
-def offsets_of(token_ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
-    """Where in the text, which `decode` gives of these tokens, each of them begins, in characters.
+class EchoedPrompt:
+    """A prompt as it stands before its answers: as it was sent, or decoded where ids were."""
+
+    def __init__(
+        self, sent: str | None, token_ids: Sequence[int], tokenizer: Tokenizer, *, skip_special_tokens: bool
+    ) -> None:
+        self.token_ids = token_ids
+        self._is_text = sent is not None
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self.text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if sent is None else sent
+
+    def offsets(self) -> list[int]:
+        """Where in the text each token begins, in characters."""
+        if not self._is_text:
+            return offsets_of(self.token_ids, self.text, self._tokenizer, self._skipped)
+        end, places = 0, []
+        for span in self._tokenizer.spans(self.text):  # some leave out the space before a word
+            places.append(min(span.start, end) if span.start < span.stop else end)
+            end = max(span.stop, end)
+        return places
+
+
+def offsets_of(token_ids: Sequence[int], text: str, tokenizer: Tokenizer, skipped: Set[int]) -> list[int]:
+    """Where in the text, which `decode` gives of all but the skipped ones, each token begins, in characters.
 
     A part of a character begins where that does, and a token that is not in the text where the next one does.
     """
@@ -37,7 +60,7 @@ def offsets_of(token_ids: Sequence[int], text: str, tokenizer: Tokenizer) -> lis
     place, places = 0, []
     for token_id in token_ids:
         places.append(place)
-        if token_id not in tokenizer.special_token_ids:
+        if token_id not in skipped:
             place += len(decoder.decode(tokenizer.token_bytes(token_id)))
     place += len(decoder.decode(b"", final=True))
     left_out = max(place - len(text), 0)  # SentencePiece's space before the first word

@@ -18,7 +18,7 @@ from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.openai.answers import Answers, told_tokens
-from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt
 from loraplex.gateway.openai.routing import composed_route_of
 from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
 from loraplex.gateway.prompts import completion_requests, tokenizer_for
@@ -119,8 +119,9 @@ class _CompletionWire:
         self._created = int(time.time())
         self._tokenizer = tokenizer
         self._null_usage: UnsetType | None = None if body.includes_usage else UNSET
-        self._prompts = [choice.prompt_token_ids for choice in choices] if body.echo else []
-        self._offsets: dict[int, int] = {}
+        self._echoes = _echoes(body, choices, tokenizer) if body.echo else []
+        self._lengths: dict[int, int] = {}  # of the texts told so far
+        self._offsets: dict[int, int] = {}  # where in them the next token begins
 
     def begin(self, number: int) -> bytes:
         return b""
@@ -163,7 +164,7 @@ class _CompletionWire:
         """The prompt, before the first text of its answer."""
         if number in self._offsets or not self._body.echo:
             return ""
-        return self._tokenizer.decode(self._prompts[number])
+        return self._echoes[number // self._body.num_choices].text
 
     def _frame(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
         return b"data: " + self._encode(choices, usage) + b"\n\n"
@@ -178,12 +179,13 @@ class _CompletionWire:
         """None where the request did not ask. Counts the text that was told."""
         described = CompletionLogprobs([], [], [], [])
         if number not in self._offsets:
-            self._offsets[number] = 0
+            self._lengths[number] = self._offsets[number] = 0
             self._describe_prompt(number, events[0].prompt_logprobs, described)
         for event in told_tokens(events):
             for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=False):
                 described.add(token_id, logprobs, self._offsets[number], self._tokenizer)
-            self._offsets[number] += len(event.text)
+            self._lengths[number] += len(event.text)
+            self._offsets[number] = self._lengths[number] + event.num_held
         return described if described.tokens and self._body.logprobs is not None else None
 
     def _describe_prompt(
@@ -191,13 +193,27 @@ class _CompletionWire:
     ) -> None:
         if not self._body.echo:
             return
-        prompt, text = self._prompts[number], self._tokenizer.decode(self._prompts[number])
-        self._offsets[number] = len(text)
+        echo = self._echoes[number // self._body.num_choices]
+        self._lengths[number] = self._offsets[number] = len(echo.text)
         if self._body.logprobs is None:
             return
-        told = logprobs or (None,) * len(prompt)  # of a prompt of one token an engine has nothing to tell
-        for token_id, one, offset in zip(prompt, told, offsets_of(prompt, text, self._tokenizer), strict=True):
+        told = logprobs or (None,) * len(echo.token_ids)  # of a prompt of one token an engine has nothing to tell
+        for token_id, one, offset in zip(echo.token_ids, told, echo.offsets(), strict=True):
             described.add(token_id, one, offset, self._tokenizer)
+
+
+def _echoes(body: CompletionRequest, choices: Sequence[GenerateRequest], tokenizer: Tokenizer) -> list[EchoedPrompt]:
+    """One for each prompt."""
+    sent = [body.prompt] if isinstance(body.prompt, str) else body.prompt  # ids of one prompt, perhaps
+    return [
+        EchoedPrompt(
+            part if isinstance(part, str) else None,
+            choice.prompt_token_ids,
+            tokenizer,
+            skip_special_tokens=body.skip_special_tokens is not False,
+        )
+        for part, choice in zip(sent, choices[:: body.num_choices], strict=False)
+    ]
 
 
 def _mean_logprob(events: Sequence[TokenEvent]) -> float:

@@ -6,9 +6,11 @@ from msgspec.structs import replace
 
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import GenerateRequest, Grammar
+from loraplex.engines.stop_strings import StopStrings
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.openai.tool_wire import NamedTool
 from loraplex.gateway.openai.toolless import without_tools
 from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
 from loraplex.gateway.speech.calls import CallParser
@@ -46,6 +48,7 @@ class Dialogue:
         template = self.tokenizer.chat_template
         self._tags = reasoning_tags(model.reasoning_parser, template)
         self._form = call_format(model.tool_parser, template) if self._names and knows_tools else HERMES
+        self._stops = () if self.is_plain else _stops(body)
         self._variables = _variables(body, self.tokenizer, may_reason=self._tags is not None)
         self._is_begun = False
 
@@ -101,25 +104,44 @@ class Dialogue:
 
     def speech(self) -> Speech:
         """For one of the answers."""
+        body = self.body
         reasoning = None if self._tags is None else ReasoningParser(self._tags, is_begun=self._is_begun)
-        return Speech(reasoning, CallParser(self._form, self._names) if self._names else None)
+        calls = CallParser(self._form, self._names, is_forced=body.forces_call) if self._names else None
+        if not self._stops:
+            return Speech(reasoning, calls)
+        stops = StopStrings(self._stops, includes_stop=bool(body.include_stop_str_in_output))
+        return Speech(reasoning, calls, stops, body.min_tokens or 0)
+
+    def stopping(self) -> Speech | None:
+        """What hears one of the answers and tells where a stop string ends it; None where the engine does.
+
+        An engine knows no reasoning and no calls, which hold stop strings as they are.
+        """
+        return self.speech() if self._stops else None
 
     def hold(self, choices: list[GenerateRequest]) -> list[GenerateRequest]:
-        """The same requests, held to what the answer may say. The prompt must have been encoded."""
+        """The same requests, held to what the answer may say. The prompt must have been encoded.
+
+        Where to stop in it is not the engine's to find.
+        """
         if self.is_plain:
             return choices
         grammar = self._grammar()
         tags = [] if self._tags is None else [self._tags.begin, self._tags.end]
         skips = all(self._leaves_text(marker) for marker in (*tags, *(self._form.openings if self._names else ())))
-        return [
-            replace(
-                choice,
-                sampling=replace(
-                    choice.sampling, grammar=grammar, skip_special_tokens=choice.sampling.skip_special_tokens and skips
-                ),
+        held = []
+        for choice in choices:
+            said = choice.sampling
+            shows = said.skip_special_tokens and not skips  # nobody asked for the end's name
+            sampling = replace(
+                said,
+                grammar=grammar,
+                stop=(),
+                includes_stop=said.includes_stop and not shows,
+                skip_special_tokens=said.skip_special_tokens and skips,
             )
-            for choice in choices
-        ]
+            held.append(replace(choice, sampling=sampling))
+        return held
 
     def _leaves_text(self, marker: str) -> bool:
         """Not where it is a special token, which is left out of texts unless asked for."""
@@ -159,7 +181,7 @@ class Dialogue:
             self.tokenizer,
             thinking,
             is_forced=is_forced,
-            is_parallel=self.body.parallel_tool_calls is not False,
+            is_parallel=self.body.parallel_tool_calls is not False and not isinstance(self.body.tool_choice, NamedTool),
             otherwise=form[1] if form and not is_forced else None,
         )
         if grammar is None and form is not None:
@@ -175,6 +197,10 @@ class Dialogue:
                 schema = spec.parameters if spec.parameters is not None else {"additionalProperties": False}
                 found.append(CallableTool(spec.name, schema if self.body.forces_call or spec.strict else None))
         return found
+
+
+def _stops(body: ChatRequest) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def _variables(body: ChatRequest, tokenizer: Tokenizer, *, may_reason: bool) -> dict[str, Any] | None:

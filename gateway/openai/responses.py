@@ -82,9 +82,10 @@ def response_routes(
                     await store.save(caller, response_id, stored, body.previous_response_id)
 
             framing = Framing(b"", wire.error)
+            choices, stopping = at_tier(tier, choices), dialogue.stopping
             label = adapters.label(body.model, caller)
             return await answers.respond(
-                request, dialogue, at_tier(tier, choices), wire, framing, before_end=keep, label=label
+                request, dialogue, choices, wire, framing, before_end=keep, stopping=stopping, label=label
             )
 
     @inference_post("/v1/responses/input_tokens")

@@ -173,7 +173,7 @@ class ResponseWire:
             self._num_reasoning += len(event.token_ids)
         elif event.logprobs:
             self._logprobs += described_tokens(told_tokens([event]), self._tokenizer)
-        return self._speech.feed(event.text)
+        return self._speech.feed(event.text, len(event.token_ids))
 
     def _tell(self, delta: Delta) -> bytes:
         item = self._output[-1] if self._is_open else None

@@ -14,11 +14,15 @@ from loraplex.gateway.speech.json_span import JsonSpan
 
 
 class CallParser:
-    """`feed` each piece, then `finish` once. `names` are the tools that may be called."""
+    """`feed` each piece, then `finish` once. `names` are the tools that may be called.
 
-    def __init__(self, form: CallFormat, names: Set[str]) -> None:
+    Where a call `is_forced` what a call might begin with begins one, and is not told where the answer ends within it.
+    """
+
+    def __init__(self, form: CallFormat, names: Set[str], *, is_forced: bool = False) -> None:
         self._form = form
         self._names = names
+        self._is_forced = is_forced
         self._held = ""
         self._space = ""  # before a possible call
         self._is_beginning = True
@@ -38,6 +42,8 @@ class CallParser:
 
     def finish(self) -> list[Delta]:
         """The rest, once no text follows."""
+        if self._is_forced:
+            return self._take()
         if self._step in (self._read_head, self._read_whole):
             self._say(self._space + self._held)
         elif self._step == self._read_text:

@@ -73,6 +73,54 @@ def test_required_call_is_of_any_tool(client: OpenAI) -> None:
         validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
 
 
+@pytest.mark.parametrize("stop", ["\n", "person", "}", "<tool_call>"])
+def test_stop_strings_leave_a_forced_call_alone(client: OpenAI, stop: str) -> None:
+    options: dict[str, Any] = {
+        "model": adapter_names()[0], "messages": ASK, "tools": TOOLS, "tool_choice": "required", "temperature": 0,
+        "max_tokens": 300, "parallel_tool_calls": False,
+    }  # fmt: skip
+    without = client.chat.completions.create(**options)
+    answer = client.chat.completions.create(**options, stop=stop)
+    with client.chat.completions.stream(**options, stop=stop) as stream:
+        streamed = stream.get_final_completion()
+    assert answer.usage == without.usage
+    for choice in (answer.choices[0], streamed.choices[0]):
+        assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+        assert arguments_of(choice.message) == arguments_of(without.choices[0].message)
+    called = client.responses.create(
+        model=adapter_names()[0], input=ASK, tools=TOOLS_OF_RESPONSES, tool_choice="required", temperature=0,
+        max_output_tokens=300, parallel_tool_calls=False, extra_body={"stop": stop},
+    )  # fmt: skip
+    assert [item.type for item in called.output] == ["function_call"]
+
+
+def arguments_of(message: Any) -> list[str]:
+    return [call.function.arguments for call in message.tool_calls]
+
+
+def test_named_tool_is_called_once(client: OpenAI) -> None:
+    choice: Any = {"type": "function", "function": {"name": "cancel"}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=adapter_names()[0], messages=ASK, tools=TOOLS, tool_choice=choice, temperature=1.5, seed=seed,
+            max_tokens=300,
+        )  # fmt: skip
+        assert [call.function.name for call in answer.choices[0].message.tool_calls or []] == ["cancel"]  # type: ignore[union-attr]
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 8, 12])
+def test_forced_call_cut_short_is_no_text(client: OpenAI, max_tokens: int) -> None:
+    options: dict[str, Any] = {
+        "model": adapter_names()[0], "messages": ASK, "tools": TOOLS, "tool_choice": "required", "temperature": 0,
+        "max_tokens": max_tokens,
+    }  # fmt: skip
+    answer = client.chat.completions.create(**options).choices[0]
+    assert (answer.message.content or "", answer.finish_reason) == ("", "length")
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    assert ("".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason) == ("", "length")
+
+
 def test_results_come_back_and_the_model_goes_on(client: OpenAI) -> None:
     first: Any = client.chat.completions.create(
         model=adapter_names()[0], messages=ASK, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=300,

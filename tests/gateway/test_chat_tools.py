@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import msgspec
 import openai
 import pytest
 from msgspec.structs import fields, replace
@@ -17,8 +16,6 @@ from pydantic import BaseModel
 from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
-from loraplex.gateway.errors import MalformedRequest
-from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 
 TOOLS: Any = [
@@ -275,27 +272,60 @@ async def test_reasoning_history_and_effort_are_taken(thinker: AsyncOpenAI) -> N
     assert answer.choices[0].message.content == "a\nb\nd"
 
 
-@pytest.mark.parametrize("names", [("reasoning_content",), ("reasoning",), ("reasoning_content", "reasoning")], ids=str)
-def test_reasoning_of_the_history_reaches_the_template_by_either_name(names: tuple[str, ...]) -> None:
-    said = {"role": "assistant", "content": "b", **dict.fromkeys(names, "c")}
-    message = msgspec.convert(said, Message)
-    message.check("messages[0]")
-    assert message.for_template().reasoning_content == "c"
+STOPPED = [
+    ({"stop": "Warm"}, SAYS_WEATHER, "I look.", 1, "tool_calls"),
+    ({"stop": "place"}, SAYS_WEATHER, "I look.", 1, "tool_calls"),
+    ({"stop": ["}", "\n"]}, SAYS_TWO, "I look.", 2, "tool_calls"),
+    ({"stop": "look"}, SAYS_WEATHER, "I ", 0, "stop"),
+    ({"stop": "look", "include_stop_str_in_output": True}, SAYS_WEATHER, "I look", 0, "stop"),
+    ({"stop": "I", "min_tokens": 1}, SAYS_WEATHER, "I look.", 1, "tool_calls"),
+    ({"stop": "lock"}, "I loc" + SAYS_WEATHER[7:], "I loc", 1, "tool_calls"),
+    ({"stop": "END"}, SAYS_WEATHER + "Then END. " + "x" * 200, "I look.Then ", 1, "tool_calls"),
+    ({"stop": "x ", "max_tokens": 2}, "x y", "", 0, "stop"),
+    ({"stop": "x "}, "x ", "", 0, "stop"),
+    ({"stop": "zz"}, "az", "az", 0, "stop"),
+]
 
 
-def test_reasoning_that_is_said_in_two_ways_is_refused_by_name() -> None:
-    message = Message(role="assistant", content="b", reasoning_content="c", reasoning="d")
-    with pytest.raises(MalformedRequest) as refused:
-        message.check("messages[0]")
-    assert refused.value.param == "messages[0].reasoning"
-
-
-async def test_answer_that_reasoned_goes_back_as_it_is(thinker: AsyncOpenAI) -> None:
-    first = (await thinker.chat.completions.create(model=BASE, messages=user(THOUGHT + "Yes."))).choices[0].message
-    for said in (first, first.model_dump()):
-        messages: Any = [*user("a"), said, *user("d")]
-        answer = await thinker.chat.completions.create(model=BASE, messages=messages)
-        assert answer.choices[0].message.content == "a\nYes.\nd"
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("thought", "model"), [("", "plain"), (THOUGHT, "thinking")], ids=["plain", "thinking"])
+@pytest.mark.parametrize(
+    ("options", "says", "content", "num_calls", "reason"), STOPPED, ids=[f"{case[0]}-{case[1][:5]}" for case in STOPPED]
+)
+def test_stop_ends_the_text_and_neither_calls_nor_reasoning(
+    request: pytest.FixtureRequest,
+    model: str,
+    thought: str,
+    options: dict[str, Any],
+    says: str,
+    content: str,
+    num_calls: int,
+    reason: str,
+    stream: bool,
+) -> None:
+    gateway: Gateway = request.getfixturevalue("gateway" if model == "plain" else "thinking")
+    options = {
+        **options,
+        **{name: options[name] + len(thought) for name in ("min_tokens", "max_tokens") if name in options},
+    }
+    body = {"model": BASE, "messages": user(thought + says), "tools": TOOLS, **options}
+    before = gateway.stats().total_generated_tokens
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0) as client:
+        extra = {name: body.pop(name) for name in ("include_stop_str_in_output", "min_tokens") if name in body}
+        if stream:
+            with client.chat.completions.stream(
+                **body, extra_body=extra, stream_options={"include_usage": True}
+            ) as events:
+                answer: Any = events.get_final_completion()
+        else:
+            answer = client.chat.completions.create(**body, extra_body=extra)
+    message = answer.choices[0].message
+    assert (message.content or "", answer.choices[0].finish_reason) == (content, reason)
+    assert getattr(message, "reasoning_content", "") == ("Warm?" if thought else "")
+    assert len(calls_of(message)) == num_calls
+    num_tokens = answer.usage.completion_tokens
+    assert num_tokens <= len((thought + says).encode()) + 1
+    assert gateway.stats().total_generated_tokens - before <= num_tokens + 2
 
 
 def test_template_variable_unknown_is_refused_by_name(gateway: Gateway) -> None:

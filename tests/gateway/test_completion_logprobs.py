@@ -29,7 +29,7 @@ def sentencepiece() -> TemplatedTokenizer:
 
 def places(tokenizer: TemplatedTokenizer, token_ids: list[int]) -> tuple[str, list[int]]:
     text = tokenizer.decode(token_ids)
-    return text, offsets_of(token_ids, text, tokenizer)
+    return text, offsets_of(token_ids, text, tokenizer, tokenizer.special_token_ids)
 
 
 def test_offsets_count_the_characters_before_a_token(tmp_path: Path) -> None:

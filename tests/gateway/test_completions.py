@@ -212,3 +212,9 @@ def test_stop_is_cut_or_included(client: OpenAI) -> None:
     extra = {"include_stop_str_in_output": True}
     answer = client.completions.create(model=BASE, prompt="one. two", stop=".", extra_body=extra)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one.", "stop")
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "a"), (1, "a"), (2, "a.b"), (3, "a.b"), (4, "a.b.c")])
+def test_stop_waits_for_the_least_tokens(client: OpenAI, min_tokens: int, text: str) -> None:
+    answer = client.completions.create(model=BASE, prompt="a.b.c", stop=".", extra_body={"min_tokens": min_tokens})
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "stop")

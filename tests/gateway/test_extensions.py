@@ -15,8 +15,9 @@ from loraplex.config.settings import Model
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.protocol import GenerateRequest, Grammar
 from loraplex.gateway.catalogue import Route
-from loraplex.gateway.errors import UnsupportedParameter
-from loraplex.gateway.openai.chat_wire import ChatRequest
+from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.openai.chat_messages import Message
+from loraplex.gateway.openai.chat_wire import AnswerMessage, ChatRequest
 from loraplex.gateway.openai.completions import CompletionRequest
 from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.responses_request import ResponseRequest
@@ -156,6 +157,28 @@ async def test_cache_control_is_no_part_of_what_is_said(engine: EchoEngine) -> N
     parts = [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "!"}]
     made = await chat_asked(engine, messages=[{"role": "user", "content": parts}])
     assert engine.tokenizer.decode(made.prompt_token_ids) == "hi!"
+
+
+@pytest.mark.parametrize("names", [("reasoning_content",), ("reasoning",), ("reasoning_content", "reasoning")], ids=str)
+def test_reasoning_of_the_history_reaches_the_template_by_either_name(names: tuple[str, ...]) -> None:
+    said = {"role": "assistant", "content": "b", **dict.fromkeys(names, "c")}
+    message = msgspec.convert(said, Message)
+    message.check("messages[0]")
+    assert message.for_template().reasoning_content == "c"
+
+
+def test_reasoning_that_is_said_in_two_ways_is_refused_by_name() -> None:
+    message = Message(role="assistant", content="b", reasoning_content="c", reasoning="d")
+    with pytest.raises(MalformedRequest) as refused:
+        message.check("messages[0]")
+    assert refused.value.param == "messages[0].reasoning"
+
+
+def test_answer_that_reasoned_goes_back_as_it_is() -> None:
+    answer = AnswerMessage("b", reasoning_content="c", reasoning="c")
+    message = msgspec.json.decode(msgspec.json.encode(answer), type=Message)
+    message.check("messages[0]")
+    assert message.for_template().reasoning_content == "c"
 
 
 NEUTRAL = {

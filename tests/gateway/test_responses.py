@@ -131,6 +131,26 @@ def test_stream_and_whole_tell_the_same_items(thinking: Gateway, says: str) -> N
         assert whole.usage.output_tokens_details.reasoning_tokens == len(THOUGHT) - len("<think>\n\n")
 
 
+@pytest.mark.parametrize(("stop", "kinds", "content"), [
+    ("Warm", ["reasoning", "message", "function_call"], "I look."),
+    ("place", ["reasoning", "message", "function_call"], "I look."),
+    ("look", ["reasoning", "message"], "I "),
+])  # fmt: skip
+def test_stop_ends_the_text_and_neither_calls_nor_reasoning(
+    thinking: Gateway, stop: str, kinds: list[str], content: str
+) -> None:
+    says = THOUGHT + SAYS_CALL
+    with OpenAI(base_url=f"{thinking.url}/v1", api_key=thinking.api_key) as client:
+        whole: Any = client.responses.create(model=BASE, input=says, tools=TOOLS, extra_body={"stop": stop})
+    streamed = events_of(thinking, input=says, tools=TOOLS, stop=stop)[-1].response
+    for response in (whole, streamed):
+        assert [item.type for item in response.output] == kinds
+        assert (response.output_text, response.status) == (content, "completed")
+        assert response.output[0].content[0].text == "Warm?"
+        assert [json.loads(item.arguments) for item in response.output[2:]] == [{"place": "Łódź"}] * (len(kinds) - 2)
+    assert whole.usage == streamed.usage
+
+
 def test_tools_are_called_and_answered(client: OpenAI) -> None:
     """As OpenAI's documentation does it: the output joins the input, then the results."""
     conversation: list[Any] = [{"role": "user", "content": SAYS_CALL}]

@@ -17,9 +17,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
 
 
-def feed(tokenizer: Tokenizer, text: str, stops: list[str], *, includes_stop: bool = False) -> tuple[list[str], bool]:
+def feed(
+    tokenizer: Tokenizer, text: str, stops: list[str], *, includes_stop: bool = False, min_tokens: int = 0
+) -> tuple[list[str], bool]:
     """(what each token released, and the end), whether a stop was met. One token is one byte."""
-    detokenizer = Detokenizer(JsonCodec(tokenizer).stream(skip_special_tokens=True), stops, includes_stop=includes_stop)
+    stream = JsonCodec(tokenizer).stream(skip_special_tokens=True)
+    detokenizer = Detokenizer(stream, stops, includes_stop=includes_stop, min_tokens=min_tokens)
     released = []
     for token in tokenizer.encode(text).ids:
         released.append(detokenizer.feed(token))
@@ -67,3 +70,21 @@ def test_any_text_is_cut_at_the_first_stop(tokenizer: Tokenizer, text: str, stop
     first = min(ends)  # the stop that is complete first ends the answer, and the cut is where the earliest begins
     cut = min(text.find(stop) for stop in stops if 0 <= text.find(stop) <= first - len(stop))
     assert ("".join(released), stopped) == (text[:cut], True)
+
+
+@given(
+    text=st.text(alphabet="ab", max_size=16),
+    stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+    min_tokens=st.integers(0, 16),
+)
+def test_stop_that_the_least_tokens_complete_is_text(
+    tokenizer: Tokenizer, text: str, stops: list[str], min_tokens: int
+) -> None:
+    """As vLLM has it: a stop string may begin among the first `min_tokens`, and ends behind them."""
+    released, stopped = feed(tokenizer, text, stops, min_tokens=min_tokens)
+    for num_tokens in range(min_tokens + 1, len(text) + 1):
+        cuts = [num_tokens - len(stop) for stop in stops if text[:num_tokens].endswith(stop)]
+        if cuts:
+            assert ("".join(released), stopped) == (text[: min(cuts)], True)
+            return
+    assert ("".join(released), stopped) == (text, False)

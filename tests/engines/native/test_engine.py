@@ -142,6 +142,8 @@ async def test_stop_string_across_tokens_cuts_the_text(engine: NativeEngine) -> 
 
     await until(idle)
     assert (await engine.stats()).total_aborted == 0
+    events = await collect(engine, request("late", max_tokens=40, ignore_eos=True, stop=(stop,), min_tokens=40))
+    assert text(events) == whole
 
 
 async def test_closed_stream_frees_blocks_while_a_neighbour_runs_on(engine: NativeEngine) -> None:

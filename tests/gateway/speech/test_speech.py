@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.engines.stop_strings import StopStrings
 from loraplex.gateway.speech.calls import CallParser
 from loraplex.gateway.speech.deltas import CallArguments, CallBegun, Delta, Reasoning, Text
 from loraplex.gateway.speech.formats import CALL_FORMATS, call_format
@@ -185,6 +186,37 @@ def test_reasoning_is_told_apart(is_begun: bool, said: str, reasoning: str, answ
 )
 def test_reasoning_any_cut_tells_the_same(is_begun: bool, said: str, places: list[int]) -> None:
     assert reasoned(is_begun, cut(said, places)) == reasoned(is_begun, [said]) == reasoned(is_begun, list(said))
+
+
+def up_to(stop: str, said: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same as far as the first text that holds the stop string."""
+    for place, (kind, piece) in enumerate(said):
+        if kind == "Text" and stop in piece:
+            return [*said[:place], *text(piece[: piece.index(stop)])] if piece.index(stop) else said[:place]
+    return said
+
+
+@pytest.mark.parametrize("form", sorted(CALL_FORMATS))
+@given(
+    said=SAID, places=st.lists(st.integers(0, 400), max_size=12), stop=st.sampled_from(["text", "}", " ", '"a', "<"])
+)
+def test_speech_stops_in_text_alone_however_it_is_cut(form: str, said: str, places: list[int], stop: str) -> None:
+    expected = up_to(stop, told(form, [said]))
+    for pieces in ([said], cut(said, places), list(said)):
+        speech = Speech(None, CallParser(CALL_FORMATS[form], NAMES), StopStrings([stop]))
+        found = joined([*(delta for piece in pieces for delta in speech.feed(piece)), *speech.finish()])
+        assert found == expected
+        assert speech.is_stopped == (expected != told(form, [said]))
+
+
+@pytest.mark.parametrize("form", sorted(CALL_FORMATS))
+def test_forced_call_that_is_cut_short_is_told_from_its_arguments_on(form: str) -> None:
+    script = CALL_FORMATS[form].script
+    whole = script.first + script.begin.replace("%s", '"add"' if '"name"' in script.begin else "add") + '{"a": 1}'
+    for end in range(len(whole)):
+        parser = CallParser(CALL_FORMATS[form], NAMES, is_forced=True)
+        found = joined([*parser.feed(whole[:end]), *parser.finish()])
+        assert found == ([] if end <= whole.index('{"a"') else call("add", whole[whole.index('{"a"') : end]))
 
 
 def test_speech_reasons_then_speaks_then_calls() -> None:
