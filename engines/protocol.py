@@ -7,7 +7,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -15,6 +15,7 @@ from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer_protocol import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+StopReason: TypeAlias = str | int | None  # the stop string, or the id of the stop token, that a request named itself
 Variant = Literal["lora", "rslora", "dora"]
 Pooling = Literal["mean", "last", "cls"]
 HealthState = Literal["starting", "ready", "restarting", "draining", "failed"]
@@ -197,10 +198,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete: `num_held` characters of the text so far wait for what
     follows. `token_ids` counts every token generated, the one that `is_end` included: it ended the answer, and what
-    text comes with it was held back before. `step` is the number of the engine step that made the last of them.
-    `num_cached_tokens` of the prompt came from the prefix cache; `queue_seconds` passed until a step took the request
-    up. `logprobs`, if asked for, has one entry a token; `prompt_logprobs`, on a request's first event, one a token of
-    the prompt, None for its first.
+    text comes with it was held back before. `stop_reason` is what ended it, where the request named that. `step` is the
+    number of the engine step that made the last of them. `num_cached_tokens` of the prompt came from the prefix cache;
+    `queue_seconds` passed until a step took the request up. `logprobs`, if asked for, has one entry a token;
+    `prompt_logprobs`, on a request's first event, one a token of the prompt, None for its first.
     """
 
     request_id: str
@@ -208,6 +209,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     step: int
     finish_reason: FinishReason | None = None
+    stop_reason: StopReason = None
     is_end: bool = False
     num_held: int = 0
     num_cached_tokens: int = 0

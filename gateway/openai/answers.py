@@ -21,6 +21,7 @@ from loraplex.engines.protocol import (
     GenerateRequest,
     Grammar,
     SamplingParams,
+    StopReason,
     TokenEvent,
 )
 from loraplex.gateway.accounts import Accounts, Meter, fitted
@@ -72,7 +73,7 @@ class Wire(Protocol):
         """The frame of an event's text; nothing where it adds nothing."""
         ...
 
-    def finish(self, number: int, reason: FinishReason) -> bytes: ...
+    def finish(self, number: int, reason: FinishReason, stop_reason: StopReason) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes:
         """The extra frame for `stream_options.include_usage`."""
@@ -87,7 +88,10 @@ class Stopping(Protocol):
     """Hears one answer's text, and tells where it is over before the engine ends it."""
 
     @property
-    def is_stopped(self) -> bool: ...
+    def met(self) -> str | None:
+        """The stop string that ended it."""
+        ...
+
     def feed(self, text: str, num_tokens: int) -> object: ...
     def finish(self) -> object: ...
 
@@ -228,10 +232,10 @@ async def _until_stopped(events: AsyncIterator[TokenEvent], stopping: Stopping) 
             stopping.feed(event.text, len(event.token_ids))
             if event.finish_reason is not None:
                 stopping.finish()
-            if not stopping.is_stopped:
+            if stopping.met is None:
                 yield event
                 continue
-            yield replace(event, finish_reason="stop")
+            yield replace(event, finish_reason="stop", stop_reason=stopping.met)
             return
 
 
@@ -348,7 +352,7 @@ class _Answer:
             self._begun.add(number)
             encoded = self._wire.begin(number) + self._wire.chunk(number, event)
         if event.finish_reason is not None:
-            encoded += self._wire.finish(number, event.finish_reason)
+            encoded += self._wire.finish(number, event.finish_reason, event.stop_reason)
         return encoded
 
     def _usage(self) -> Usage:

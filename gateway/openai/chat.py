@@ -37,9 +37,11 @@ def chat_routes(engine: Engine, adapters: RequestAdapters, answers: Answers, mod
         completion_id = f"chatcmpl-{secrets.token_hex(12)}"
         tier = granted_tier(body.service_tier, caller)
         choices = at_tier(tier, await chat_requests(dialogue, completion_id, route, caller, engine))
-        wire = ChatWire(completion_id, body, dialogue.tokenizer, tier)
+        prompt = choices[0].prompt_token_ids
+        wire = ChatWire(completion_id, body, dialogue.tokenizer, tier, prompt)
         if not dialogue.is_plain:
-            wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, [dialogue.speech() for _ in choices])
+            speeches = [dialogue.speech() for _ in choices]
+            wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, prompt, speeches)
         label = adapters.label(body.model, caller)
         return await answers.respond(request, dialogue, choices, wire, stopping=dialogue.stopping, label=label)
 

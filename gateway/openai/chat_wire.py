@@ -1,13 +1,15 @@
 """The JSON of chat completions, in and out."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import FinishReason
+from loraplex.engines.protocol import FinishReason, StopReason
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_messages import Message, check_messages
+from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs
 from loraplex.gateway.openai.token_logprobs import TokenLogprob
 from loraplex.gateway.openai.tool_wire import MadeCall, ToolFields
 from loraplex.gateway.openai.wire import Count, Usage
@@ -119,6 +121,8 @@ class Choice(Struct):
     finish_reason: FinishReason | Literal["tool_calls"]
     index: int
     logprobs: ChoiceLogprobs | None
+    stop_reason: StopReason | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct):
@@ -132,3 +136,5 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
     service_tier: Literal["default", "flex", "priority"] = "default"
     system_fingerprint: None = None
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET

@@ -90,6 +90,8 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     truncate_prompt_tokens: Truncation | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # vLLM's, known, not offered
     guided_decoding_backend: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
@@ -108,6 +110,8 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
             refuse_what_matters(self.structured_outputs, self.structured_outputs.not_offered, "structured_outputs.")
         if self.truncate_prompt_tokens == 0:
             raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
+        if self.prompt_logprobs is not None and self.stream:
+            raise MalformedRequest("It is only told when stream is false.", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
 
@@ -117,7 +121,12 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
 
     def num_prompt_logprobs(self) -> int | None:
         """The same of the prompt's tokens."""
-        return None
+        return self.prompt_logprobs
+
+    @property
+    def names_ends(self) -> bool:
+        """Whether an answer may end for a reason that the request gives."""
+        return bool(self.stop or self.stop_token_ids)
 
     @property
     def num_choices(self) -> int:
