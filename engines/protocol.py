@@ -95,7 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_logprobs` asks for each token's log-probability under the model's own distribution, before any control, and
     for those of that many likeliest tokens beside it; None asks for nothing.
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
-    of that form; `bad_words_ids` are token sequences that never appear in the answer.
+    of that form; `bad_words_ids` are token sequences that never appear in the answer; `allowed_token_ids`, where there
+    are any, are all that may.
     With `seed`, the same request draws the same tokens whatever shares its batch.
     `stop` strings and `stop_token_ids` end generation behind the first `min_tokens`, and are no part of the text unless
     it `includes_stop`. Special tokens leave no text unless `skip_special_tokens` is off.
@@ -115,6 +116,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

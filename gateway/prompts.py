@@ -210,6 +210,9 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
     stop_token_ids = body.stop_token_ids or []
     if not all(0 <= token < vocab_size for token in stop_token_ids):
         raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "stop_token_ids")
+    allowed = body.allowed_token_ids or []
+    if not all(0 <= token < vocab_size for token in allowed):
+        raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "allowed_token_ids")
     bias = body.logit_bias or {}
     if not all(_TOKEN_ID.fullmatch(token) and int(token) < vocab_size for token in bias):
         raise MalformedRequest(f"Its keys are token ids, from 0 to {vocab_size - 1}.", "logit_bias")
@@ -232,6 +235,7 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
         num_logprobs=body.num_logprobs(),
         num_prompt_logprobs=body.num_prompt_logprobs(),
         grammar=form[1] if form else None,
+        allowed_token_ids=tuple(allowed),
         bad_words_ids=_words(body.bad_words or [], tokenizer),
         seed=body.seed,
         stop=tuple(stops),

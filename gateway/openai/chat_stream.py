@@ -156,7 +156,7 @@ class SpokenWire(ChatWire):
         return self._begin(number, b"null")
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
-        described, ids = self._described(event), self._ids(event)
+        described, ids = self._described(event) if event.logprobs else b"null", self._ids(event)
         deltas = [self._delta(number, delta) for delta in self._hear(number, event)]
         if not deltas and (described != b"null" or ids):
             deltas = [b"{}"]

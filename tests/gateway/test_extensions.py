@@ -93,6 +93,11 @@ async def test_top_p_of_nothing_leaves_the_likeliest_token(
 
 
 @ASKING
+async def test_tokens_that_are_allowed(engine: EchoEngine, asked: Any) -> None:
+    assert (await asked(engine, allowed_token_ids=[1, 256])).sampling.allowed_token_ids == (1, 256)
+
+
+@ASKING
 async def test_sixteen_stop_strings(engine: EchoEngine, asked: Any) -> None:
     stops = [f"<{number}>" for number in range(16)]
     assert (await asked(engine, stop=stops)).sampling.stop == tuple(stops)

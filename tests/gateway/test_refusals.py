@@ -101,6 +101,8 @@ def test_body_that_is_no_object_is_400(gateway: Gateway, raw: bytes) -> None:
         ({"min_p": 2}, "min_p"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [257]}, "allowed_token_ids"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"stop": [1]}, "stop[0]"),
