@@ -12,6 +12,7 @@ from loraplex.config.settings import Model
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.guards import caller_of, inference_post
+from loraplex.gateway.middleware import name_request
 from loraplex.gateway.openai.answers import Answers
 from loraplex.gateway.openai.chat_stream import ChatWire, SpokenWire
 from loraplex.gateway.openai.chat_wire import ChatRequest
@@ -34,14 +35,17 @@ def chat_routes(engine: Engine, adapters: RequestAdapters, answers: Answers, mod
         route = await composed_route_of(body, caller, adapters)
         tokenizer = await tokenizer_for(route, engine)
         dialogue = await apart(partial(Dialogue, body, tokenizer, model, is_large=is_large), is_long=is_large)
-        completion_id = f"chatcmpl-{secrets.token_hex(12)}"
+        completion_id = told_id = f"chatcmpl-{secrets.token_hex(12)}"
+        if body.request_id is not None:
+            name_request(request, body.request_id)
+            told_id = f"chatcmpl-{body.request_id}"
         tier = granted_tier(body.service_tier, caller)
         choices = at_tier(tier, await chat_requests(dialogue, completion_id, route, caller, engine))
         prompt = choices[0].prompt_token_ids
-        wire = ChatWire(completion_id, body, dialogue.tokenizer, tier, prompt)
+        wire = ChatWire(told_id, body, dialogue.tokenizer, tier, prompt)
         if not dialogue.is_plain:
             speeches = [dialogue.speech() for _ in choices]
-            wire = SpokenWire(completion_id, body, dialogue.tokenizer, tier, prompt, speeches)
+            wire = SpokenWire(told_id, body, dialogue.tokenizer, tier, prompt, speeches)
         label = adapters.label(body.model, caller)
         return await answers.respond(request, dialogue, choices, wire, stopping=dialogue.stopping, label=label)
 

@@ -36,8 +36,8 @@ class ChatWire:
     """Implements `Wire`; what does not change from chunk to chunk is encoded once."""
 
     __slots__ = (
-        "_body", "_created", "_head", "_id", "_model", "_prompt", "_tail", "_tells_ids", "_text_head", "_text_tail",
-        "_tier", "_tokenizer",
+        "_body", "_created", "_head", "_id", "_is_bare", "_model", "_prompt", "_running_usage", "_tail", "_tells_ids",
+        "_text_head", "_text_tail", "_tier", "_tokenizer",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +47,8 @@ class ChatWire:
         self._body = body
         self._prompt = prompt
         self._tells_ids = bool(body.return_token_ids)
+        self._running_usage = body.running_usage()
+        self._is_bare = not self._tells_ids and self._running_usage is None  # chunks tell their text alone
         self._tier = tier
         self._model = body.model
         self._created = int(time.time())
@@ -61,8 +63,9 @@ class ChatWire:
         return self._begin(number, b'""')
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
-        if number == 0 and event.text and not event.logprobs and not self._tells_ids:  # as nearly all are
+        if number == 0 and event.text and not event.logprobs and self._is_bare:  # as nearly all are
             return self._text_head + _encode(event.text) + self._text_tail
+        self._count(number, event)
         described = self._described(event) if event.logprobs else b"null"
         ids = self._ids(event)
         if not event.text and described == b"null" and not ids:
@@ -87,7 +90,14 @@ class ChatWire:
             whole.prompt_logprobs = described_prompt(self._prompt, first[0].prompt_logprobs, self._tokenizer)
         return msgspec.json.encode(whole)
 
+    def _count(self, number: int, event: TokenEvent | None) -> None:
+        """What frames of this choice tell of its usage from now on; None where nothing has come."""
+        if self._running_usage is not None:
+            usage = self._running_usage.saw(number, event, len(self._prompt))
+            self._tail = b'],"usage":' + msgspec.json.encode(usage) + _END
+
     def _begin(self, number: int, content: bytes) -> bytes:
+        self._count(number, None)
         frame = self._frame(number, b'{"role":"assistant","content":%b}' % content)
         if number or not self._tells_ids:
             return frame
@@ -156,6 +166,7 @@ class SpokenWire(ChatWire):
         return self._begin(number, b"null")
 
     def chunk(self, number: int, event: TokenEvent) -> bytes:
+        self._count(number, event)
         described, ids = self._described(event) if event.logprobs else b"null", self._ids(event)
         deltas = [self._delta(number, delta) for delta in self._hear(number, event)]
         if not deltas and (described != b"null" or ids):

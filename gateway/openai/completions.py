@@ -17,6 +17,7 @@ from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
+from loraplex.gateway.middleware import name_request
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt
 from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs, described_prompt
@@ -99,7 +100,10 @@ def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answer
         body.check()
         caller = caller_of(request)
         route = await composed_route_of(body, caller, adapters)
-        completion_id = f"cmpl-{secrets.token_hex(12)}"
+        completion_id = told_id = f"cmpl-{secrets.token_hex(12)}"
+        if body.request_id is not None:
+            name_request(request, body.request_id)
+            told_id = f"cmpl-{body.request_id}"
         choices = await completion_requests(
             body,
             body.prompt,
@@ -109,7 +113,7 @@ def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answer
             engine,
             add_special_tokens=body.add_special_tokens is not False,
         )
-        wire = _CompletionWire(completion_id, body, choices, await tokenizer_for(route, engine))
+        wire = _CompletionWire(told_id, body, choices, await tokenizer_for(route, engine))
         return await answers.respond(request, body, choices, wire, label=adapters.label(body.model, caller))
 
     return [create_completion]
@@ -126,7 +130,8 @@ class _CompletionWire:
         self._asked = choices
         self._created = int(time.time())
         self._tokenizer = tokenizer
-        self._null_usage: UnsetType | None = None if body.includes_usage else UNSET
+        self._chunk_usage: Usage | UnsetType | None = None if body.includes_usage else UNSET
+        self._running_usage = body.running_usage()
         self._echoes = _echoes(body, choices, tokenizer) if body.echo else []
         self._identified: set[int] = set()  # whose prompts' ids were told
         self._lengths: dict[int, int] = {}  # of the texts told so far
@@ -138,6 +143,8 @@ class _CompletionWire:
     def chunk(self, number: int, event: TokenEvent) -> bytes:
         text = self._echoed(number) + event.text
         logprobs = self._logprobs(number, [event])
+        if self._running_usage is not None:
+            self._chunk_usage = self._running_usage.saw(number, event, len(self._asked[number].prompt_token_ids))
         if not text and logprobs is None and not self._body.return_token_ids:
             return b""
         choice = CompletionChoice(text, number, logprobs, None)
@@ -146,11 +153,11 @@ class _CompletionWire:
             if number not in self._identified:
                 self._identified.add(number)
                 choice.prompt_token_ids = self._asked[number].prompt_token_ids
-        return self._frame([choice], self._null_usage)
+        return self._frame([choice], self._chunk_usage)
 
     def finish(self, number: int, reason: FinishReason, stop_reason: StopReason) -> bytes:
         choice = CompletionChoice("", number, None, reason, stop_reason if self._body.names_ends else UNSET)
-        return self._frame([choice], self._null_usage)
+        return self._frame([choice], self._chunk_usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._frame([], usage)

@@ -165,6 +165,9 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         refuse_what_matters(self, self.not_offered)
         if self.reasoning is not None:
             refuse_what_matters(self.reasoning, self.reasoning.not_offered, "reasoning.")
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            message = "A response tells its usage at its end."
+            raise UnsupportedParameter(message, "stream_options.continuous_usage_stats")
         for number, item in enumerate(self.items):
             item.check(f"input[{number}]")
         if self.top_logprobs and LOGPROBS not in (self.include or []):

@@ -1,11 +1,14 @@
 """What chat completions and completions share: sampling fields, usage, and how the rest is refused."""
 
+from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.middleware import is_request_id
 from loraplex.gateway.openai.forms import FormFields
 
 # JSON has no -inf; OpenAI's own answers say this instead.
@@ -22,7 +25,10 @@ Truncation = Annotated[
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
+    """`continuous_usage_stats` is vLLM's: with `include_usage`, each chunk tells the usage of its choice so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -90,6 +96,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    request_id: str | None = None
     truncate_prompt_tokens: Truncation | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
@@ -111,6 +118,8 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
             refuse_what_matters(self.structured_outputs, self.structured_outputs.not_offered, "structured_outputs.")
         if self.truncate_prompt_tokens == 0:
             raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
+        if self.request_id is not None and not is_request_id(self.request_id):
+            raise MalformedRequest("It has 1 to 128 letters, digits, dots, dashes and underscores.", "request_id")
         if self.prompt_logprobs is not None and self.stream:
             raise MalformedRequest("It is only told when stream is false.", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
@@ -137,6 +146,11 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def running_usage(self) -> "RunningUsage | None":
+        """What tells the usage in each chunk, where the request asks for that."""
+        options = self.stream_options
+        return RunningUsage() if options and options.include_usage and options.continuous_usage_stats else None
 
 
 def refuse_what_matters(body: Struct, not_offered: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
@@ -171,3 +185,19 @@ class Usage(Struct):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+
+
+class RunningUsage:
+    """Of each choice of a stream as far as it has come."""
+
+    def __init__(self) -> None:
+        self._num_made: Counter[int] = Counter()
+        self._num_cached: Counter[int] = Counter()
+
+    def saw(self, number: int, event: TokenEvent | None, num_prompt_tokens: int) -> Usage:
+        """With this event; None where nothing has come."""
+        if event is not None:
+            self._num_made[number] += len(event.token_ids)
+            self._num_cached[number] += event.num_cached_tokens
+        made, details = self._num_made[number], PromptTokensDetails(self._num_cached[number])
+        return Usage(num_prompt_tokens, made, num_prompt_tokens + made, details)

@@ -156,7 +156,7 @@ def test_tenant_without_such_a_limit_names_what_is_registered_alone(gateway: Gat
 
 def test_composition_of_adapters_that_nobody_registered(gateway: Gateway, openai: OpenAI) -> None:
     other = str(write_adapter(gateway.adapter_dir / "other", rank=7))
-    parts = [{"model": address_of(gateway, LOCAL), "weight": 0.5}, {"model": other}]
+    parts: list[dict[str, Any]] = [{"model": address_of(gateway, LOCAL), "weight": 0.5}, {"model": other}]
     assert chat(openai, BASE, adapters=parts) == (BASE, f"{parts[0]['model']}*0.5+{other}*1: {SAID}")
 
 
@@ -207,12 +207,14 @@ def test_key_that_may_not_use_the_base_names_its_model(gateway: Gateway) -> None
 
 
 def post(gateway: Gateway, route: str, key: str | None = None, **fields: Any) -> httpx.Response:
-    said: dict[str, Any] = {
+    said: dict[str, dict[str, Any]] = {
         "chat/completions": {"messages": [{"role": "user", "content": SAID}]},
         "completions": {"prompt": SAID},
-    }.get(route, {"input": SAID})
+        "responses": {"input": SAID},
+        "embeddings": {"input": SAID},
+    }
     with gateway.client(key) as client:
-        return client.post(f"/v1/{route}", json={**said, **fields})
+        return client.post(f"/v1/{route}", json={**said[route], **fields})
 
 
 @pytest.mark.parametrize("ask", TEXTS, ids=lambda ask: ask.__name__)

@@ -33,7 +33,7 @@ def openai(gateway: Gateway) -> Iterator[OpenAI]:
 def ask(openai: OpenAI, kind: str, *, stream: bool, **fields: Any) -> list[Any]:
     """The answer, or the chunks of one, from the route that `kind` names; all that OpenAI has not is sent beside."""
     fields = {name: value for name, value in fields.items() if value is not None}
-    extra = {"extra_body": fields, "stream": stream, "model": BASE}
+    extra: dict[str, Any] = {"extra_body": fields, "stream": stream, "model": BASE}
     if kind == "completion":
         answer: Any = openai.completions.create(prompt=SAID, max_tokens=fields.pop("max_tokens", 100), **extra)
     else:
@@ -139,3 +139,46 @@ def test_echo_is_of_the_prompt_that_was_read(openai: OpenAI) -> None:
     assert choice.text == "789789"
     assert choice.logprobs.tokens[:3] == ["7", "8", "9"]
     assert choice.logprobs.text_offset[:6] == list(range(6))
+
+
+@KINDS
+def test_every_chunk_tells_its_usage_so_far(openai: OpenAI, kind: str) -> None:
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = ask(openai, kind, stream=True, stream_options=told)
+    *before, last = chunks
+    numbers = [chunk.usage.completion_tokens for chunk in before]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == last.usage.completion_tokens == len(SAID.encode()) + 1
+    assert len(set(numbers)) > len(SAID) // 2
+    for chunk in chunks:
+        usage = chunk.usage
+        assert usage.prompt_tokens == len(SAID.encode())
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+@KINDS
+def test_usage_of_chunks_is_told_with_that_of_the_whole_alone(openai: OpenAI, kind: str) -> None:
+    for chunk in ask(openai, kind, stream=True, stream_options={"continuous_usage_stats": True}):
+        assert chunk.usage is None
+
+
+@STREAMS
+@KINDS
+def test_request_is_called_what_its_client_calls_it(gateway: Gateway, openai: OpenAI, kind: str, stream: bool) -> None:
+    """Two of one name are two requests all the same."""
+    name = f"mine-{kind}.{stream}"
+    for _ in range(2):
+        chunks = ask(openai, kind, stream=stream, request_id=name)
+        assert {chunk.id for chunk in chunks} == {f"{'cmpl' if kind == 'completion' else 'chatcmpl'}-{name}"}
+    with gateway.admin() as admin:
+        found = admin.get("/admin/v1/usage/requests", params={"tenant_id": gateway.tenant_id}).json()["data"]
+    assert [name in json.dumps(row) for row in found].count(True) == 2
+
+
+def test_name_of_a_request_stands_in_its_header(gateway: Gateway) -> None:
+    with gateway.client() as client:
+        body = {"model": BASE, "prompt": "x", "request_id": "mine"}
+        assert client.post("/v1/completions", json=body).headers["x-request-id"] == "mine"
+        for bad in ("", "a b", "a\nb", "a\n", "x" * 129, "é"):
+            refused = client.post("/v1/completions", json={**body, "request_id": bad})
+            assert_problem(refused, 400, "invalid_request", "request_id")
