@@ -35,8 +35,8 @@ class _Asked(Struct, frozen=True, kw_only=True):
     grammar: Grammar | None
     includes_usage: bool = False
 
-    def form(self) -> tuple[str, Grammar] | None:
-        return None if self.grammar is None else ("response_format", self.grammar)
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        return None if self.grammar is None else ("response_format", reason)
 
 
 def generate_routes(engine: Engine, adapters: RequestAdapters, answers: Answers) -> list[HTTPRouteHandler]:

@@ -19,7 +19,6 @@ from loraplex.engines.protocol import (
     Engine,
     FinishReason,
     GenerateRequest,
-    Grammar,
     SamplingParams,
     StopReason,
     TokenEvent,
@@ -57,8 +56,11 @@ class Asked(Protocol):
         """Whether a stream tells the usage in a frame of its own."""
         ...
 
-    def form(self) -> tuple[str, Grammar] | None:
-        """The field that says what the answer must look like, and what it says."""
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        """The field that said a grammar which the engine cannot follow, and what is wrong with it; None where none did.
+
+        `reason` is the engine's.
+        """
         ...
 
 
@@ -246,9 +248,9 @@ def _cut(event: TokenEvent) -> TokenEvent:
 
 def _name_as_asked(error: BaseException, body: Asked) -> None:
     """Let an engine's complaint of a grammar name the field that said it."""
-    form = body.form()
-    if isinstance(error, InvalidRequest) and error.param == "grammar" and form is not None:
-        error.param = form[0]
+    if isinstance(error, InvalidRequest) and error.param == "grammar" and (said := body.complaint(str(error))):
+        error.param, message = said
+        error.args = (message,)
 
 
 def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest], label: str) -> Demand:
@@ -364,4 +366,4 @@ class _Answer:
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:
     """The events whose tokens are part of the text: one that only ended the answer is not."""
-    return [event for event in events if not event.is_end]
+    return [event for event in events if not event.is_end and (event.text or event.finish_reason != "stop")]

@@ -12,7 +12,7 @@ from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.tool_wire import NamedTool
 from loraplex.gateway.openai.toolless import without_tools
-from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, reasoned
+from loraplex.gateway.speech.call_grammars import CallableTool, Thinking, call_grammar, faulty_rule, reasoned
 from loraplex.gateway.speech.calls import CallParser
 from loraplex.gateway.speech.formats import HERMES, call_format
 from loraplex.gateway.speech.reasoning import ReasoningParser, reasoning_tags
@@ -51,6 +51,7 @@ class Dialogue:
         self._stops = () if self.is_plain else _stops(body)
         self._variables = _variables(body, self.tokenizer, may_reason=self._tags is not None)
         self._is_begun = False
+        self._held: Grammar | None = None
 
     @property
     def model(self) -> str:
@@ -126,7 +127,7 @@ class Dialogue:
         """
         if self.is_plain:
             return choices
-        grammar = self._grammar()
+        grammar = self._held = self._grammar()
         tags = [] if self._tags is None else [self._tags.begin, self._tags.end]
         skips = all(self._leaves_text(marker) for marker in (*tags, *(self._form.openings if self._names else ())))
         held = []
@@ -147,11 +148,20 @@ class Dialogue:
         """Not where it is a special token, which is left out of texts unless asked for."""
         return bool(self.tokenizer.decode(self.tokenizer.encode(marker, add_special_tokens=False)))
 
-    def form(self) -> tuple[str, Grammar] | None:
-        """The field that says what the answer must look like, for an engine's complaint of it."""
-        if not self._holds_calls:
-            return self.body.form()
-        return ("tool_choice" if self.body.forces_call else "tools"), self._grammar() or Grammar(kind="lark", source="")
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        """The field that said the grammar which an engine complains of, and the reason in that field's words."""
+        body = self.body
+        rule, fault = (self._held and faulty_rule(self._held, reason)) or ("", reason)
+        if rule == "body":
+            return body.complaint(f"the form cannot be used: {fault}")
+        if not self._holds_calls or (self._held and self._held.kind != "lark"):
+            return body.complaint(reason)
+        if rule.startswith("args_"):
+            name = self._callable()[int(rule.removeprefix("args_"))].name
+            place = next(place for place, tool in enumerate(body.tools or []) if tool.function.name == name)
+            return f"tools[{place}].function.parameters", f"calls of {name!r} cannot be held to its schema: {fault}"
+        told = fault.replace("the lark cannot be used", "calls of these tools cannot be held to their schemas")
+        return ("tool_choice" if body.forces_call else "tools"), told
 
     @property
     def _holds_calls(self) -> bool:
@@ -189,13 +199,17 @@ class Dialogue:
         return grammar
 
     def _callable(self) -> list[CallableTool]:
-        """A forced call keeps to the schema always, a free one where the tool says `strict`."""
+        """A forced call keeps to the schema always, as far as that can be where the tool is not `strict`; a free one
+        where it is.
+        """
         found = []
         for tool in self.body.tools or []:
             spec = tool.function
             if spec.name in self._names:
                 schema = spec.parameters if spec.parameters is not None else {"additionalProperties": False}
-                found.append(CallableTool(spec.name, schema if self.body.forces_call or spec.strict else None))
+                is_strict = bool(spec.strict) or spec.parameters is None
+                kept = schema if self.body.forces_call or spec.strict else None
+                found.append(CallableTool(spec.name, kept, is_strict))
         return found
 
 

@@ -7,6 +7,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Grammar
 from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.speech.call_grammars import LENIENT
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -22,7 +23,10 @@ class JsonObject(Struct, forbid_unknown_fields=True, tag="json_object"):
 
 
 class NamedSchema(Struct, forbid_unknown_fields=True):
-    """`strict` changes nothing: an answer is always of the schema. `name` and `description` are for people."""
+    """An answer is always of the schema; only one that is `strict` must be possible to keep to the letter.
+
+    `name` and `description` are for people.
+    """
 
     name: str
     schema: Schema | None = None
@@ -77,6 +81,11 @@ class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):
             raise MalformedRequest(f"{first} and {second} both say what the answer looks like; set one.", second)
         return found[0] if found else None
 
+    def complaint(self, reason: str) -> tuple[str, str] | None:
+        """The field that says the form, where an engine cannot follow it, and the reason."""
+        form = self.form()
+        return None if form is None else (form[0], reason)
+
     def _of_guided(self) -> list[tuple[str, Grammar]]:
         found = _forms(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         return [(f"guided_{name}", grammar) for name, grammar in found]
@@ -87,7 +96,8 @@ def _of_format(said: ResponseFormat | None) -> list[tuple[str, Grammar]]:
         case JsonObject(schema):
             return [("response_format", _schema(schema or {"type": "object"}))]
         case JsonSchema(named):
-            return [("response_format", _schema(named.schema or {"type": "object"}))]
+            schema = named.schema or {"type": "object"}
+            return [("response_format", _schema(schema if named.strict else {**schema, "x-guidance": LENIENT}))]
         case _:
             return []
 

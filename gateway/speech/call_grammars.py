@@ -16,6 +16,9 @@ from loraplex.gateway.speech.reasoning import ReasoningTags
 _MARKER = re.compile(r"(<[^<>\s]{1,40}>|\[/?[A-Z_]{1,20}\])")
 # What a model may print JSON with; left to itself it may add white space for ever.
 _GUIDANCE = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
+# Of a schema that need not be kept to the letter, what no grammar can say is left out.
+LENIENT: dict[str, Any] = {"lenient": True, "coerce_one_of": True}
+_COMPLAINT = re.compile(r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?: \d+ \| .*)?")
 _TEXT = "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{0,4}/\n"
 
 
@@ -26,10 +29,14 @@ class Vocabulary(Protocol):
 
 
 class CallableTool(NamedTuple):
-    """A tool that may be called, and the JSON schema of its arguments; None asks for any object."""
+    """A tool that may be called, and the JSON schema of its arguments; None asks for any object.
+
+    One that is not strict need be kept only as far as a grammar can say it.
+    """
 
     name: str
     schema: dict[str, Any] | None
+    is_strict: bool = True
 
 
 class Thinking(NamedTuple):
@@ -62,7 +69,10 @@ def call_grammar(
         start = f"start: {think} calls\n"
     elif otherwise is not None:
         # where calls begin like any JSON the lexer, which reads the longest word, could not tell them from other JSON
-        body = None if form.opens_answer else _body(otherwise)
+        try:
+            body = None if form.opens_answer else _body(otherwise)
+        except (ValueError, RecursionError):
+            return otherwise  # the engine says what is wrong with it
         if body is None:
             return None
         start, rest = f"start: {think} (calls | body)\n", body
@@ -93,13 +103,23 @@ def _calls(form: CallFormat, writer: "_Writer", num_tools: int, *, is_parallel: 
 def _tool(form: CallFormat, writer: "_Writer", number: int, tool: CallableTool, used: str) -> str:
     begin = form.script.begin.replace("%s", _quoted(form.script.begin, tool.name))
     end = writer.literal(form.script.end)
-    schema = {"type": "object", **(tool.schema or {}), "x-guidance": _GUIDANCE}
+    guidance = _GUIDANCE if tool.is_strict else {**_GUIDANCE, **LENIENT}
+    schema = {"type": "object", **(tool.schema or {}), "x-guidance": guidance}
     rules = f"args_{number}: %json {json.dumps(schema, ensure_ascii=False)}\n"
     rules += f"tool_{number}: {writer.literal(begin)} args_{number} {end}\n"
     if f"bare_{number}" in used:
         rest = writer.literal(begin.removeprefix(form.openings[0]))
         rules += f"bare_{number}: {rest} args_{number} {end}\n"
     return rules
+
+
+def faulty_rule(grammar: Grammar, complaint: str) -> tuple[str, str] | None:
+    """Of an engine's complaint the rule of the grammar that is meant, and the reason; None where it names none."""
+    found = _COMPLAINT.fullmatch(complaint.partition(": ")[2])
+    lines = grammar.source.splitlines()
+    if found is None or int(found["line"]) > len(lines):
+        return None
+    return lines[int(found["line"]) - 1].partition(":")[0], found["reason"]
 
 
 def _quoted(begin: str, name: str) -> str:
@@ -122,13 +142,17 @@ def _body(grammar: Grammar) -> str | None:
     match grammar.kind:
         case "json_schema":
             schema = json.loads(grammar.source)
-            guided = {**schema, "x-guidance": _GUIDANCE} if isinstance(schema, dict) else schema
-            return f"body: %json {json.dumps(guided, ensure_ascii=False)}\n"
+            if isinstance(schema, dict):
+                own = schema.get("x-guidance")
+                schema = {**schema, "x-guidance": {**(own if isinstance(own, dict) else {}), **_GUIDANCE}}
+            return f"body: %json {json.dumps(schema, ensure_ascii=False)}\n"
         case "regex":
             return "body: /" + re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", grammar.source) + "/\n"
         case "choice":
-            choices = [json.dumps(one, ensure_ascii=False) for one in json.loads(grammar.source)]
-            return f"body: {' | '.join(choices)}\n"
+            choices = json.loads(grammar.source)
+            if not choices or not all(choices):
+                raise ValueError("there must be choices, and none that is empty")
+            return f"body: {' | '.join(json.dumps(one, ensure_ascii=False) for one in choices)}\n"
         case _:
             return None
 

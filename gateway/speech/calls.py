@@ -16,7 +16,7 @@ from loraplex.gateway.speech.json_span import JsonSpan
 class CallParser:
     """`feed` each piece, then `finish` once. `names` are the tools that may be called.
 
-    Where a call `is_forced` what a call might begin with begins one, and is not told where the answer ends within it.
+    Where a call `is_forced` the answer has no text: what would be a call, had it not been cut short, is not told.
     """
 
     def __init__(self, form: CallFormat, names: Set[str], *, is_forced: bool = False) -> None:
@@ -42,8 +42,6 @@ class CallParser:
 
     def finish(self) -> list[Delta]:
         """The rest, once no text follows."""
-        if self._is_forced:
-            return self._take()
         if self._step in (self._read_head, self._read_whole):
             self._say(self._space + self._held)
         elif self._step == self._read_text:
@@ -56,7 +54,7 @@ class CallParser:
         return taken
 
     def _say(self, text: str) -> None:
-        if text:
+        if text and not self._is_forced:
             self._deltas.append(Text(text))
 
     # Each of these takes what is certain off the held text, and tells whether another step may go on with the rest.

@@ -82,6 +82,19 @@ def test_stop_that_is_never_met_changes_nothing(client: OpenAI, demo: Demo, stre
 
 @STREAMS
 @pytest.mark.parametrize("included", [False, True], ids=["left-out", "included"])
+def test_stop_string_is_among_the_tokens_where_it_is_in_the_text(
+    client: OpenAI, demo: Demo, stream: bool, included: bool
+) -> None:
+    extra = {"include_stop_str_in_output": included}
+    found = completed(client, demo, PROMPT, stream=stream, logprobs=0, stop=" bakery", extra_body=extra)
+    assert found.text == (" the bakery" if included else " the")
+    assert found.logprobs is not None
+    assert "".join(found.logprobs.tokens or []) == found.text
+    assert found.logprobs.text_offset == ([0, 4] if included else [0])
+
+
+@STREAMS
+@pytest.mark.parametrize("included", [False, True], ids=["left-out", "included"])
 def test_stop_token_is_told_where_it_is_asked_for(client: OpenAI, demo: Demo, stream: bool, included: bool) -> None:
     whole = completed(client, demo, PROMPT, logprobs=0)
     assert whole.logprobs is not None

@@ -98,6 +98,32 @@ def arguments_of(message: Any) -> list[str]:
     return [call.function.arguments for call in message.tool_calls]
 
 
+def test_schema_beyond_grammars_is_kept_loosely_or_refused_by_name(client: OpenAI) -> None:
+    schema = {
+        "type": "object", "properties": {"ids": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True}},
+        "required": ["ids"], "additionalProperties": False,
+    }  # fmt: skip
+    function: dict[str, Any] = {"name": "pick", "parameters": schema}
+    options: dict[str, Any] = {"model": adapter_names()[0], "temperature": 0, "tool_choice": "required"}
+    tool: Any = {"type": "function", "function": function}
+    answer = client.chat.completions.create(
+        **options, messages=ASK, tools=[tool], max_tokens=200, parallel_tool_calls=False, logit_bias={}
+    )
+    call: Any = (answer.choices[0].message.tool_calls or [])[0]
+    assert call.function.arguments.startswith('{"ids"')
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=r"'pick' cannot be held to its schema.*uniqueItems") as caught:
+            client.chat.completions.create(
+                **options, messages=ASK, tools=[TOOLS[0], {**tool, "function": {**function, "strict": True}}],
+                stream=stream,
+            )  # fmt: skip
+        assert caught.value.param == "tools[1].function.parameters"
+    flat: Any = {"type": "function", **function, "strict": True}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+        client.responses.create(**options, input=ASK, tools=[flat])
+    assert caught.value.param == "tools[0].parameters"
+
+
 def test_named_tool_is_called_once(client: OpenAI) -> None:
     choice: Any = {"type": "function", "function": {"name": "cancel"}}
     for seed in range(3):
@@ -142,6 +168,25 @@ def test_free_answer_with_strict_tools_is_text(client: OpenAI) -> None:
     ).choices[0]
     assert answer.message.content
     assert answer.message.tool_calls is None
+
+
+def test_stop_ends_free_text_beside_tools(client: OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": adapter_names()[0], "messages": ASK, "tools": TOOLS, "temperature": 0, "max_tokens": 30,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**options)
+    content = whole.choices[0].message.content or ""
+    stop = content[7:11]
+    answer = client.chat.completions.create(**options, stop=stop)
+    with client.chat.completions.stream(**options, stop=stop, stream_options={"include_usage": True}) as stream:
+        streamed = stream.get_final_completion()
+    assert answer.usage is not None
+    assert whole.usage is not None
+    assert answer.usage.completion_tokens < whole.usage.completion_tokens
+    for found in (answer, streamed):
+        assert (found.choices[0].message.content, found.choices[0].finish_reason) == (content[:7], "stop")
+        assert found.usage is not None
+        assert found.usage.completion_tokens == answer.usage.completion_tokens
 
 
 def test_response_calls_and_is_gone_on_from(client: OpenAI) -> None:

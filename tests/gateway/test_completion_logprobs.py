@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from support.models import make_tokenizer
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from loraplex.engines.codecs import JsonCodec
 from loraplex.engines.protocol import TokenLogprobs
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
-from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, offsets_of
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt, offsets_of
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,33 @@ def test_offsets_of_broken_bytes_are_in_the_text(sentencepiece: TemplatedTokeniz
     text, found = places(sentencepiece, [2 + 0x9F, 2 + 0xF0, 260, 2 + 0xFF])
     assert found == sorted(found)
     assert found[-1] <= len(text)
+
+
+@pytest.mark.parametrize("trims", [False, True], ids=["with-spaces", "without-spaces"])
+def test_echoed_text_has_each_token_where_its_spelling_begins(trims: bool) -> None:
+    """Many tokenizers leave the space out of a word's place; a beginning and an end that are added have none."""
+    text = "é 😀 works works at  the<|mark|> bakery"
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = ["<|begin|>", "<|end|>", "<|mark|>"]
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=marks, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator([text] * 9, trainer)
+    begin, end = (tokenizer.token_to_id(mark) for mark in marks[:2])
+    template = processors.TemplateProcessing(
+        "<|begin|> $A <|end|>", special_tokens=[(marks[0], begin), (marks[1], end)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trims), template])
+    ours = TemplatedTokenizer(JsonCodec(tokenizer), None)
+    ids = ours.encode(text)
+    echo = EchoedPrompt(text, ids, ours, skip_special_tokens=True)
+    found = echo.offsets()
+    assert echo.text == text
+    assert (found[0], found[-1]) == (0, len(text))
+    for token_id, place in zip(ids[1:-1], found[1:-1], strict=True):
+        written = ours.token_bytes(token_id).decode(errors="ignore")
+        assert text.startswith(written, place), (written, place)
 
 
 def test_tokens_written_alike_keep_the_likeliest(sentencepiece: TemplatedTokenizer) -> None:

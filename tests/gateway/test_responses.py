@@ -10,11 +10,11 @@ from typing import Any, get_type_hints
 
 import openai
 import pytest
-from msgspec.structs import fields, replace
+from msgspec.structs import fields
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent, response_create_params
 from pydantic import BaseModel, TypeAdapter
-from support.gateway import BASE, Gateway, running, settings_in
+from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
 from loraplex.auth.caller import Caller
@@ -40,16 +40,6 @@ EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 def client(gateway: Gateway) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    settings = settings_in(tmp_path_factory.mktemp("thinking"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPLEX_TEST_ADMIN_KEY", "k")
-        with running(replace(settings, model=replace(settings.model, reasoning_parser="think")), "k") as gateway:
-            _, gateway.api_key = gateway.new_tenant("thinkers")
-            yield gateway
 
 
 def events_of(gateway: Gateway, **body: Any) -> list[Any]:

@@ -219,6 +219,14 @@ def test_forced_call_that_is_cut_short_is_told_from_its_arguments_on(form: str) 
         assert found == ([] if end <= whole.index('{"a"') else call("add", whole[whole.index('{"a"') : end]))
 
 
+@pytest.mark.parametrize("said", ["<thi", "<think>Hm", "<think>Hm.</think>\n", "<think>Hm.</think>\n<tool_"])
+def test_forced_answer_that_is_cut_short_within_its_tags_has_no_text(said: str) -> None:
+    calls = CallParser(CALL_FORMATS["hermes"], NAMES, is_forced=True)
+    speech = Speech(ReasoningParser(THINK, is_begun=False), calls)
+    found = joined([*(delta for letter in said for delta in speech.feed(letter)), *speech.finish()])
+    assert [kind for kind, _ in found] == (["Reasoning"] if "Hm" in said else [])
+
+
 def test_speech_reasons_then_speaks_then_calls() -> None:
     speech = Speech(ReasoningParser(THINK, is_begun=True), CallParser(CALL_FORMATS["hermes"], NAMES))
     said = 'Add them.</think>\n\nSum:\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
