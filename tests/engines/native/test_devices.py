@@ -84,7 +84,7 @@ def test_threads_that_read_adapters_have_the_device_of_the_base(
         core.submit(request(str(number), prompt_of(number, 4), twin, max_tokens=1))
     assert all(emission.error is None for found in run(core).values() for emission in found)
     assert len(reading) == 2
-    assert devices == dict.fromkeys(reading, [SECOND])
+    assert devices == {name: [SECOND] for name in reading}
 
 
 @pytest.mark.parametrize(
