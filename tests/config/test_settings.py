@@ -51,6 +51,10 @@ def test_reference_is_what_the_settings_say() -> None:
         (MODEL + 'device = "gpu"', "$.model.device"),
         (MODEL + 'device = "cuda:"', "$.model.device"),
         (MODEL + "[model", "loraplex.toml"),
+        (MODEL + "[server]\ncors_origins = ['https://app.example.com/']", "without a path"),
+        (MODEL + "[server]\ncors_origins = ['app.example.com']", "https://app.example.com, not 'app.example.com'"),
+        (MODEL + "[server]\ncors_origins = ['https://App.example.com']", "small letters"),
+        (MODEL + "[server]\ncors_origins = '*'", "$.server.cors_origins"),
     ],
 )
 def test_load_settings_mistake_is_named_with_the_file(tmp_path: Path, text: str, says: str) -> None:
