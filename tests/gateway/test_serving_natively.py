@@ -25,7 +25,7 @@ def begin(home: Path, port: int = 0, device: str = "cpu", **changes: Any) -> sub
     shape = home / "shape" / "config.json"
     shape.parent.mkdir(exist_ok=True)
     shape.write_text(json.dumps(SHAPE | changes))
-    path = write_config(home, port)
+    path = write_config(home, port, drain_seconds=60)
     text = path.read_text().replace('name = "echo-base"', f'name = "base"\ndevice = "{device}"')
     path.write_text(text.replace('kind = "echo"', 'kind = "native"\nnum_threads = 1\nkv_cache_bytes = 4194304'))
     return subprocess.Popen(
@@ -53,7 +53,7 @@ def test_signal_to_the_whole_group_lets_streams_finish(tmp_path: Path, number: s
         headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             wait_ready(client, process)
-            body = {"model": "base", "prompt": "w1", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+            body = {"model": "base", "prompt": "w1", "max_tokens": 1000, "ignore_eos": True, "stream": True}
             received = b""
             with client.stream("POST", "/v1/completions", json=body) as response:
                 for chunk in response.iter_bytes():
