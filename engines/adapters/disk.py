@@ -90,7 +90,7 @@ class DiskCache:
         manifest = write_manifest(workspace.files, workspace.digests, durable=self._for_good)
         if (known := self.find(manifest.id)) is not None:
             return known
-        place = self._place(manifest.id)
+        place = self.place(manifest.id)
         with flock(self._objects):  # one process at a time counts and adds, so the bound is strict
             if not place.exists():
                 self._make_room(_size(workspace.files))
@@ -104,12 +104,18 @@ class DiskCache:
             self._verified.add(manifest.id)
         return StoredObject(id=manifest.id, path=str(place), num_bytes=manifest.num_bytes)
 
+    def place(self, object_id: str) -> Path:
+        """Where an object lies if it is here. Raises AdapterNotFound for what cannot be an id."""
+        if not _ID.fullmatch(object_id):
+            raise AdapterNotFound(f"{object_id!r} is not the id of an adapter")
+        return self._objects / object_id[:2] / object_id
+
     def find(self, object_id: str) -> StoredObject | None:
         """An object, now the most recently used; None where there is none. A damaged one is removed.
 
         Its bytes are hashed once in the life of this process.
         """
-        place = self._place(object_id)
+        place = self.place(object_id)
         try:
             manifest = check(place, read_bytes=object_id not in self._verified)
         except FileNotFoundError:
@@ -125,7 +131,7 @@ class DiskCache:
     def verify(self, object_id: str) -> None:
         """Hash an object again. Raises AdapterNotFound; AdapterInvalid naming the file that changed."""
         try:
-            check(self._place(object_id), read_bytes=True)
+            check(self.place(object_id), read_bytes=True)
         except FileNotFoundError as error:
             raise AdapterNotFound(f"the disk cache does not hold {object_id}") from error
 
@@ -135,7 +141,7 @@ class DiskCache:
         with self._guard:
             descriptor, holders = self._holds.get(object_id) or (self._lock_shared(object_id), 0)
             self._holds[object_id] = descriptor, holders + 1
-        place = self._place(object_id)
+        place = self.place(object_id)
         try:
             self._touch(place)
             yield place
@@ -173,12 +179,7 @@ class DiskCache:
     def drop(self, object_id: str) -> bool:
         """Remove an object unless someone holds it; whether it is gone."""
         with flock(self._objects):
-            return not self._place(object_id).exists() or self._evict(object_id)
-
-    def _place(self, object_id: str) -> Path:
-        if not _ID.fullmatch(object_id):
-            raise AdapterNotFound(f"{object_id!r} is not the id of an adapter")
-        return self._objects / object_id[:2] / object_id
+            return not self.place(object_id).exists() or self._evict(object_id)
 
     def _look(self) -> dict[str, int]:
         """id -> bytes on disk of every object. There may be thousands, so only those that are new are measured."""
@@ -197,7 +198,7 @@ class DiskCache:
         found = []
         for object_id, size in self._look().items():
             with suppress(FileNotFoundError):
-                found.append((self._place(object_id).stat().st_mtime_ns, object_id, size))
+                found.append((self.place(object_id).stat().st_mtime_ns, object_id, size))
         return sorted(found)
 
     def _make_room(self, num_bytes: int) -> None:
@@ -219,7 +220,7 @@ class DiskCache:
 
     def _evict(self, object_id: str) -> bool:
         """Remove an object unless someone holds it."""
-        place = self._place(object_id)
+        place = self.place(object_id)
         descriptor = try_flock(place, exclusive=True)
         if descriptor is None:
             return False
@@ -250,7 +251,7 @@ class DiskCache:
             self._verified.discard(place.name)
 
     def _lock_shared(self, object_id: str) -> int:
-        place = self._place(object_id)
+        place = self.place(object_id)
         descriptor = try_flock(place, exclusive=False)
         if descriptor is None:
             raise AdapterNotFound(f"the disk cache does not hold {object_id}")
@@ -276,7 +277,7 @@ class DiskCache:
         for ref in self._refs.iterdir():
             with suppress(FileNotFoundError):
                 object_id = ref.read_text()
-                if not _ID.fullmatch(object_id) or not self._place(object_id).is_dir():
+                if not _ID.fullmatch(object_id) or not self.place(object_id).is_dir():
                     ref.unlink()
 
     def _touch(self, place: Path) -> None:

@@ -157,6 +157,10 @@ class AdapterStore:
         fetched = await self._flights.join((_MERGED, recipe.id), functools.partial(self._fly_merge, recipe))
         return _stored(fetched.stored, name, _MERGED, fetched.revision)
 
+    def place(self, adapter_id: str) -> Path:
+        """Where an adapter's files lie on this machine, if they are here."""
+        return self._disk.place(adapter_id)
+
     @contextmanager
     def hold(self, adapter: Adapter) -> Iterator[Path]:
         """Keep an adapter's files from eviction, now the most recently used.

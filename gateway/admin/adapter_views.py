@@ -78,7 +78,7 @@ def view_of(entry: Registered, catalogue: Catalogue, residency: Mapping[str, Ada
         created_at=entry.created_at,
         card=shown.card,
         notes=shown.notes,
-        tier=found.tier if found is not None else "disk" if shown.path else "remote",
+        tier=found.tier if found is not None else "disk" if shown.adapter_id else "remote",
         pinned=entry.pinned,
         num_requests=catalogue.num_requests(entry, residency),
         last_used_at=catalogue.last_used_at(entry),
