@@ -58,18 +58,19 @@ class DiskCache:
         self._on_evict = on_evict
         self._for_good = for_good
         self._objects, self._staging, self._refs = root / "objects", root / "staging", root / "refs"
+        self._directories = (root, self._objects, self._staging, self._refs)
         self._max_bytes = max_bytes
         self._guard = threading.Lock()
         self._holds: dict[str, tuple[int, int]] = {}  # id -> (descriptor with the shared lock, holders)
         self._verified: set[str] = set()
         self._sizes: dict[str, int] = {}  # of those seen at the last look: an object never changes
-        for directory in (self._objects, self._staging, self._refs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directories()
         self._sweep()
 
     @contextmanager
     def stage(self) -> Iterator[Workspace]:
         """Two empty directories on the cache's file system, gone afterwards."""
+        self._make_directories()  # someone may have emptied the cache
         path, descriptor = self._claim()
         try:
             workspace = Workspace(files=path / "files", scratch=path / "scratch")
@@ -181,10 +182,14 @@ class DiskCache:
         with flock(self._objects):
             return not self.place(object_id).exists() or self._evict(object_id)
 
+    def _make_directories(self) -> None:
+        for directory in self._directories:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def _look(self) -> dict[str, int]:
         """id -> bytes on disk of every object. There may be thousands, so only those that are new are measured."""
         known, found = self._sizes, {}
-        for shelf in os.listdir(self._objects):
+        for shelf in os.listdir(self._objects) if self._objects.exists() else ():
             with suppress(FileNotFoundError, NotADirectoryError):
                 for name in os.listdir(self._objects / shelf):
                     with suppress(FileNotFoundError, NotADirectoryError):  # another process evicts

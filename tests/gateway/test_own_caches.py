@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,3 +51,17 @@ def test_adapter_is_served_out_of_another_cache_than_it_was_registered_in(
             assert admin.post("/admin/v1/adapters/shout/pin").is_success
         if is_at_once:
             assert ask(first, key) == answer
+
+
+def test_adapter_is_fetched_again_into_a_cache_that_was_emptied_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", ADMIN_KEY)
+    source = write_adapter(tmp_path / "local" / "shout")
+    with gateway_with(tmp_path, "cache") as gateway, gateway.admin() as admin:
+        _, key = gateway.new_tenant("acme")
+        assert admin.post("/admin/v1/adapters", json={"name": "shout", "source": str(source)}).is_success
+        answer = ask(gateway, key)
+        shutil.rmtree(tmp_path / "cache")
+        assert admin.get("/metrics").is_success
+        assert ask(gateway, key) == answer
