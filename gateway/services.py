@@ -73,7 +73,11 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
         database = await open_database(settings.database.url)
     except (SQLAlchemyError, OSError, ImportError) as error:
         raise CannotOpen(f"database.url: {getattr(error, 'orig', None) or error}") from error
-    store = AdapterStore(settings.adapters)
+    try:
+        store = AdapterStore(settings.adapters)
+    except OSError as error:
+        await database.dispose()
+        raise CannotOpen(str(error)) from error
     try:
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))
         made = await tenants.bootstrap_admin(environment(settings.auth.admin_key_env))

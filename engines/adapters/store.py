@@ -85,14 +85,17 @@ class AdapterStore:
     """Fetches adapters into the disk cache. One event loop; several processes may share `settings.cache_dir`."""
 
     def __init__(self, settings: Adapters, *, retries: Retries = DEFAULT_RETRIES) -> None:
+        """Raises OSError, naming the setting, where a directory cannot be made."""
         self._settings = settings
         self._retries = retries
-        self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
+        with _naming("adapters.cache_dir"):
+            place = Path(settings.cache_dir).expanduser().absolute()
+            self._disk = DiskCache(place, settings.disk_bytes, self._count_eviction)
+        with _naming("adapters.upload_dir"):
+            self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
         self._sources = Sources(settings, self._uploads)
         self._figures = TierFigures("disk", settings.max_names_in_figures)
         self._names: OrderedDict[str, str] = OrderedDict()  # of the adapters served last, for the figures
-        place = Path(settings.cache_dir).expanduser().absolute()
-        self._disk = DiskCache(place, settings.disk_bytes, self._count_eviction)
         self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
         self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
         self._is_closed = False
@@ -278,6 +281,14 @@ class AdapterStore:
             stored = self._disk.commit(workspace)
             self._disk.remember(_MERGED, recipe.id, stored.id, workspace)
         return _Fetched(stored, recipe.id)
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{setting}: {error}") from error
 
 
 def _upload_dir(settings: Adapters) -> Path:

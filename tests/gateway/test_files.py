@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 from sqlalchemy.ext.asyncio import AsyncEngine
-from support.gateway import Gateway
+from support.gateway import Gateway, running, settings_in
 from support.problems import assert_problem
 from support.services import own_postgres_database
 
@@ -166,6 +168,44 @@ def test_tenants_files_have_a_bound_together(gateway: Gateway) -> None:
         assert upload(gateway, *full, key=key).status_code == 200
 
 
+@pytest.mark.parametrize("num_bytes", [2**19 + 1, 2**22], ids=["told-at-the-end", "told-while-it-comes"])
+def test_upload_that_the_disk_has_no_room_for_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "an-admin-key-of-the-tests")
+    settings = settings_in(tmp_path)
+    files = msgspec.structs.replace(settings.files, max_file_bytes=2**23, max_tenant_bytes=2**24)
+    with running(msgspec.structs.replace(settings, files=files), "an-admin-key-of-the-tests") as gateway:
+        tenant, key = gateway.new_tenant("large")
+        content = b"x" * num_bytes
+        with largest_file(2**19), OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+            with pytest.raises(APIStatusError) as refused:
+                client.files.create(file=("a", content), purpose="batch")
+            assert (refused.value.status_code, refused.value.code) == (413, "storage_full")
+            assert list((tmp_path / "files" / tenant).iterdir()) == []
+        with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+            assert client.files.create(file=("a", content), purpose="batch").bytes == num_bytes
+
+
+async def test_draft_that_cannot_be_made_is_told(database: AsyncEngine, tmp_path: Path) -> None:
+    store = FileStore(database, FileSettings(directory=str(tmp_path / "files")))
+    (tmp_path / "files" / "t1").write_bytes(b"")
+    with pytest.raises(StorageFull, match="cannot store the file"):
+        await store.open_draft("t1")
+
+
+async def test_files_are_their_servers_alone(database: AsyncEngine, tmp_path: Path) -> None:
+    tenant = (await Tenants(database, b"pepper").create_tenant("t")).id
+    store = FileStore(database, FileSettings(directory=str(tmp_path / "files")))
+    draft = await store.open_draft(tenant)
+    await draft.write(b"x")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "files" / tenant).iterdir()}
+    kept = await store.keep(draft, tenant, "x", "batch", None)
+    await draft.close()
+    assert modes == {store.path(tenant, kept.id).stat().st_mode & 0o777} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "files", tmp_path / "files" / tenant)} == {0o700}
+
+
 async def test_drafts_that_are_open_at_the_same_time_have_the_bound_together(
     database: AsyncEngine, tmp_path: Path
 ) -> None:
@@ -249,6 +289,17 @@ def test_sweep_removes_bytes_that_no_file_has(gateway: Gateway, client: OpenAI) 
 
 def drafts(gateway: Gateway) -> Iterator[Path]:
     return gateway.services.files.path(gateway.tenant_id, "x").parent.glob("draft-*")
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """This process may write no larger ones: its kernel says so as it says that a disk is full, in the same places."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def until(condition: Any, seconds: float = 5.0) -> None:
