@@ -27,7 +27,13 @@ import msgspec
 from loraplex.engines.adapters.locks import flock, try_flock
 from loraplex.engines.adapters.manifest import check, sync, write_manifest
 from loraplex.engines.adapters.sources.base import Workspace
-from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge, DiskCacheFull
+from loraplex.engines.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterSourceUnavailable,
+    AdapterTooLarge,
+    DiskCacheFull,
+)
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -289,6 +295,15 @@ class DiskCache:
         now = time.time_ns()
         with suppress(FileNotFoundError):
             os.utime(place, ns=(now, now))
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """A disk that is full, or refuses otherwise, is AdapterSourceUnavailable: a later try may find it emptier."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterSourceUnavailable(f"{what} cannot be written: {error.strerror}") from error
 
 
 def _ref(source: str, revision: str) -> str:

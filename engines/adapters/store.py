@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex.config.settings import Adapters
-from loraplex.engines.adapters.disk import DiskCache, StoredObject
+from loraplex.engines.adapters.disk import DiskCache, StoredObject, writing
 from loraplex.engines.adapters.flights import SingleFlight
 from loraplex.engines.adapters.merging import merge_in_process
 from loraplex.engines.adapters.recipe import MergeRecipe
@@ -139,7 +139,9 @@ class AdapterStore:
     @contextmanager
     def receive(self) -> Iterator[Upload]:
         """An upload, of which nothing stays unless it is kept. Blocks."""
-        with self._uploads.stage() as workspace:
+        with ExitStack() as stack:
+            with writing("the upload"):
+                workspace = stack.enter_context(self._uploads.stage())
             upload = Upload(self._uploads, workspace, self._settings.max_bytes)
             try:
                 yield upload
@@ -228,24 +230,21 @@ class AdapterStore:
     def _fetch(self, source: Source, address: Address, token: str | None, transfer: Transfer) -> _Fetched:
         """Attempts in one workspace, so that each resumes what the last one left."""
         last: Listing | None = None
-        try:
-            with self._disk.stage() as workspace:
-                for attempt in itertools.count(1):
-                    transfer.check()
-                    try:
-                        listing = source.list(address, token, transfer)
-                        check_sizes(listing.files, self._settings.max_bytes)
-                        if last not in (None, listing):
-                            _empty(workspace)
-                        last = listing
-                        return self._bring(source, address, listing, token, workspace, transfer)
-                    except AdapterSourceUnavailable as error:
-                        if attempt == self._retries.num_attempts:
-                            raise
-                        _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
-                    transfer.sleep(self._retries.pause_seconds(attempt))
-        except OSError as error:
-            raise AdapterSourceUnavailable(f"the disk cache cannot be written: {error.strerror}") from error
+        with writing("the disk cache"), self._disk.stage() as workspace:
+            for attempt in itertools.count(1):
+                transfer.check()
+                try:
+                    listing = source.list(address, token, transfer)
+                    check_sizes(listing.files, self._settings.max_bytes)
+                    if last not in (None, listing):
+                        _empty(workspace)
+                    last = listing
+                    return self._bring(source, address, listing, token, workspace, transfer)
+                except AdapterSourceUnavailable as error:
+                    if attempt == self._retries.num_attempts:
+                        raise
+                    _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
+                transfer.sleep(self._retries.pause_seconds(attempt))
         raise TransferStopped
 
     def _bring(

@@ -198,7 +198,8 @@ class Draft:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._home = home
         self._path = home / f"draft-{secrets.token_hex(12)}"
-        self._file = open(self._path, "xb", buffering=_CHUNK, opener=_for_its_owner)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(descriptor, "wb", buffering=_CHUNK)
         self._room = room
         self._arriving = arriving
         self.num_bytes = 0
@@ -232,10 +233,6 @@ class Draft:
         with suppress(OSError):  # what a full disk refused, it refuses once more
             self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-def _for_its_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 @contextmanager

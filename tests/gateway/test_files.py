@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import pytest_asyncio
 from openai import APIStatusError, OpenAI
 from sqlalchemy.ext.asyncio import AsyncEngine
+from support.full_disk import largest_file
 from support.gateway import Gateway, running, settings_in
 from support.problems import assert_problem
 from support.services import own_postgres_database
@@ -289,17 +289,6 @@ def test_sweep_removes_bytes_that_no_file_has(gateway: Gateway, client: OpenAI) 
 
 def drafts(gateway: Gateway) -> Iterator[Path]:
     return gateway.services.files.path(gateway.tenant_id, "x").parent.glob("draft-*")
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """This process may write no larger ones: its kernel says so as it says that a disk is full, in the same places."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def until(condition: Any, seconds: float = 5.0) -> None:
