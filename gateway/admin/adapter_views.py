@@ -57,7 +57,11 @@ class AdapterView(Struct, kw_only=True):
 
 
 class AdapterList(Struct):
+    """`last_id`, given as `after`, leads to the next page while there `has_more`."""
+
     data: list[AdapterView]
+    has_more: bool
+    last_id: str | None
 
 
 def view_of(entry: Registered, catalogue: Catalogue, residency: Mapping[str, AdapterResidency]) -> AdapterView:
