@@ -27,10 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from loraplex.engines.native.cpu_sampler import pick_by_kernel
-from loraplex.engines.native.sampler import Row, pick_by_sorting
 from loraplex.engines.pages import in_large_pages
-from loraplex.engines.protocol import SamplingParams
 from loraplex.kernels.attention import cpu_rotary, rotary
 from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.cpu_decode import DecodeRows
@@ -255,6 +252,11 @@ def fused_cpu_elementwise(shape: Shape, device: torch.device) -> list[Case]:
 
 def fused_cpu_draw(shape: Shape, device: torch.device) -> list[Case]:
     """Beside the forms of torch, which sort."""
+    # A machine that is there for its GPU alone lacks msgspec, which these are made with.
+    from loraplex.engines.native.cpu_sampler import pick_by_kernel
+    from loraplex.engines.native.sampler import Row, pick_by_sorting
+    from loraplex.engines.protocol import SamplingParams
+
     cases = []
     controls: dict[str, dict[str, Any]] = {
         "likeliest": {"temperature": 0.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 MebibyteAtLeast = Annotated[int, msgspec.Meta(ge=2**20)]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 DEFAULT_DEVICE_BYTES = 2**30
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 
 
 class SettingsError(ValueError):
@@ -32,6 +34,14 @@ class Server(_Section, frozen=True):
     trusted_proxies: Annotated[
         tuple[str, ...], Help(description="Addresses of proxies whose X-Forwarded-For names the client.")
     ] = ()
+    # Any, as LoRAX and vLLM have it: a browser sends no key by itself, so a page can do what the key it was given can.
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Help(
+            description="Origins whose pages may call the server from a browser, such as `https://app.example.com`; "
+            "`*` for any. Admin routes and metrics answer none. Empty: no CORS headers, for a proxy that sets its own."
+        ),
+    ] = ("*",)
     open_metrics: Annotated[bool, Help(description="Serve /metrics without an admin key.")] = False
     max_body_bytes: Annotated[int, Help(ge=1024, description="Largest request body accepted.")] = 16 * 2**20
     max_header_bytes: Annotated[
@@ -43,6 +53,14 @@ class Server(_Section, frozen=True):
     body_timeout_seconds: Annotated[
         float, Help(gt=0, description="How long a client that sends less than 16 KiB/s may take over a body.")
     ] = 60.0
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"`cors_origins` are `*` or written as browsers send them, in small letters and without a path: "
+                    f"https://app.example.com, not {origin!r}"
+                )
 
 
 class Model(_Section, frozen=True):

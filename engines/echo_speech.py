@@ -56,8 +56,8 @@ class Speech:
     """What one request is answered with, and how far it is said."""
 
     __slots__ = (
-        "_limit", "_num_logprobs", "_pending", "_request", "_request_id", "_tokens", "deaths", "fails", "is_faulty",
-        "is_left", "is_over", "is_slow", "mailbox", "num_said",
+        "_limit", "_met", "_num_logprobs", "_pending", "_request", "_request_id", "_tokens", "deaths", "fails",
+        "is_faulty", "is_left", "is_over", "is_slow", "mailbox", "num_said",
     )  # fmt: skip
 
     def __init__(self, request: GenerateRequest, room: int, mailbox: Mailbox, deaths: int) -> None:
@@ -73,7 +73,7 @@ class Speech:
         self._request = request
         self._request_id = request.request_id
         self._num_logprobs = request.sampling.num_logprobs
-        self._tokens = _answer(request, prompt)
+        self._tokens, self._met = _answer(request, prompt)
         self._limit = min(request.sampling.max_tokens, room)
         self._pending = b""  # of a character that is not complete
 
@@ -93,20 +93,21 @@ class Speech:
             text=text,
             step=step,
             finish_reason=finish,
+            stop_reason=self._met if token == EOS else None,
             is_end=token == EOS,
             logprobs=() if self._num_logprobs is None else _certainty(self._num_logprobs, token),
             prompt_logprobs=_prompt_certainty(self._request) if self.num_said == 1 else (),
         )
 
 
-def _answer(request: GenerateRequest, prompt: str) -> tuple[int, ...]:
-    """The tokens of the whole answer, however few are asked for."""
+def _answer(request: GenerateRequest, prompt: str) -> tuple[tuple[int, ...], str | None]:
+    """The tokens of the whole answer, however few are asked for, and the stop string that ends it."""
     whole = f"{composed(request)}: {prompt}" if request.parts else prompt
     sampling = request.sampling
     stops = StopStrings(sampling.stop, includes_stop=sampling.includes_stop)
     exempt = whole.encode()[: sampling.min_tokens].decode(errors="ignore")
     said = stops.feed(exempt, may_stop=False) + stops.feed(whole[len(exempt) :]) + stops.finish()
-    return (*said.encode(), EOS)
+    return (*said.encode(), EOS), stops.met
 
 
 def composed(request: GenerateRequest) -> str:

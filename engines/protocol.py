@@ -7,7 +7,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -15,6 +15,7 @@ from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer_protocol import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+StopReason: TypeAlias = str | int | None  # the stop string, or the id of the stop token, that a request named itself
 Variant = Literal["lora", "rslora", "dora"]
 Pooling = Literal["mean", "last", "cls"]
 HealthState = Literal["starting", "ready", "restarting", "draining", "failed"]
@@ -94,7 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `num_logprobs` asks for each token's log-probability under the model's own distribution, before any control, and
     for those of that many likeliest tokens beside it; None asks for nothing.
     `num_prompt_logprobs` asks the same for the tokens of the prompt. `grammar` admits only tokens that continue a text
-    of that form; `bad_words_ids` are token sequences that never appear in the answer.
+    of that form; `bad_words_ids` are token sequences that never appear in the answer; `allowed_token_ids`, where there
+    are any, are all that may.
     With `seed`, the same request draws the same tokens whatever shares its batch.
     `stop` strings and `stop_token_ids` end generation behind the first `min_tokens`, and are no part of the text unless
     it `includes_stop`. Special tokens leave no text unless `skip_special_tokens` is off.
@@ -114,6 +116,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -197,10 +200,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     `text` is what these tokens add to the answer: whole UTF-8 characters, stop strings removed; it may be empty
     while a character or a possible stop string is incomplete: `num_held` characters of the text so far wait for what
     follows. `token_ids` counts every token generated, the one that `is_end` included: it ended the answer, and what
-    text comes with it was held back before. `step` is the number of the engine step that made the last of them.
-    `num_cached_tokens` of the prompt came from the prefix cache; `queue_seconds` passed until a step took the request
-    up. `logprobs`, if asked for, has one entry a token; `prompt_logprobs`, on a request's first event, one a token of
-    the prompt, None for its first.
+    text comes with it was held back before. `stop_reason` is what ended it, where the request named that. `step` is the
+    number of the engine step that made the last of them. `num_cached_tokens` of the prompt came from the prefix cache;
+    `queue_seconds` passed until a step took the request up. `logprobs`, if asked for, has one entry a token;
+    `prompt_logprobs`, on a request's first event, one a token of the prompt, None for its first.
     """
 
     request_id: str
@@ -208,6 +211,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     step: int
     finish_reason: FinishReason | None = None
+    stop_reason: StopReason = None
     is_end: bool = False
     num_held: int = 0
     num_cached_tokens: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """`feed` each piece, then `finish`. After `is_stopped` the text is complete: a stop string was met."""
+    """`feed` each piece, then `finish`. After `is_stopped` the text is complete: a stop string was `met`."""
 
     def __init__(self, stops: Sequence[str], *, includes_stop: bool = False) -> None:
         """The text ends before the stop string, or with it where it `includes_stop`."""
@@ -14,7 +14,11 @@ class StopStrings:
         self._includes_stop = includes_stop
         self._held = ""
         self._num_exempt = 0  # of the held characters; no stop string ends among them
-        self.is_stopped = False
+        self.met: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.met is not None
 
     @property
     def num_held(self) -> int:
@@ -26,12 +30,11 @@ class StopStrings:
         held = self._held + text
         if not may_stop:
             self._num_exempt = len(held)
-        found = [(at, len(stop)) for stop in self._stops
+        found = [(at, len(stop), stop) for stop in self._stops
                  if (at := held.find(stop, max(self._num_exempt - len(stop) + 1, 0))) >= 0]  # fmt: skip
         if found:
-            self.is_stopped = True
             self._held = ""
-            at, length = min(found)
+            at, length, self.met = min(found)
             return held[: at + length * self._includes_stop]
         certain = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[certain:]

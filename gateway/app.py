@@ -17,6 +17,7 @@ from loraplex.gateway.admin.secrets import secret_routes
 from loraplex.gateway.admin.tenants import tenant_routes
 from loraplex.gateway.admin.usage import usage_routes
 from loraplex.gateway.batches.runner import BatchRunner
+from loraplex.gateway.cors import allow_origins
 from loraplex.gateway.embedder import Embedder
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.idempotency import answer_once
@@ -45,7 +46,8 @@ from loraplex.gateway.vllm.tokens import token_routes
 def create_app(settings: Settings, services: Services, batch_runner: BatchRunner) -> ASGIApp:
     """The server. Starting and stopping what it stands on is the caller's part."""
     once = answer_once(create_routes(settings, services, batch_runner), services.tenants, settings)
-    return identify_requests(once)  # outside Litestar, so that a request that finds no route has an id as well
+    # outside Litestar, so that what finds no route or has no key is told as well who it was and which pages may read it
+    return identify_requests(allow_origins(once, settings.server.cors_origins))
 
 
 def create_routes(settings: Settings, services: Services, batch_runner: BatchRunner) -> Litestar:
@@ -65,13 +67,13 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
         route_handlers=[
             *health_routes(engine),
             *metric_routes(metrics, engine, services.store, is_open=settings.server.open_metrics),
-            *chat_routes(engine, catalogue, answers, settings.model),
-            *completion_routes(engine, catalogue, answers),
-            *response_routes(engine, catalogue, answers, services.responses, settings.model),
+            *chat_routes(engine, adapters, answers, settings.model),
+            *completion_routes(engine, adapters, answers),
+            *response_routes(engine, adapters, answers, services.responses, settings.model),
             *model_routes(catalogue, engine, started_at=int(time.time())),
-            *lorax_routes(settings, engine, catalogue, adapters, answers, embedder),
-            *embedding_routes(engine, catalogue, embedder),
-            *token_routes(engine, catalogue, settings.model),
+            *lorax_routes(settings, engine, adapters, answers, embedder),
+            *embedding_routes(engine, adapters, embedder),
+            *token_routes(engine, adapters, settings.model),
             *vllm_adapter_routes(catalogue, tenants),
             *file_routes(services.files),
             *batch_routes(services.batches, batch_runner.notice),

@@ -19,9 +19,24 @@ def new_request_id() -> bytes:
     return f"req_{secrets.token_hex(12)}".encode()
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a client may call its request so."""
+    return text.isascii() and _ID.fullmatch(text.encode()) is not None
+
+
 def request_id_of(request: Request[Any, Any, Any]) -> str:
     """What the response's `x-request-id` says, for the log."""
-    return str(request.scope.get("request_id", "-"))
+    return request_id_in(request.scope)
+
+
+def request_id_in(scope: Scope) -> str:
+    """The same, where there is a scope alone."""
+    return str(scope.get("request_id", "-"))
+
+
+def name_request(request: Request[Any, Any, Any], request_id: str) -> None:
+    """The client's own name for it, from within its body."""
+    request.scope["request_id"] = request_id  # type: ignore[typeddict-unknown-key]
 
 
 def tell_limits(request: Request[Any, Any, Any], headers: Callable[[], Headers]) -> None:
@@ -31,8 +46,12 @@ def tell_limits(request: Request[Any, Any, Any], headers: Callable[[], Headers])
 
 def tell(request: Request[Any, Any, Any], headers: Headers) -> None:
     """These headers join the response too."""
-    told: Headers = request.scope.setdefault("told_headers", [])  # type: ignore[typeddict-item]
-    told.extend(headers)
+    tell_with(request.scope, headers)
+
+
+def tell_with(scope: Any, headers: Headers) -> None:
+    """The same, where there is a scope alone."""
+    scope.setdefault("told_headers", []).extend(headers)
 
 
 def before_answer(scope: Scope, do: Callable[[int], Awaitable[None]]) -> None:
@@ -63,7 +82,7 @@ def identify_requests(app: ASGIApp) -> ASGIApp:
                 if do is not None:
                     await do(message["status"])
                 took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
-                own = [(b"x-request-id", request_id), (b"openai-processing-ms", took)]
+                own = [(b"x-request-id", request_id_in(scope).encode()), (b"openai-processing-ms", took)]
                 limits: Callable[[], Headers] = scope.get("limit_headers", list)  # type: ignore[assignment]
                 told: Headers = scope.get("told_headers", [])  # type: ignore[assignment]
                 message["headers"] = [*message["headers"], *own, *limits(), *told]

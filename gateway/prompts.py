@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -57,7 +58,9 @@ async def chat_requests(
     prompt = await apart(dialogue.encode, is_long=dialogue.is_long)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    limit = _limit(len(prompt), "messages", wanted, field, engine.info().max_model_len)
+    max_model_len = engine.info().max_model_len
+    prompt = last_of(prompt, body.truncate_prompt_tokens, max_model_len - (wanted or 1))
+    limit = _limit(len(prompt), "messages", wanted, field, max_model_len)
     made = _choices(body, [(prompt, limit)], completion_id, route, caller, engine, dialogue.tokenizer)
     return dialogue.hold(made)
 
@@ -69,17 +72,20 @@ async def completion_requests(
     route: Route,
     caller: Caller,
     engine: Engine,
+    *,
+    add_special_tokens: bool = True,
 ) -> list[GenerateRequest]:
-    """`n` requests for each prompt.
+    """`n` requests for each prompt; texts get the tokens that the tokenizer adds, unless `add_special_tokens` is off.
 
     Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
     """
     tokenizer = await tokenizer_for(route, engine)
-    prompts = await prompts_of(prompt, tokenizer, engine, "prompt")
+    prompts = await prompts_of(prompt, tokenizer, engine, "prompt", add_special_tokens=add_special_tokens)
     info = engine.info()
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     wanted = _either(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+    prompts = [last_of(tokens, body.truncate_prompt_tokens, info.max_model_len - (wanted or 1)) for tokens in prompts]
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
     return _choices(body, limited, completion_id, route, caller, engine, tokenizer)
 
@@ -94,7 +100,12 @@ async def tokenizer_for(route: Route, engine: Engine) -> Tokenizer:
 
 
 async def prompts_of(
-    said: str | list[str | int | list[int]], tokenizer: Tokenizer, engine: Engine, field: str
+    said: str | list[str | int | list[int]],
+    tokenizer: Tokenizer,
+    engine: Engine,
+    field: str,
+    *,
+    add_special_tokens: bool = True,
 ) -> list[list[int]]:
     """The token ids of each prompt that the field says. Raises MalformedRequest, naming it, or EngineUnavailable."""
     require_ready(engine)
@@ -104,7 +115,15 @@ async def prompts_of(
     if length <= LONG_TEXT and not isinstance(said, str):
         length = sum(1 if isinstance(part, int) else len(part) for part in said)
     vocab_size = engine.info().vocab_size
-    return await apart(lambda: _prompt_tokens(said, tokenizer, vocab_size, field), is_long=length > LONG_TEXT)
+    encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
+    return await apart(lambda: _prompt_tokens(said, encode, vocab_size, field), is_long=length > LONG_TEXT)
+
+
+def last_of(tokens: list[int], most: int | None, room: int) -> list[int]:
+    """So many of a prompt's tokens, of -1 what there is room for; None keeps all."""
+    if most is None:
+        return tokens
+    return tokens[-(max(room, 1) if most == -1 else most) :]
 
 
 async def apart(work: Callable[[], T], *, is_long: bool) -> T:
@@ -113,16 +132,16 @@ async def apart(work: Callable[[], T], *, is_long: bool) -> T:
 
 
 def _prompt_tokens(
-    prompt: str | list[str | int | list[int]], tokenizer: Tokenizer, vocab_size: int, field: str
+    prompt: str | list[str | int | list[int]], encode: Callable[[str], list[int]], vocab_size: int, field: str
 ) -> list[list[int]]:
     if isinstance(prompt, str):
-        prompts: list[list[int]] = [tokenizer.encode(prompt)]
+        prompts: list[list[int]] = [encode(prompt)]
     elif prompt and all(isinstance(part, int) for part in prompt):
         prompts = [[part for part in prompt if isinstance(part, int)]]
     else:
         if any(isinstance(part, int) for part in prompt):
             raise MalformedRequest("It is a text, a list of texts, token ids, or a list of lists of them.", field)
-        prompts = [tokenizer.encode(part) if isinstance(part, str) else list(part) for part in prompt
+        prompts = [encode(part) if isinstance(part, str) else list(part) for part in prompt
                    if not isinstance(part, int)]  # fmt: skip
     if not prompts or not all(prompts):
         raise MalformedRequest("A prompt must not be empty.", field)
@@ -191,6 +210,9 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
     stop_token_ids = body.stop_token_ids or []
     if not all(0 <= token < vocab_size for token in stop_token_ids):
         raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "stop_token_ids")
+    allowed = body.allowed_token_ids or []
+    if not all(0 <= token < vocab_size for token in allowed):
+        raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "allowed_token_ids")
     bias = body.logit_bias or {}
     if not all(_TOKEN_ID.fullmatch(token) and int(token) < vocab_size for token in bias):
         raise MalformedRequest(f"Its keys are token ids, from 0 to {vocab_size - 1}.", "logit_bias")
@@ -198,11 +220,12 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
     if min_tokens > max_tokens:
         raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
     form, defaults = body.form(), engine.info().sampling_defaults
+    top_k = min(max(_either(body.top_k, defaults.top_k), 0), vocab_size)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_either(body.temperature, defaults.temperature),
-        top_p=_either(body.top_p, defaults.top_p),
-        top_k=min(max(_either(body.top_k, defaults.top_k), 0), vocab_size),
+        top_p=_either(body.top_p, defaults.top_p) or 1.0,
+        top_k=1 if body.top_p == 0 else top_k,  # the likeliest token, which is all that a share of 0 leaves
         min_p=_either(body.min_p, defaults.min_p),
         typical_p=_either(body.typical_p, defaults.typical_p),
         repetition_penalty=_either(body.repetition_penalty, defaults.repetition_penalty),
@@ -212,12 +235,13 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
         num_logprobs=body.num_logprobs(),
         num_prompt_logprobs=body.num_prompt_logprobs(),
         grammar=form[1] if form else None,
+        allowed_token_ids=tuple(allowed),
         bad_words_ids=_words(body.bad_words or [], tokenizer),
         seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(stop_token_ids),
         includes_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
+        ignore_eos=bool(body.ignore_eos or body.ignore_eos_token),
         min_tokens=min_tokens,
         skip_special_tokens=body.skip_special_tokens is not False,
     )

@@ -1,4 +1,4 @@
-"""Adapters that a request names itself, registered or not: LoRAX's `adapter_id`, `adapter_source` and merges.
+"""Adapters that a request names itself, registered or not: LoRAX's `adapter_id` and merges, and OpenAI's `model`.
 
 A name of the catalogue is the catalogue's. Anything else is fetched only from sources that the tenant's limits name
 (`request_adapters`), and what one tenant's token opened is kept for that tenant alone.
@@ -70,6 +70,19 @@ class RequestAdapters:
         self._trust_seconds = trust_seconds
         self._known: OrderedDict[tuple[str, str, str], tuple[float, Adapter]] = OrderedDict()
 
+    @property
+    def base(self) -> str:
+        """The name of what is served without an adapter."""
+        return self._catalogue.base
+
+    def label(self, name: str, caller: Caller) -> str:
+        """What metrics and books call it: by a name of the catalogue, or as what kind of adapter it is."""
+        return name if self._catalogue.source_of(name, caller) is not None else "request-adapter"
+
+    def composed(self, parts: tuple[WeightedAdapter, ...]) -> Route:
+        """The base with the weighted sum of what these adapters add."""
+        return self._catalogue.composed(parts)
+
     async def route(
         self,
         caller: Caller,
@@ -133,7 +146,7 @@ class RequestAdapters:
         if self._is_registered(caller, adapter_id, kind):
             return await self._catalogue.route(adapter_id, caller, user=user)
         patterns = caller.policy.request_adapters
-        if not patterns and kind is None:
+        if kind is None and not (patterns and _may_be_address(adapter_id)):
             raise ModelNotFound(f"The model {adapter_id!r} does not exist or you do not have access to it.", "model")
         if not caller.policy.may_use(adapter_id):
             raise ModelNotAllowed(f"This key may not use the model {adapter_id!r}.", "model")
@@ -158,7 +171,7 @@ class RequestAdapters:
             return known[1]
         if token is None and not address.startswith("https:"):
             token = await self._catalogue.token_for(caller.tenant_id, address)
-        stored = await self._catalogue.store.fetch(uri, adapter_id, token=token)
+        stored = await self._catalogue.store.fetch(uri, without_query(adapter_id), token=token)
         self._known[key] = time.monotonic() + self._trust_seconds, stored.adapter
         self._known.move_to_end(key)
         if len(self._known) > _MAX_KNOWN:
@@ -172,6 +185,16 @@ class RequestAdapters:
         except AdapterSourceForbidden:
             return None
         return None if address.startswith("upload:") or not caller.policy.may_fetch(address) else address
+
+
+def without_query(name: str) -> str:
+    """As it may be told and kept: what stands behind an address's `?` may be its signature. No name has any."""
+    return name.partition("?")[0]
+
+
+def _may_be_address(adapter_id: str) -> bool:
+    """A path, an address with its scheme, or the hub's `organisation/name`."""
+    return adapter_id.startswith("/") or "://" in adapter_id or adapter_id.partition("@")[0].count("/") == 1
 
 
 def _uri(adapter_id: str, kind: str | None) -> str:

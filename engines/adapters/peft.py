@@ -193,11 +193,16 @@ def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
 
 
 def _read_gain(gain: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Pieces[None]:
-    """gain = m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out]."""
-    for rows in pieces.slices(weight):
-        norm = torch.linalg.norm(weight[rows].float() + scale * (b[rows].float() @ a.float()), dim=1)
-        gain[rows].copy_(magnitude[rows] / norm)
-        yield
+    """gain = m / ‖W + scale·B·A‖ per output feature (DoRA, arXiv 2402.09353, eq. 5), in float32. Shape [out].
+
+    W may lie on a device, all else is in host memory: a batch of rows is fetched at a time, as each waits for the step.
+    """
+    for batch in pieces.slices(weight, pieces.BATCH):
+        here = weight[batch].cpu()
+        for rows in pieces.slices(here):
+            norm = torch.linalg.norm(here[rows].float() + scale * (b[batch][rows].float() @ a.float()), dim=1)
+            gain[batch][rows].copy_(magnitude[batch][rows] / norm)
+            yield
 
 
 def _weights(adapter: Adapter) -> Path:

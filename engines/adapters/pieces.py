@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 Pieces = Generator[None, None, Result]
 
 
-def slices(tensor: Tensor) -> Iterator[slice]:
-    """Of a tensor's rows, a piece each."""
+def slices(tensor: Tensor, numel: int | None = None) -> Iterator[slice]:
+    """Of a tensor's rows, a piece each, or so many elements."""
     num_rows = tensor.shape[0]
-    step = max(1, PIECE * num_rows // max(1, tensor.numel()))
+    step = max(1, (numel or PIECE) * num_rows // max(1, tensor.numel()))
     return (slice(begin, begin + step) for begin in range(0, num_rows, step))
 
 

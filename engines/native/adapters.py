@@ -79,7 +79,7 @@ class AdapterTiers:
         self.num_pins = 0  # made so far
         self._host_figures = TierFigures("host", max_names)
         self._device_figures = TierFigures("device", max_names)
-        self._threads = adapter_threads(num_threads)
+        self._threads = adapter_threads(num_threads, arena.device)
 
     @property
     def is_loading(self) -> bool:

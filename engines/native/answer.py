@@ -26,12 +26,15 @@ class Answer:
         stop: Callable[[], None],
         *,
         includes_ends: bool = False,
+        named_ends: Set[int] = frozenset(),
     ) -> None:
+        """`named_ends` are those among them that the request names itself, other than an end of sequence."""
         self._mailbox = mailbox
         self._detokenizer = detokenizer
         self._ends = ends
         self._stop = stop
         self._includes_ends = includes_ends
+        self._named_ends = named_ends
         self.is_over = False
 
     def add(self, token: Token, step: int) -> None:
@@ -58,6 +61,7 @@ class Answer:
         """A token as the client sees it."""
         finish, detokenizer = token.finish_reason, self._detokenizer
         is_end = finish == "stop" and token.token_id in self._ends
+        named = token.token_id if is_end and token.token_id in self._named_ends else None
         if is_end and not self._includes_ends:
             text = ""
         else:
@@ -72,6 +76,7 @@ class Answer:
             text=text,
             step=step,
             finish_reason="stop" if detokenizer.is_stopped else finish,
+            stop_reason=named if detokenizer.met is None else detokenizer.met,
             is_end=is_end,
             num_held=detokenizer.num_held,
             num_cached_tokens=token.num_cached_tokens,

@@ -323,6 +323,7 @@ def _check_token_ids(request: GenerateRequest, vocab_size: int) -> None:
         "prompt": request.prompt_token_ids,
         "stop_token_ids": sampling.stop_token_ids,
         "logit_bias": tuple(sampling.logit_bias),
+        "allowed_token_ids": sampling.allowed_token_ids,
         "bad_words_ids": tuple(token_id for word in sampling.bad_words_ids for token_id in word),
     }
     if not request.prompt_token_ids:

@@ -74,12 +74,14 @@ class CudaRecorder:
 
     def __call__(self, forward: Callable[[], Tensor]) -> CudaRecording:
         """Raises NotCapturable. Other threads may go on copying adapters meanwhile."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = forward()
         except RuntimeError as error:
-            raise NotCapturable(str(error).partition("\n")[0]) from error
+            torch.cuda.set_stream(before)  # what cannot end a capture stays on the stream that it was made on
+            reason = error.__context__ or error  # that the capture failed is said in place of why
+            raise NotCapturable(str(reason).partition("\n")[0]) from error
         return CudaRecording(graph, logits)
 
 

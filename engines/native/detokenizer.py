@@ -20,8 +20,13 @@ class Detokenizer:
         self._num_exempt = min_tokens
 
     @property
+    def met(self) -> str | None:
+        """The stop string that ended the text."""
+        return None if self._stops is None else self._stops.met
+
+    @property
     def is_stopped(self) -> bool:
-        return self._stops is not None and self._stops.is_stopped
+        return self.met is not None
 
     @property
     def num_held(self) -> int:

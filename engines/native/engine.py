@@ -47,6 +47,7 @@ from loraplex.engines.protocol import (
     Health,
     HealthState,
     Progress,
+    SamplingParams,
 )
 from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
@@ -116,6 +117,7 @@ class NativeEngine:
             self._known[part.adapter.id] = part.adapter
         tokenizer = await self.tokenizer_of(request.adapter)
         self._require_ready()  # still: while a tokenizer was read the worker may have died
+        named = _named_ends(request.sampling, self.tokenizer.eos_token_ids | frozenset(tokenizer.own_ends))
         request = _ended(request, tokenizer)
         worker, sampling = self._worker, request.sampling
         text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
@@ -124,7 +126,7 @@ class NativeEngine:
         )
         ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
         stop = partial(worker.send, End(request.request_id, aborted=False))
-        answer = Answer(mailbox, detokenizer, ends, stop, includes_ends=sampling.includes_stop)
+        answer = Answer(mailbox, detokenizer, ends, stop, includes_ends=sampling.includes_stop, named_ends=named)
         worker.answers[request.request_id] = answer
         try:
             worker.send(Submit(request))
@@ -296,6 +298,12 @@ def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:
 async def _drained(worker: WorkerProcess) -> None:
     while worker.is_busy:
         await asyncio.sleep(0.02)
+
+
+def _named_ends(sampling: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """The stop tokens that the request names; an end of sequence is one only where it ends nothing by itself."""
+    named = frozenset(sampling.stop_token_ids)
+    return named if sampling.ignore_eos else named - eos_token_ids
 
 
 def _ended(request: GenerateRequest, tokenizer: TemplatedTokenizer) -> GenerateRequest:

@@ -17,7 +17,15 @@ from loraplex.engines.native.defaults import sampling_defaults
 from loraplex.engines.native.dense import multiplies_well, use_dense_kernel
 from loraplex.engines.native.gates import use_gate_kernel
 from loraplex.engines.native.memory import free_bytes, require_room_for_weights
-from loraplex.engines.native.model import DTYPES, base_of, choose_device, dry_run, load_model, refuse_long_context
+from loraplex.engines.native.model import (
+    DTYPES,
+    base_of,
+    choose_device,
+    dry_run,
+    load_model,
+    refuse_long_context,
+    use_device,
+)
 from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.placement import place_weights
 from loraplex.engines.native.reference import compare_with_reference
@@ -47,10 +55,11 @@ class Machine:
 
 
 def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) -> Machine:
-    """Load everything. Raises ModelNotServable with the reason."""
+    """Load everything, to be used by the calling thread. Raises ModelNotServable with the reason."""
     if settings.engine.num_threads is not None:
         torch.set_num_threads(settings.engine.num_threads)
     device = choose_device(settings.model.device)
+    use_device(device)
     attention = PagedAttention()
     require_room_for_weights(settings.model.directory, DTYPES.get(settings.model.dtype), device)
     on_progress(Progress(stage="reading weights", fraction=0.2))

@@ -22,10 +22,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """`auto` is CUDA where there is one. Raises ModelNotServable where there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelNotServable(f"model.device = {name!r} is none that torch knows") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelNotServable(f"model.device = {name!r} is not here: torch sees {count} CUDA devices")
+    return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make it the calling thread's, where Triton launches and torch allocates what names no device."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def load_model(settings: Model, device: torch.device, attention: PagedAttention) -> PreTrainedModel:

@@ -12,14 +12,21 @@ import torch
 
 from loraplex.engines.adapters.peft import Base, LoadedAdapter, plan_adapter, read_adapter
 from loraplex.engines.errors import AdapterError, AdapterInvalid
+from loraplex.engines.native.model import use_device
 from loraplex.engines.protocol import Adapter
 
 _CHUNK = 2**20
 
 
-def adapter_threads(num_threads: int) -> ThreadPoolExecutor:
+def adapter_threads(num_threads: int, device: torch.device) -> ThreadPoolExecutor:
+    """For adapters of a base on that device."""
+    return ThreadPoolExecutor(num_threads, "adapter", initializer=_begin, initargs=(device,))
+
+
+def _begin(device: torch.device) -> None:
     """Each computes alone: a team of torch's threads beside that of the steps would make both wait."""
-    return ThreadPoolExecutor(num_threads, "adapter", initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)
+    use_device(device)
 
 
 class Preparation:

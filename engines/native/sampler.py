@@ -93,7 +93,7 @@ def sample(logits: Tensor, rows: Sequence[Row], pick: Pick) -> list[Sampled | En
 
 def _failure(best: float) -> GenerationFailed:
     if best == -math.inf:
-        return GenerationFailed("nothing can follow: the request's grammar, bad words and biases exclude every token")
+        return GenerationFailed("nothing can follow: what the request admits and excludes leaves no token")
     return GenerationFailed("the model's output is not finite for this request")
 
 
@@ -103,6 +103,7 @@ def _is_controlled(row: Row) -> bool:
         params.repetition_penalty != 1.0
         or (row.output_counts and (params.presence_penalty or params.frequency_penalty))
         or params.logit_bias
+        or params.allowed_token_ids
         or row.banned
     )
 
@@ -121,6 +122,10 @@ def _control(logits: Tensor, row: Row) -> None:
     if params.logit_bias:
         biased = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[biased] += torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+    if params.allowed_token_ids:
+        others = torch.ones_like(logits, dtype=torch.bool)
+        others[torch.tensor(params.allowed_token_ids, device=logits.device)] = False
+        logits.masked_fill_(others, float("-inf"))
     if row.banned:
         logits[torch.tensor(sorted(row.banned), device=logits.device)] = float("-inf")
 

@@ -8,7 +8,6 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from loraplex.engines.protocol import Engine
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.embedder import Embedder, Wanted
 from loraplex.gateway.errors import MalformedRequest
@@ -44,9 +43,7 @@ class EmbedResponse(Struct):
 _body = Body(LoraxEmbedRequest)
 
 
-def embed_routes(
-    engine: Engine, catalogue: Catalogue, adapters: RequestAdapters, embedder: Embedder
-) -> list[HTTPRouteHandler]:
+def embed_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedder) -> list[HTTPRouteHandler]:
     """The handler of this resource."""
 
     @inference_post("/embed", exception_handlers={Exception: respond_flat})
@@ -70,7 +67,7 @@ def embed_routes(
         require_ready(engine)
         wanted = Wanted(
             embedding_id=f"embed-{secrets.token_hex(12)}",
-            model=label(said.adapter_id, said.merged_adapters, catalogue, caller),
+            model=label(said.adapter_id, said.merged_adapters, adapters, caller),
             route=route,
             prompts=[await tokens_of(body.inputs, route, engine, truncate=said.truncate)],
         )

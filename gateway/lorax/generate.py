@@ -9,7 +9,6 @@ from msgspec import Struct
 
 from loraplex.auth.caller import Caller
 from loraplex.engines.protocol import Engine, Grammar
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
@@ -40,9 +39,7 @@ class _Asked(Struct, frozen=True, kw_only=True):
         return None if self.grammar is None else ("response_format", reason)
 
 
-def generate_routes(
-    engine: Engine, catalogue: Catalogue, adapters: RequestAdapters, answers: Answers
-) -> list[HTTPRouteHandler]:
+def generate_routes(engine: Engine, adapters: RequestAdapters, answers: Answers) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     async def answer(request: Request[Any, Any, Any], body: LoraxRequest, *, streams: bool, as_list: bool) -> ASGIApp:
@@ -64,7 +61,7 @@ def generate_routes(
         tokenizer = await tokenizer_for(route, engine)
         wire = LoraxWire(body.inputs, parameters, choices, tokenizer, as_list=as_list)
         asked = _Asked(
-            model=label(parameters.adapter_id, parameters.merged_adapters, catalogue, caller),
+            model=label(parameters.adapter_id, parameters.merged_adapters, adapters, caller),
             stream=streams,
             max_tokens=parameters.max_new_tokens,
             num_choices=len(choices),
@@ -98,9 +95,6 @@ def generate_routes(
     return [generate_either, generate, generate_stream]
 
 
-def label(adapter_id: str | None, merged: MergedAdapters | None, catalogue: Catalogue, caller: Caller) -> str:
+def label(adapter_id: str | None, merged: MergedAdapters | None, adapters: RequestAdapters, caller: Caller) -> str:
     """The model's name in metrics and books: one of the catalogue's, or what kind of adapter the request named."""
-    if merged is not None:
-        return "merged-adapters"
-    name = adapter_id or catalogue.base
-    return name if catalogue.source_of(name, caller) is not None else "request-adapter"
+    return "merged-adapters" if merged is not None else adapters.label(adapter_id or adapters.base, caller)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent
+from loraplex.engines.protocol import FinishReason, GenerateRequest, StopReason, TokenEvent
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.lorax.details import Answer, BestOfSequence, Details, PrefillToken, StreamDetails, Token
 from loraplex.gateway.lorax.wire import Parameters
@@ -65,7 +65,7 @@ class LoraxWire:
             told[-1].details = self._stream_details(answer)
         return b"".join(b"data: " + msgspec.json.encode(one) + b"\n\n" for one in told)
 
-    def finish(self, number: int, reason: FinishReason) -> bytes:
+    def finish(self, number: int, reason: FinishReason, stop_reason: StopReason) -> bytes:
         return b""  # the last token says it
 
     def usage(self, usage: Usage) -> bytes:

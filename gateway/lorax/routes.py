@@ -4,7 +4,6 @@ from litestar.handlers import HTTPRouteHandler
 
 from loraplex.config.settings import Settings
 from loraplex.engines.protocol import Engine
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.embedder import Embedder
 from loraplex.gateway.lorax.embed import embed_routes
 from loraplex.gateway.lorax.generate import generate_routes
@@ -16,14 +15,13 @@ from loraplex.gateway.request_adapters import RequestAdapters
 def lorax_routes(
     settings: Settings,
     engine: Engine,
-    catalogue: Catalogue,
     adapters: RequestAdapters,
     answers: Answers,
     embedder: Embedder,
 ) -> list[HTTPRouteHandler]:
     """The handlers of this folder."""
     return [
-        *generate_routes(engine, catalogue, adapters, answers),
-        *embed_routes(engine, catalogue, adapters, embedder),
+        *generate_routes(engine, adapters, answers),
+        *embed_routes(engine, adapters, embedder),
         *info_routes(engine, settings.engine),
     ]

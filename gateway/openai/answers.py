@@ -20,6 +20,7 @@ from loraplex.engines.protocol import (
     FinishReason,
     GenerateRequest,
     SamplingParams,
+    StopReason,
     TokenEvent,
 )
 from loraplex.gateway.accounts import Accounts, Meter, fitted
@@ -74,7 +75,7 @@ class Wire(Protocol):
         """The frame of an event's text; nothing where it adds nothing."""
         ...
 
-    def finish(self, number: int, reason: FinishReason) -> bytes: ...
+    def finish(self, number: int, reason: FinishReason, stop_reason: StopReason) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes:
         """The extra frame for `stream_options.include_usage`."""
@@ -89,7 +90,10 @@ class Stopping(Protocol):
     """Hears one answer's text, and tells where it is over before the engine ends it."""
 
     @property
-    def is_stopped(self) -> bool: ...
+    def met(self) -> str | None:
+        """The stop string that ended it."""
+        ...
+
     def feed(self, text: str, num_tokens: int) -> object: ...
     def finish(self) -> object: ...
 
@@ -129,17 +133,20 @@ class Answers:
         on_event: Callable[[int, TokenEvent], None] | None = None,
         before_end: Callable[[], Awaitable[None]] | None = None,
         stopping: Callable[[], Stopping | None] = lambda: None,
+        label: str | None = None,
     ) -> ASGIApp:
         """The response; `on_event` sees every event of each choice as it comes.
 
         `before_end` is done when the answer is complete, before the client learns that it is. `stopping` gives, for
-        each choice, what hears its text and may end it.
+        each choice, what hears its text and may end it. `label` is what metrics and books call the model, where it is
+        not the body's name for it.
 
         Raises what the engine raises before its first token, and ClientLeft.
         """
         caller = caller_of(request)
         choices = fitted(caller, choices, is_open_ended=_is_open_ended(body))
-        demand = _demand(request, body, choices)
+        label = label or body.model
+        demand = _demand(request, body, choices, label)
         meter = await self._accounts.open(caller, demand, partial(tell_limits, request))
         tell_meter(request, meter)
         try:
@@ -151,7 +158,7 @@ class Answers:
                 witnesses = (*witnesses, record.saw)
             answer = _Answer(wire, meter, witnesses, before_end)
             turns = Turns(self._at_once)
-            generations = [partial(self._generate, body.model, choice, meter, turns, stopping()) for choice in choices]
+            generations = [partial(self._generate, label, choice, meter, turns, stopping()) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
             collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
@@ -227,10 +234,10 @@ async def _until_stopped(events: AsyncIterator[TokenEvent], stopping: Stopping) 
             stopping.feed(event.text, len(event.token_ids))
             if event.finish_reason is not None:
                 stopping.finish()
-            if not stopping.is_stopped:
+            if stopping.met is None:
                 yield event
                 continue
-            yield replace(event, finish_reason="stop")
+            yield replace(event, finish_reason="stop", stop_reason=stopping.met)
             return
 
 
@@ -246,13 +253,13 @@ def _name_as_asked(error: BaseException, body: Asked) -> None:
         error.args = (message,)
 
 
-def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest]) -> Demand:
+def _demand(request: Request[Any, Any, Any], body: Asked, choices: Sequence[GenerateRequest], label: str) -> Demand:
     """All choices together; the choices of one prompt stand together, and count it once."""
     return Demand(
         request_id=choices[0].request_id.removesuffix("-0-0"),
         trace_id=request_id_of(request),
         route=request.scope["path"],
-        model=body.model,
+        model=label,
         adapter_id=computed_with(choices[0]),
         num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in choices[:: body.num_choices]),
         max_completion_tokens=sum(choice.sampling.max_tokens for choice in choices),
@@ -347,7 +354,7 @@ class _Answer:
             self._begun.add(number)
             encoded = self._wire.begin(number) + self._wire.chunk(number, event)
         if event.finish_reason is not None:
-            encoded += self._wire.finish(number, event.finish_reason)
+            encoded += self._wire.finish(number, event.finish_reason, event.stop_reason)
         return encoded
 
     def _usage(self) -> Usage:

@@ -11,7 +11,10 @@ from loraplex.gateway.openai.wire import refuse_what_matters
 
 
 class TextPart(Struct, forbid_unknown_fields=True, tag="text"):
+    """`cache_control` is a hint that Anthropic's clients give; prompts that begin alike are found again without it."""
+
     text: str
+    cache_control: Raw | UnsetType = UNSET
 
 
 class RefusalPart(Struct, forbid_unknown_fields=True, tag="refusal"):
@@ -28,6 +31,7 @@ class Message(Struct, forbid_unknown_fields=True):
     tool_call_id: str | None = None  # a tool's
     refusal: str | None = None  # an assistant's, told to the model as what it said
     reasoning_content: str | None = None  # an assistant's
+    reasoning: str | None = None  # the same by its other name; answers have both
     # what answers have beside their text, and clients send back with them
     annotations: Raw | UnsetType = UNSET
     audio: Raw | UnsetType = UNSET
@@ -53,7 +57,7 @@ class Message(Struct, forbid_unknown_fields=True):
             name=self.name,
             tool_calls=tuple(calls),
             tool_call_id=self.tool_call_id,
-            reasoning_content=self.reasoning_content,
+            reasoning_content=self.reasoning if self.reasoning_content is None else self.reasoning_content,
         )
 
     def check(self, place: str) -> None:
@@ -62,9 +66,11 @@ class Message(Struct, forbid_unknown_fields=True):
         if self.text() is None and not self.tool_calls:
             reason = "Missing required parameter" if self.content is UNSET else "Only with tool_calls may be null"
             raise MalformedRequest(f"{reason}: {place}.content", f"{place}.content")
-        for field in ("tool_calls", "refusal", "reasoning_content"):
+        for field in ("tool_calls", "refusal", "reasoning_content", "reasoning"):
             if getattr(self, field) and self.role != "assistant":
                 raise MalformedRequest(f"Only an assistant's message has {field}.", f"{place}.{field}")
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise MalformedRequest("It says something else than reasoning_content; set one.", f"{place}.reasoning")
         if self.role == "tool" and self.tool_call_id is None:
             raise MalformedRequest(f"Missing required parameter: {place}.tool_call_id", f"{place}.tool_call_id")
         if self.role != "tool" and self.tool_call_id is not None:

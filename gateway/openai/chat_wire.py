@@ -1,13 +1,15 @@
 """The JSON of chat completions, in and out."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import FinishReason
+from loraplex.engines.protocol import FinishReason, StopReason
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_messages import Message, check_messages
+from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs
 from loraplex.gateway.openai.token_logprobs import TokenLogprob
 from loraplex.gateway.openai.tool_wire import MadeCall, ToolFields
 from loraplex.gateway.openai.wire import Count, Usage
@@ -36,7 +38,6 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
     metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    store: Literal[False] | None = None
     # known, not offered
     functions: Raw | UnsetType = UNSET
     function_call: Raw | UnsetType = UNSET
@@ -47,11 +48,21 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
     chat_template: Raw | UnsetType = UNSET
+    store: Raw | UnsetType = UNSET
     verbosity: Raw | UnsetType = UNSET
     web_search_options: Raw | UnsetType = UNSET
+    # vLLM's
+    add_special_tokens: Raw | UnsetType = UNSET
+    best_of: Raw | UnsetType = UNSET
+    documents: Raw | UnsetType = UNSET
+    echo: Raw | UnsetType = UNSET
+    include_reasoning: Raw | UnsetType = UNSET
+    media_io_kwargs: Raw | UnsetType = UNSET
+    mm_processor_kwargs: Raw | UnsetType = UNSET
 
     # the values of those that ask for nothing we lack
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **ToolFields.not_offered,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "audio": (),
@@ -61,8 +72,16 @@ class ChatRequest(ToolFields, forbid_unknown_fields=True, kw_only=True):
         "prompt_cache_options": (),
         "prompt_cache_retention": ("in_memory",),
         "chat_template": (),  # a client's template could run for ever in the gateway's process
+        "store": (False,),  # chats are not kept; responses are
         "verbosity": ("medium",),
         "web_search_options": (),
+        "add_special_tokens": (False,),  # the template writes them
+        "best_of": (1,),
+        "documents": ([],),
+        "echo": (False,),
+        "include_reasoning": (True,),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
     }
 
     def check(self) -> None:
@@ -87,12 +106,13 @@ class ChoiceLogprobs(Struct):
 
 
 class AnswerMessage(Struct):
-    """`content` is null where the answer is calls alone."""
+    """`content` is null where the answer is calls alone. Older and newer clients know reasoning by two names."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
@@ -101,6 +121,8 @@ class Choice(Struct):
     finish_reason: FinishReason | Literal["tool_calls"]
     index: int
     logprobs: ChoiceLogprobs | None
+    stop_reason: StopReason | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct):
@@ -114,3 +136,5 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
     service_tier: Literal["default", "flex", "priority"] = "default"
     system_fingerprint: None = None
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET

@@ -32,10 +32,18 @@ class EchoedPrompt:
     """A prompt as it stands before its answers: as it was sent, or decoded where ids were."""
 
     def __init__(
-        self, sent: str | None, token_ids: Sequence[int], tokenizer: Tokenizer, *, skip_special_tokens: bool
+        self,
+        sent: str | None,
+        token_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        add_special_tokens: bool = True,
     ) -> None:
+        """`add_special_tokens` says whether a text's ids begin with those that its tokenizer adds."""
         self.token_ids = token_ids
         self._is_text = sent is not None
+        self._add_special_tokens = add_special_tokens
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self.text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if sent is None else sent
@@ -45,7 +53,9 @@ class EchoedPrompt:
         if not self._is_text:
             return offsets_of(self.token_ids, self.text, self._tokenizer, self._skipped)
         end, places = 0, []
-        for span in self._tokenizer.spans(self.text):  # some leave out the space before a word
+        for span in self._tokenizer.spans(
+            self.text, add_special_tokens=self._add_special_tokens
+        ):  # some leave out the space before a word
             places.append(min(span.start, end) if span.start < span.stop else end)
             end = max(span.stop, end)
         return places

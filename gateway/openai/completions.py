@@ -12,17 +12,19 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
+from loraplex.engines.protocol import Engine, FinishReason, GenerateRequest, StopReason, TokenEvent, TokenLogprobs
 from loraplex.engines.tokenizer_protocol import Tokenizer
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
+from loraplex.gateway.middleware import name_request
 from loraplex.gateway.openai.answers import Answers, told_tokens
 from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt
-from loraplex.gateway.openai.routing import route_of
+from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs, described_prompt
+from loraplex.gateway.openai.routing import composed_route_of
 from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
 from loraplex.gateway.prompts import completion_requests, tokenizer_for
+from loraplex.gateway.request_adapters import RequestAdapters
 
 
 class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=True):
@@ -33,10 +35,11 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    add_special_tokens: bool | None = None
     # known, not offered
     suffix: Raw | UnsetType = UNSET
 
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {**GenerationFields.not_offered, "suffix": ("",)}
 
     def check(self) -> None:
         super().check()
@@ -44,12 +47,14 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
             raise MalformedRequest("best_of must be at least n.", "best_of")
         if self.is_contest and self.stream:
             raise MalformedRequest("best_of is not possible with stream: the best is known at the end.", "best_of")
+        if self.echo and self.logprobs is not None and self.prompt_logprobs not in (None, self.logprobs):
+            raise MalformedRequest("The prompt is echoed with as many as logprobs asks for.", "prompt_logprobs")
 
     def num_logprobs(self) -> int | None:
         return 0 if self.logprobs is None and self.is_contest else self.logprobs
 
     def num_prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+        return self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs
 
     @property
     def num_choices(self) -> int:
@@ -66,6 +71,10 @@ class CompletionChoice(Struct):
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: StopReason | UnsetType = UNSET
+    token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct, omit_defaults=True):
@@ -82,7 +91,7 @@ class Completion(Struct, omit_defaults=True):
 _body = Body(CompletionRequest)
 
 
-def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) -> list[HTTPRouteHandler]:
+def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answers) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     @inference_post("/v1/completions")
@@ -90,11 +99,22 @@ def completion_routes(engine: Engine, catalogue: Catalogue, answers: Answers) ->
         body = await _body.of(request)
         body.check()
         caller = caller_of(request)
-        route = await route_of(body, caller, catalogue)
-        completion_id = f"cmpl-{secrets.token_hex(12)}"
-        choices = await completion_requests(body, body.prompt, completion_id, route, caller, engine)
-        wire = _CompletionWire(completion_id, body, choices, await tokenizer_for(route, engine))
-        return await answers.respond(request, body, choices, wire)
+        route = await composed_route_of(body, caller, adapters)
+        completion_id = told_id = f"cmpl-{secrets.token_hex(12)}"
+        if body.request_id is not None:
+            name_request(request, body.request_id)
+            told_id = f"cmpl-{body.request_id}"
+        choices = await completion_requests(
+            body,
+            body.prompt,
+            completion_id,
+            route,
+            caller,
+            engine,
+            add_special_tokens=body.add_special_tokens is not False,
+        )
+        wire = _CompletionWire(told_id, body, choices, await tokenizer_for(route, engine))
+        return await answers.respond(request, body, choices, wire, label=adapters.label(body.model, caller))
 
     return [create_completion]
 
@@ -107,10 +127,13 @@ class _CompletionWire:
     ) -> None:
         self._id = completion_id
         self._body = body
+        self._asked = choices
         self._created = int(time.time())
         self._tokenizer = tokenizer
-        self._null_usage: UnsetType | None = None if body.includes_usage else UNSET
+        self._chunk_usage: Usage | UnsetType | None = None if body.includes_usage else UNSET
+        self._running_usage = body.running_usage()
         self._echoes = _echoes(body, choices, tokenizer) if body.echo else []
+        self._identified: set[int] = set()  # whose prompts' ids were told
         self._lengths: dict[int, int] = {}  # of the texts told so far
         self._offsets: dict[int, int] = {}  # where in them the next token begins
 
@@ -120,27 +143,41 @@ class _CompletionWire:
     def chunk(self, number: int, event: TokenEvent) -> bytes:
         text = self._echoed(number) + event.text
         logprobs = self._logprobs(number, [event])
-        if not text and logprobs is None:
+        if self._running_usage is not None:
+            self._chunk_usage = self._running_usage.saw(number, event, len(self._asked[number].prompt_token_ids))
+        if not text and logprobs is None and not self._body.return_token_ids:
             return b""
-        return self._frame([CompletionChoice(text, number, logprobs, None)], self._null_usage)
+        choice = CompletionChoice(text, number, logprobs, None)
+        if self._body.return_token_ids:
+            choice.token_ids = event.token_ids
+            if number not in self._identified:
+                self._identified.add(number)
+                choice.prompt_token_ids = self._asked[number].prompt_token_ids
+        return self._frame([choice], self._chunk_usage)
 
-    def finish(self, number: int, reason: FinishReason) -> bytes:
-        return self._frame([CompletionChoice("", number, None, reason)], self._null_usage)
+    def finish(self, number: int, reason: FinishReason, stop_reason: StopReason) -> bytes:
+        choice = CompletionChoice("", number, None, reason, stop_reason if self._body.names_ends else UNSET)
+        return self._frame([choice], self._chunk_usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._frame([], usage)
 
     def whole(self, choices: Sequence[Sequence[TokenEvent]], usage: Usage) -> bytes:
-        answers = [
-            CompletionChoice(
-                self._echoed(number) + "".join(event.text for event in choices[number]),
-                place,
-                self._logprobs(number, choices[number]),
-                choices[number][-1].finish_reason,
-            )
-            for place, number in enumerate(self._told(choices))
-        ]
+        answers = [self._choice(place, number, choices[number]) for place, number in enumerate(self._told(choices))]
         return self._encode(answers, usage)
+
+    def _choice(self, place: int, number: int, events: Sequence[TokenEvent]) -> CompletionChoice:
+        text = self._echoed(number) + "".join(event.text for event in events)
+        choice = CompletionChoice(text, place, self._logprobs(number, events), events[-1].finish_reason)
+        prompt = self._asked[number].prompt_token_ids
+        if self._body.names_ends:
+            choice.stop_reason = events[-1].stop_reason
+        if self._body.return_token_ids:
+            choice.token_ids = [token for event in events for token in event.token_ids]
+            choice.prompt_token_ids = prompt
+        if self._body.prompt_logprobs is not None:
+            choice.prompt_logprobs = described_prompt(prompt, events[0].prompt_logprobs, self._tokenizer)
+        return choice
 
     def _told(self, choices: Sequence[Sequence[TokenEvent]]) -> list[int]:
         """Of each prompt's answers the `n` best, by the mean log-probability of their tokens."""
@@ -198,10 +235,11 @@ def _echoes(body: CompletionRequest, choices: Sequence[GenerateRequest], tokeniz
     sent = [body.prompt] if isinstance(body.prompt, str) else body.prompt  # ids of one prompt, perhaps
     return [
         EchoedPrompt(
-            part if isinstance(part, str) else None,
+            part if isinstance(part, str) and body.truncate_prompt_tokens is None else None,
             choice.prompt_token_ids,
             tokenizer,
             skip_special_tokens=body.skip_special_tokens is not False,
+            add_special_tokens=body.add_special_tokens is not False,
         )
         for part, choice in zip(sent, choices[:: body.num_choices], strict=False)
     ]

@@ -225,6 +225,8 @@ def _variables(body: ChatRequest, tokenizer: Tokenizer, *, may_reason: bool) -> 
         variables |= _effort(body.reasoning_effort, known, may_reason=may_reason)
     for name, value in (body.chat_template_kwargs or {}).items():
         if name not in known:
+            if name in _SWITCHES and value is False and not may_reason:
+                continue  # it does not reason
             raise UnsupportedParameter(
                 f"This model's chat template reads no {name!r}, but {', '.join(sorted(known)) or 'nothing'}.",
                 f"chat_template_kwargs.{name}",

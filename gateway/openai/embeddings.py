@@ -10,29 +10,35 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from loraplex.engines.protocol import Engine
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.embedder import Embedder, Vector, Wanted
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
-from loraplex.gateway.prompts import prompts_of, tokenizer_for
+from loraplex.gateway.openai.routing import route_of
+from loraplex.gateway.openai.wire import Truncation
+from loraplex.gateway.prompts import last_of, prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
+from loraplex.gateway.request_adapters import RequestAdapters
 
 
 class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`input` is a text, a list of texts, the token ids of one, or a list of those. `user` has no effect.
+    """`input` is a text, a list of texts, the token ids of one, or a list of those.
 
-    `pooling` and `normalize` are ours; the settings say what holds without them.
+    `pooling` and `normalize` are ours; the settings say what holds without them. `user` always takes the same way of a
+    weighted route, and has no other effect.
     """
 
     input: str | list[str | int | list[int]]
-    model: str
+    model: str = ""
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
     user: str | None = None
+    adapter_source: str | None = None
+    api_token: str | None = None
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class EmbeddingObject(Struct):
@@ -58,21 +64,26 @@ class EmbeddingList(Struct):
 _body = Body(EmbeddingRequest)
 
 
-def embedding_routes(engine: Engine, catalogue: Catalogue, embedder: Embedder) -> list[HTTPRouteHandler]:
+def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedder) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     @inference_post("/v1/embeddings")
     async def create_embedding(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _body.of(request)
-        route = await catalogue.route(body.model, caller_of(request))
+        caller = caller_of(request)
+        route = await route_of(body, caller, adapters)
         require_ready(engine)
         width = engine.info().embedding_width
         if body.dimensions is not None and body.dimensions > width:
             raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
+        if body.truncate_prompt_tokens == 0:
+            raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
         prompts = await prompts_of(body.input, await tokenizer_for(route, engine), engine, "input")
+        most, room = body.truncate_prompt_tokens, engine.info().max_model_len
+        prompts = [last_of(prompt, most, room) for prompt in prompts]
         wanted = Wanted(
             embedding_id=f"embd-{secrets.token_hex(12)}",
-            model=body.model,
+            model=adapters.label(body.model, caller),
             route=route,
             prompts=prompts,
             pooling=body.pooling,

@@ -1,9 +1,9 @@
 """What an answer must look like: OpenAI's `response_format` and vLLM's fields for the same, as one grammar."""
 
 import json
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Grammar
 from loraplex.gateway.errors import MalformedRequest
@@ -17,7 +17,9 @@ class Text(Struct, forbid_unknown_fields=True, tag="text"):
 
 
 class JsonObject(Struct, forbid_unknown_fields=True, tag="json_object"):
-    """Any JSON object."""
+    """Any JSON object, or as LoRAX has it one of a `schema`."""
+
+    schema: Schema | str | UnsetType | None = UNSET
 
 
 class NamedSchema(Struct, forbid_unknown_fields=True):
@@ -47,6 +49,18 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    # known, not offered
+    disable_additional_properties: Raw | UnsetType = UNSET
+    disable_any_whitespace: Raw | UnsetType = UNSET
+    structural_tag: Raw | UnsetType = UNSET
+    whitespace_pattern: Raw | UnsetType = UNSET
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (False,),
+        "disable_any_whitespace": (False,),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    }
 
 
 class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -79,8 +93,8 @@ class FormFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
 def _of_format(said: ResponseFormat | None) -> list[tuple[str, Grammar]]:
     match said:
-        case JsonObject():
-            return [("response_format", _schema({"type": "object"}))]
+        case JsonObject(schema):
+            return [("response_format", _schema(schema or {"type": "object"}))]
         case JsonSchema(named):
             schema = named.schema or {"type": "object"}
             return [("response_format", _schema(schema if named.strict else {**schema, "x-guidance": LENIENT}))]

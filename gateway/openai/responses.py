@@ -13,7 +13,7 @@ from loraplex.auth.caller import Caller
 from loraplex.config.settings import Model
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest
-from loraplex.gateway.catalogue import Catalogue, Route
+from loraplex.gateway.catalogue import Route
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.guards import caller_of, inference_post, require_inference
@@ -23,9 +23,11 @@ from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
 from loraplex.gateway.openai.responses_items import InputItem, listed
 from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
 from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
+from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
 from loraplex.gateway.prompts import apart, chat_requests, checked, tokenizer_for
 from loraplex.gateway.replies import json_reply
+from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.sse import Framing
 
 
@@ -53,12 +55,12 @@ _LIMIT = 20  # items a page, unless asked otherwise
 
 
 def response_routes(
-    engine: Engine, catalogue: Catalogue, answers: Answers, store: ResponseStore, model: Model
+    engine: Engine, adapters: RequestAdapters, answers: Answers, store: ResponseStore, model: Model
 ) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     async def prepared(asked: "_Asked", response_id: str, caller: Caller) -> tuple[Dialogue, list[GenerateRequest]]:
-        route = await catalogue.route(asked.body.model, caller)
+        route = await route_of(asked.body, caller, adapters)
         earlier = await store.conversation(caller, asked.body.previous_response_id)
         make = _Prompting(asked, response_id, route, caller, engine, model)
         return await (make.cut(earlier) if asked.body.truncation == "auto" else make.whole(earlier))
@@ -81,7 +83,10 @@ def response_routes(
 
             framing = Framing(b"", wire.error)
             choices, stopping = at_tier(tier, choices), dialogue.stopping
-            return await answers.respond(request, dialogue, choices, wire, framing, before_end=keep, stopping=stopping)
+            label = adapters.label(body.model, caller)
+            return await answers.respond(
+                request, dialogue, choices, wire, framing, before_end=keep, stopping=stopping, label=label
+            )
 
     @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:

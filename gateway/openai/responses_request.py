@@ -22,7 +22,7 @@ from loraplex.gateway.openai.tool_wire import (
     ToolChoice,
     ToolName,
 )
-from loraplex.gateway.openai.wire import Count, StreamOptions, refuse_what_matters
+from loraplex.gateway.openai.wire import Count, Stops, StreamOptions, refuse_what_matters
 
 
 class ResponseTool(Struct, forbid_unknown_fields=True, tag="function"):
@@ -95,12 +95,12 @@ _FIELDS = {
 class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that are honoured, those said without effect on the answer, and those known and not offered."""
 
-    model: str
+    model: str = ""
     input: str | Annotated[list[InputItem], msgspec.Meta(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     metadata: Metadata | None = None
@@ -120,13 +120,15 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # common extensions
+    adapter_source: str | None = None
+    api_token: str | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    stop: Stops | None = None
     logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
@@ -163,6 +165,9 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         refuse_what_matters(self, self.not_offered)
         if self.reasoning is not None:
             refuse_what_matters(self.reasoning, self.reasoning.not_offered, "reasoning.")
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            message = "A response tells its usage at its end."
+            raise UnsupportedParameter(message, "stream_options.continuous_usage_stats")
         for number, item in enumerate(self.items):
             item.check(f"input[{number}]")
         if self.top_logprobs and LOGPROBS not in (self.include or []):
@@ -199,8 +204,8 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         match self.text.format if self.text else None:
             case SchemaFormat(name, schema, description, strict):
                 return JsonSchema(NamedSchema(name, schema, description, strict))
-            case JsonObject():
-                return JsonObject()
+            case JsonObject() as form:
+                return form
             case _:
                 return None
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from loraplex.engines.protocol import FinishReason, TokenEvent
+from loraplex.engines.protocol import FinishReason, StopReason, TokenEvent
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.answers import told_tokens
 from loraplex.gateway.openai.responses_items import (
@@ -119,7 +119,7 @@ class ResponseWire:
     def chunk(self, number: int, event: TokenEvent) -> bytes:
         return b"".join(self._tell(delta) for delta in self._hear(event))
 
-    def finish(self, number: int, reason: FinishReason) -> bytes:
+    def finish(self, number: int, reason: FinishReason, stop_reason: StopReason = None) -> bytes:
         rest = b"".join(self._tell(delta) for delta in self._speech.finish())
         if not self._output:
             rest += self._tell(Text(""))

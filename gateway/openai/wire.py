@@ -1,11 +1,14 @@
 """What chat completions and completions share: sampling fields, usage, and how the rest is refused."""
 
+from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
+from loraplex.engines.protocol import TokenEvent
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.middleware import is_request_id
 from loraplex.gateway.openai.forms import FormFields
 
 # JSON has no -inf; OpenAI's own answers say this instead.
@@ -15,10 +18,17 @@ Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+Stops = str | Annotated[list[str], msgspec.Meta(max_length=16)]
+Truncation = Annotated[
+    int, msgspec.Meta(ge=-1)
+]  # so many tokens of a prompt, the last ones; -1: what there is room for
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
+    """`continuous_usage_stats` is vLLM's: with `include_usage`, each chunk tells the usage of its choice so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -36,13 +46,29 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     `not_offered`. A field that is neither is refused by the decoder.
     """
 
-    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "guided_decoding_backend": (
+            "auto",
+            "guidance",
+            "lm-format-enforcer",
+            "outlines",
+            "xgrammar",
+        ),  # the form is kept
+        "kv_transfer_params": ({},),
+        "length_penalty": (1.0,),
+        "logits_processors": ([],),
+        "priority": (0,),
+        "return_tokens_as_token_ids": (False,),
+        "spaces_between_special_tokens": (True,),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
 
-    model: str
+    model: str = ""
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    stop: str | Annotated[list[str], msgspec.Meta(max_length=4)] | None = None
+    top_p: Unit | None = None
+    stop: Stops | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     frequency_penalty: Penalty | None = None
@@ -53,23 +79,49 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     # said about a request, without effect on its answer
     user: str | None = None
     # common extensions
+    adapter_source: str | None = None
+    api_token: str | None = None
     adapters: Annotated[list[AdapterPart], msgspec.Meta(min_length=1, max_length=16)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Unit | None = None
     typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
+    ignore_eos_token: bool | None = None  # LoRAX's name for the same
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     min_tokens: Natural | None = None
+    allowed_token_ids: Annotated[list[int], msgspec.Meta(min_length=1)] | None = None
     bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    request_id: str | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # vLLM's, known, not offered
+    guided_decoding_backend: Raw | UnsetType = UNSET
+    kv_transfer_params: Raw | UnsetType = UNSET
+    length_penalty: Raw | UnsetType = UNSET
+    logits_processors: Raw | UnsetType = UNSET
+    priority: Raw | UnsetType = UNSET
+    return_tokens_as_token_ids: Raw | UnsetType = UNSET
+    spaces_between_special_tokens: Raw | UnsetType = UNSET
+    use_beam_search: Raw | UnsetType = UNSET
+    vllm_xargs: Raw | UnsetType = UNSET
 
     def check(self) -> None:
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""
         refuse_what_matters(self, self.not_offered)
+        if self.structured_outputs is not None:
+            refuse_what_matters(self.structured_outputs, self.structured_outputs.not_offered, "structured_outputs.")
+        if self.truncate_prompt_tokens == 0:
+            raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
+        if self.request_id is not None and not is_request_id(self.request_id):
+            raise MalformedRequest("It has 1 to 128 letters, digits, dots, dashes and underscores.", "request_id")
+        if self.prompt_logprobs is not None and self.stream:
+            raise MalformedRequest("It is only told when stream is false.", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise MalformedRequest("stream_options is only allowed when stream is true.", "stream_options")
 
@@ -79,7 +131,12 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
 
     def num_prompt_logprobs(self) -> int | None:
         """The same of the prompt's tokens."""
-        return None
+        return self.prompt_logprobs
+
+    @property
+    def names_ends(self) -> bool:
+        """Whether an answer may end for a reason that the request gives."""
+        return bool(self.stop or self.stop_token_ids)
 
     @property
     def num_choices(self) -> int:
@@ -89,6 +146,11 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def running_usage(self) -> "RunningUsage | None":
+        """What tells the usage in each chunk, where the request asks for that."""
+        options = self.stream_options
+        return RunningUsage() if options and options.include_usage and options.continuous_usage_stats else None
 
 
 def refuse_what_matters(body: Struct, not_offered: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
@@ -123,3 +185,19 @@ class Usage(Struct):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+
+
+class RunningUsage:
+    """Of each choice of a stream as far as it has come."""
+
+    def __init__(self) -> None:
+        self._num_made: Counter[int] = Counter()
+        self._num_cached: Counter[int] = Counter()
+
+    def saw(self, number: int, event: TokenEvent | None, num_prompt_tokens: int) -> Usage:
+        """With this event; None where nothing has come."""
+        if event is not None:
+            self._num_made[number] += len(event.token_ids)
+            self._num_cached[number] += event.num_cached_tokens
+        made, details = self._num_made[number], PromptTokensDetails(self._num_cached[number])
+        return Usage(num_prompt_tokens, made, num_prompt_tokens + made, details)

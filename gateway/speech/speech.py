@@ -32,9 +32,13 @@ class Speech:
         return self._reasoning is not None and self._reasoning.place == "reasoning"
 
     @property
+    def met(self) -> str | None:
+        """The stop string that ended the answer."""
+        return None if self._stops is None else self._stops.met
+
+    @property
     def is_stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self._stops is not None and self._stops.is_stopped
+        return self.met is not None
 
     def feed(self, text: str, num_tokens: int = 1) -> list[Delta]:
         """What is certain with the text of so many more tokens."""

@@ -14,7 +14,6 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import Engine
 from loraplex.engines.tokenizer_protocol import Tokenizer
-from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
@@ -24,10 +23,12 @@ from loraplex.gateway.lorax.tokens import lorax_tokens
 from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
+from loraplex.gateway.openai.routing import route_to
 from loraplex.gateway.openai.tool_wire import FunctionTool
 from loraplex.gateway.openai.wire import refuse_what_matters
 from loraplex.gateway.prompts import apart, tokenizer_for
 from loraplex.gateway.replies import json_reply
+from loraplex.gateway.request_adapters import RequestAdapters
 
 
 class _Kind(Struct):
@@ -102,11 +103,11 @@ class Text(Struct):
 _kind, _text, _chat, _detokenize = Body(_Kind), Body(TokenizeText), Body(TokenizeChat), Body(Detokenize)
 
 
-def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTTPRouteHandler]:
+def token_routes(engine: Engine, adapters: RequestAdapters, model: Model) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
     async def tokenizer_named(request: Request[Any, Any, Any], name: str | None) -> Tokenizer:
-        return await tokenizer_for(await catalogue.route(name or catalogue.base, caller_of(request)), engine)
+        return await tokenizer_for(await route_to(name, caller_of(request), adapters), engine)
 
     def told(tokens: list[int], tokenizer: Tokenizer, *, with_names: bool) -> Response[bytes]:
         names = [tokenizer.token_name(token) for token in tokens] if with_names else None
@@ -115,7 +116,7 @@ def token_routes(engine: Engine, catalogue: Catalogue, model: Model) -> list[HTT
     async def tokenize_chat(request: Request[Any, Any, Any], raw: bytes) -> Response[bytes]:
         body = _chat.decode(raw)
         tokenizer = await tokenizer_named(request, body.model)
-        dialogue = Dialogue(body.as_chat(catalogue.base), tokenizer, model)
+        dialogue = Dialogue(body.as_chat(adapters.base), tokenizer, model)
         tokens = await apart(dialogue.encode, is_long=dialogue.is_long)
         return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 

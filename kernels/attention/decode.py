@@ -23,7 +23,7 @@ from torch import Tensor
 from loraplex.kernels.attention.paged import Form, attend, causal_mask
 from loraplex.kernels.triton_support import padded, upcasts
 
-BLOCK_KEYS = 32
+BLOCK_SPLITS = 16  # what is combined at a time: were it all of them, each number of splits would compile a kernel
 
 
 def attend_paged_decode(
@@ -43,14 +43,19 @@ def attend_paged_decode(
         block_size, block_tables.stride(0), q.stride(0), q.stride(1), keys.stride(0), keys.stride(1),
         values.stride(0), values.stride(1),
         HAS_CAP=form.softcap is not None, GROUP=heads // key_heads,
-        BLOCK_GROUP=padded(heads // key_heads), BLOCK_KEYS=BLOCK_KEYS, BLOCK_WIDTH=padded(width),
-        BLOCK_VALUE=padded(value_width), UPCAST=upcasts(q, keys),
+        BLOCK_GROUP=padded(heads // key_heads), BLOCK_KEYS=_block_keys(max(width, value_width)),
+        BLOCK_WIDTH=padded(width), BLOCK_VALUE=padded(value_width), UPCAST=upcasts(q, keys),
     )  # fmt: skip
     _combine[(batch, heads)](
         out, partial, maxima, totals, form.sinks if form.sinks is not None else maxima, heads, value_width, num_splits,
-        HAS_SINKS=form.sinks is not None, BLOCK_SPLITS=padded(num_splits), BLOCK_VALUE=padded(value_width),
+        HAS_SINKS=form.sinks is not None, BLOCK_SPLITS=BLOCK_SPLITS, BLOCK_VALUE=padded(value_width),
     )  # fmt: skip
     return out
+
+
+def _block_keys(width: int) -> int:
+    """What fits in 99 KiB of shared memory with the keys and values that are on their way, in float32 as well."""
+    return 32 if width <= 256 else 16
 
 
 @triton.jit(
@@ -123,24 +128,31 @@ def _combine(  # type: ignore[no-untyped-def]
     HAS_SINKS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
-    splits, numbers = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_VALUE)
-    is_split, is_number = splits < num_splits, numbers < value_width
-    most = tl.load(maxima + row * num_splits + splits, mask=is_split, other=float("-inf"))
-    total = tl.load(totals + row * num_splits + splits, mask=is_split, other=0.0)
-    overall = tl.max(most, axis=0)
+    numbers = tl.arange(0, BLOCK_VALUE)
+    is_number = numbers < value_width
+    overall = tl.full((1,), float("-inf"), dtype=tl.float32)
+    divisor = tl.zeros((1,), dtype=tl.float32)
     if HAS_SINKS:
-        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32)
-        overall = tl.maximum(overall, sink)
-    # a row that pads has looked at nothing: −inf − (−inf) would be no number
-    weights = tl.exp(most - tl.where(overall == float("-inf"), 0.0, overall))
-    divisor = tl.sum(weights * total, axis=0)
-    if HAS_SINKS:
-        divisor += tl.exp(sink - overall)
-    parts = tl.load(
-        partial + (row * num_splits + splits)[:, None] * value_width + numbers[None, :],
-        mask=is_split[:, None] & is_number[None, :], other=0.0,
-    )  # fmt: skip
-    result = tl.sum(parts * weights[:, None], axis=0) / tl.where(divisor == 0.0, 1.0, divisor)
+        overall = tl.zeros((1,), dtype=tl.float32) + tl.load(sinks + tl.program_id(1)).to(tl.float32)
+        divisor += 1.0
+    result = tl.zeros((BLOCK_VALUE,), dtype=tl.float32)
+    for begin in range(0, num_splits, BLOCK_SPLITS):
+        splits = begin + tl.arange(0, BLOCK_SPLITS)
+        is_split = splits < num_splits
+        most = tl.load(maxima + row * num_splits + splits, mask=is_split, other=float("-inf"))
+        total = tl.load(totals + row * num_splits + splits, mask=is_split, other=0.0)
+        parts = tl.load(
+            partial + (row * num_splits + splits)[:, None] * value_width + numbers[None, :],
+            mask=is_split[:, None] & is_number[None, :], other=0.0,
+        )  # fmt: skip
+        new_overall = tl.maximum(overall, tl.max(most, axis=0))
+        # a row that pads has looked at nothing: −inf − (−inf) would be no number
+        finite = tl.where(new_overall == float("-inf"), 0.0, new_overall)
+        weights, shrunk = tl.exp(most - finite), tl.exp(overall - finite)
+        divisor = divisor * shrunk + tl.sum(weights * total, axis=0)
+        result = result * shrunk + tl.sum(parts * weights[:, None], axis=0)
+        overall = new_overall
+    result = result / tl.where(divisor == 0.0, 1.0, divisor)
     tl.store(out + row * value_width + numbers, result.to(out.dtype.element_ty), mask=is_number)
 
 

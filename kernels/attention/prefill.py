@@ -25,8 +25,10 @@ from loraplex.kernels.attention.paged import Form, attend, causal_mask
 from loraplex.kernels.triton_support import padded, upcasts
 
 TILE = 64
-# What a program's registers hold of it, as (queries, keys, warps): products in float32 have no tensor cores.
-_NARROW, _WIDE, _WIDEST, _FLOAT32 = (64, 64, 4), (64, 64, 8), (64, 32, 8), (16, 32, 8)
+# What a program holds of it in registers and 99 KiB of shared memory, as (queries, keys, warps), by the widest heads
+# that it is for: products in float32 have no tensor cores.
+_SIZES = {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8), 512: (32, 32, 8)}
+_SIZES_FLOAT32 = {256: (16, 32, 8), 512: (16, 16, 8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,8 @@ def attend_paged_prefill(
 
 
 def _sizes(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _NARROW if width <= 64 else _WIDE if width <= 128 else _WIDEST
+    sizes = _SIZES_FLOAT32 if dtype == torch.float32 else _SIZES
+    return next((found for widest, found in sizes.items() if width <= widest), sizes[512])
 
 
 @triton.jit(

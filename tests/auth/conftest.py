@@ -9,7 +9,8 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 from support.clock import Clock
-from support.services import own_postgres_database
+from support.limits import World
+from support.services import own_postgres_database, own_redis
 
 from loraplex.auth.store.database import open_database
 
@@ -34,3 +35,17 @@ async def database(url: str) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest_asyncio.fixture(params=["memory", "redis"])
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    redis = await own_redis() if request.param == "redis" else None
+    world = World(request.param, redis)
+    yield world
+    for store in world.stores:
+        await store.close()
+    if redis is not None:
+        keys = await redis.keys(f"loraplex:{{{world.tenant}}}*")
+        if keys:
+            await redis.delete(*keys)
+        await redis.aclose()

@@ -36,6 +36,10 @@ def test_reference_is_what_the_settings_say() -> None:
         (MODEL + "[adapters]\ndevice_share = 1.0", "$.adapters.device_share"),
         (MODEL + "[adapters]\npreload = [1]", "$.adapters.preload"),
         (MODEL + "[model", "loraplex.toml"),
+        (MODEL + "[server]\ncors_origins = ['https://app.example.com/']", "without a path"),
+        (MODEL + "[server]\ncors_origins = ['app.example.com']", "https://app.example.com, not 'app.example.com'"),
+        (MODEL + "[server]\ncors_origins = ['https://App.example.com']", "small letters"),
+        (MODEL + "[server]\ncors_origins = '*'", "$.server.cors_origins"),
     ],
 )
 def test_load_settings_mistake_is_named_with_the_file(tmp_path: Path, text: str, says: str) -> None:

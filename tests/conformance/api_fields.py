@@ -49,12 +49,15 @@ class Field:
 
 @dataclass(frozen=True)
 class Route:
+    """`structs` are what its handler decodes, each with the place of its fields in the body."""
+
     api: str
     path: str
     fields: tuple[Field, ...]
+    structs: tuple[tuple[str, Any], ...]
 
 
-NO_EFFECT = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "store", "lora_int_id"})
+NO_EFFECT = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "lora_int_id"})
 LORAX_NOT_OFFERED = frozenset({"parameters.watermark", "parameters.apply_chat_template"})
 EXTENSIONS_OF_CLIENTS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})  # the SDK's own arguments
 
@@ -137,7 +140,7 @@ def routes() -> list[Route]:
     return [
         _route("OpenAI", "/v1/chat/completions", chat, ChatRequest),
         _route("OpenAI", "/v1/completions", completion, CompletionRequest),
-        _route("OpenAI", "/v1/responses", response, ResponseRequest, told_again=("metadata", "store")),
+        _route("OpenAI", "/v1/responses", response, ResponseRequest, told_again=("metadata",)),
         _route("OpenAI", "/v1/embeddings", _typed(embedding_create_params.EmbeddingCreateParams), EmbeddingRequest),
         _route(
             "OpenAI", "/v1/batches", _typed(batch_create_params.BatchCreateParams), NewBatch, told_again=("metadata",)
@@ -170,13 +173,12 @@ def _route(
     told_again: Sequence[str] = (),
 ) -> Route:
     """`inner` are the structs of fields that have some of their own; `told_again` does have an effect on this route."""
-    ours = dict(_fields(struct, "", told_again))
-    for place, part in (inner or {}).items():
-        ours |= _fields(part, f"{place}.", told_again)
+    structs = (("", struct), *((f"{place}.", part) for place, part in (inner or {}).items()))
+    ours = {name: field for prefix, part in structs for name, field in _fields(part, prefix, told_again)}
     known = tuple(dict.fromkeys(theirs))
     fields = [ours.get(name, Field(name, "refused")) for name in known]
     extensions = [replace(field, is_extension=True) for name, field in ours.items() if name not in known]
-    return Route(api, path, tuple(fields + extensions))
+    return Route(api, path, tuple(fields + extensions), structs)
 
 
 def _fields(struct: Any, prefix: str, told_again: Sequence[str]) -> Iterator[tuple[str, Field]]:

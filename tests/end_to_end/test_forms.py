@@ -134,6 +134,44 @@ def test_echo_tells_the_prompts_log_probabilities_as_transformers_has_them(
     assert [text[begin : begin + len(token)] for begin, token in zip(offsets, tokens, strict=True)] == tokens
 
 
+def test_chat_tells_the_prompts_chances_as_transformers_has_them(client: OpenAI, model: str) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
+    oracle: Any = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    extra = {"prompt_logprobs": 3, "return_token_ids": True}
+    answer: Any = client.chat.completions.create(model=model, messages=ASK, max_tokens=2, extra_body=extra)
+    ids = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert answer.prompt_token_ids == ids[0].tolist()
+    with torch.no_grad():
+        table = oracle.eval()(ids).logits[0].log_softmax(-1)
+    assert answer.prompt_logprobs[0] is None
+    for place, token in enumerate(ids[0, 1:].tolist()):
+        told = answer.prompt_logprobs[place + 1]
+        likeliest = table[place].topk(3).indices.tolist()
+        expected = {str(one): float(table[place, one]) for one in (token, *likeliest)}
+        assert {one: said["logprob"] for one, said in told.items()} == pytest.approx(expected, abs=2e-3)
+        assert [told[str(one)]["rank"] for one in likeliest] == [1, 2, 3]
+        assert told[str(token)]["rank"] == (likeliest.index(token) + 1 if token in likeliest else None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_token_that_is_met_is_told_by_its_id(client: OpenAI, model: str, stream: bool) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
+    options: Any = {"model": model, "messages": ASK, "temperature": 0, "max_tokens": 20}
+    plain: Any = client.chat.completions.create(extra_body={"return_token_ids": True}, **options)
+    made = plain.choices[0].token_ids
+    assert made[-1] == tokenizer.eos_token_id
+    for stops, ended_by, num_tokens in (([made[3], made[-1]], made[3], 4), ([made[-1]], None, len(made))):
+        extra = {"stop_token_ids": stops, "return_token_ids": True}
+        answer: Any = client.chat.completions.create(extra_body=extra, stream=stream, **options)
+        choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+        assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", ended_by)
+        ids = [token for choice in choices for token in getattr(choice, "token_ids", None) or []]
+        assert ids == made[:num_tokens]
+    extra = {"stop_token_ids": [made[-1]], "ignore_eos": True}
+    answer = client.chat.completions.create(extra_body=extra, **options)
+    assert answer.choices[0].stop_reason == made[-1]
+
+
 def test_best_of_tells_the_likeliest(client: OpenAI, model: str) -> None:
     options: Any = {"model": model, "prompt": "Anna works", "temperature": 1.5, "seed": 5, "max_tokens": 6}
     every = client.completions.create(n=5, logprobs=0, **options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import msgspec.inspect
 import pytest
 from conformance.api_fields import Field, Route, markdown, routes
 from support.gateway import BASE, Gateway
@@ -27,7 +30,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "y"},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
 }
-HARMLESS: dict[str, Any] = {"metadata": {"a": "b"}, "store": False, "lora_int_id": 1}
+HARMLESS: dict[str, Any] = {"metadata": {"a": "b"}, "lora_int_id": 1}
 CASES = [
     pytest.param(route, field, id=f"{route.path} {field.name}")
     for route in routes()
@@ -57,6 +60,37 @@ def test_field_that_is_not_honoured_does_what_its_row_says(gateway: Gateway, rou
     told = response.json()["error"]
     message = told if route.api == "LoRAX" else told["message"]
     assert field.name.rpartition(".")[2] in message
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "value"),
+    [
+        pytest.param(route, field, value, id=f"{route.path} {field.name} {json.dumps(value)}")
+        for route in routes()
+        for field in route.fields
+        if field.harmless is not None
+        for value in (None, *field.harmless)
+    ],
+)
+def test_field_that_is_not_offered_is_taken_where_it_asks_for_nothing(
+    gateway: Gateway, route: Route, field: Field, value: Any
+) -> None:
+    response = post(gateway, route, field, value)
+    assert response.status_code < 300 or field.name not in response.text, response.text
+
+
+@pytest.mark.parametrize("route", routes(), ids=lambda route: f"{route.api} {route.path}")
+def test_field_that_takes_one_value_alone_is_not_told_as_offered(route: Route) -> None:
+    """Whatever else it may say would be refused: that is for `not_offered` to tell."""
+    told = {field.name: field.state for field in route.fields}
+    for prefix, struct in route.structs:
+        for field in msgspec.inspect.type_info(struct).fields:  # type: ignore[attr-defined]
+            if field.required or told[f"{prefix}{field.encode_name}"] not in ("honoured", "no effect"):
+                continue
+            types = field.type.types if isinstance(field.type, msgspec.inspect.UnionType) else (field.type,)
+            values = [value for one in types if isinstance(one, msgspec.inspect.LiteralType) for value in one.values]
+            is_open = any(not isinstance(one, msgspec.inspect.LiteralType | msgspec.inspect.NoneType) for one in types)
+            assert is_open or len(values) > 1, field.name
 
 
 @pytest.mark.parametrize("route", routes(), ids=lambda route: f"{route.api} {route.path}")

@@ -184,7 +184,7 @@ def test_conversation_goes_on_with_calls_and_results(client: OpenAI) -> None:
 async def test_reasoning_is_told_apart_and_counted(thinker: AsyncOpenAI) -> None:
     answer = await thinker.chat.completions.create(model=BASE, messages=user(THOUGHT + SAYS_WEATHER), tools=TOOLS)
     message: Any = answer.choices[0].message
-    assert (message.reasoning_content, message.content) == ("Warm?", "I look.")
+    assert (message.reasoning_content, message.reasoning, message.content) == ("Warm?", "Warm?", "I look.")
     assert calls_of(message) == [("weather", {"place": "Łódź"})]
     assert answer.usage is not None
     assert answer.usage.completion_tokens_details is not None
@@ -202,6 +202,7 @@ async def test_reasoning_streams_before_the_answer(thinker: AsyncOpenAI) -> None
             delta: Any = choice.delta
             if thought := getattr(delta, "reasoning_content", None):
                 assert not content
+                assert delta.reasoning == thought
                 reasoning += thought
             content += delta.content or ""
     assert (reasoning, content) == ("Warm?", "Yes.")

@@ -125,7 +125,7 @@ def test_files_of_the_adapter_are_kept_on_disk_until_it_is_answered(
         ({"dimensions": 10**6}, "dimensions", "invalid_request"),
         ({"encoding_format": "int8"}, "encoding_format", "invalid_request"),
         ({"pooling": "max"}, "pooling", "invalid_request"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "unknown_parameter"),
+        ({"truncate": 5}, "truncate", "unknown_parameter"),
     ],
     ids=lambda value: str(value)[:40],
 )

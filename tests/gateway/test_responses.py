@@ -330,6 +330,11 @@ def test_background_is_refused_and_cancelling_explained(client: OpenAI) -> None:
         ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
         ({"include": ["reasoning.encrypted_content"]}, "invalid_request", "include[0]"),
         ({"top_logprobs": 3}, "unsupported_parameter", "top_logprobs"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "unsupported_parameter",
+            "stream_options.continuous_usage_stats",
+        ),
         ({"reasoning": {"summary": "auto"}}, "unsupported_parameter", "reasoning.summary"),
         ({"text": {"format": {"type": "xml"}}}, "invalid_request", "text.format.type"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),

@@ -17,6 +17,7 @@ from loraplex.kernels.attention.decode import attend_paged_decode, attend_paged_
         ("plain", torch.float32, 6, (16, 40)),
         ("all", torch.float32, 1, (33, 20)),
         ("all", torch.bfloat16, 2, (32, 32)),
+        ("plain", torch.float32, 1, (260, 260)),
     ],
 )
 def test_decode_equals_the_formula(form: str, dtype: torch.dtype, key_heads: int, widths: tuple[int, int]) -> None:
@@ -29,6 +30,19 @@ def test_decode_equals_the_formula(form: str, dtype: torch.dtype, key_heads: int
         found = attend_paged_decode(*args, BLOCK, FORMS[form], splits)
         rtol, atol = TOLERANCES[dtype]
         torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("form", ["plain", "sinks"])
+def test_decode_in_more_splits_than_are_combined_at_once(form: str) -> None:
+    """One sequence has keys in all of them, the other in the first alone."""
+    lengths = [18 * 32 - 3, 5]
+    cache = Cache(lengths, 1, 24, 24, torch.float32)
+    q = cache.queries(2, 24)
+    args = q, cache.keys, cache.values, cache.block_tables, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    found = attend_paged_decode(*args, BLOCK, FORMS[form], 18)
+    expected = attend_paged_decode_reference(*args, BLOCK, FORMS[form])
+    rtol, atol = TOLERANCES[torch.float32]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("form", ["plain", "sinks"])

@@ -16,6 +16,7 @@ from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill,
         *((name, torch.float32, 2, (24, 24)) for name in FORMS),
         ("all", torch.float32, 1, (33, 20)),
         ("all", torch.bfloat16, 2, (32, 32)),
+        ("plain", torch.float32, 1, (260, 260)),
     ],
 )
 def test_prefill_equals_the_formula(form: str, dtype: torch.dtype, key_heads: int, widths: tuple[int, int]) -> None:

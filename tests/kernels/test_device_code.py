@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 SPILLED = 32  # bytes of a thread's registers: a few that are kept for the end; what costs shows as hundreds
 TARGETS = [
-    (80, "bfloat16"),
+    (86, "bfloat16"),  # which has the least
     *(
         pytest.param(capability, dtype, marks=pytest.mark.slow)
         for capability in SHARED
         for dtype in ("bfloat16", "float16", "float32")
-        if (capability, dtype) != (80, "bfloat16")
+        if (capability, dtype) != (86, "bfloat16")
     ),
 ]
 

@@ -31,7 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from loraplex.engines.native import step_graphs
 from loraplex.engines.native.batch import Batch
+from loraplex.engines.native.cuda_replays import CudaRecording, CudaReplays
+from loraplex.engines.native.step_graphs import StepGraphs
 from loraplex.kernels.attention.cache_write import write_paged
 from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form
@@ -108,9 +111,14 @@ def _attention(width: int, dtype: torch.dtype, form: Form) -> None:
     keys, values = torch.zeros(2, 64, 2, width, dtype=dtype)
     q, k = (torch.zeros(1, 32, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2))
     cos = torch.ones(1, 32, width, dtype=dtype)
-    turned, key = rotate(q, k, cos, cos)
+    _, key = rotate(q, k, cos, cos)
     write_paged(keys, values, key[0], key[0], torch.arange(32))
-    rows, tables = turned[0].transpose(0, 1), torch.zeros(32, 4, dtype=torch.int32)
+    _attend(width, dtype, form)
+
+
+def _attend(width: int, dtype: torch.dtype, form: Form) -> None:
+    keys, values = torch.zeros(2, 64, 2, width, dtype=dtype)
+    rows, tables = torch.zeros(32, 8, width, dtype=dtype), torch.zeros(32, 4, dtype=torch.int32)
     attend_paged_decode(rows, keys, values, tables, tables[:, 0], 16, form, 2)
     attend_paged_prefill(
         torch.empty_like(rows), rows, keys, values, tables, QueryTiles.of([(0, 0, 32, 0)], CPU), 16, form
@@ -133,6 +141,7 @@ def _cases(dtype: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"heads of {width}, {dtype}", partial(_attention, width, kind, Form(0.1, None, None, None))
     everything = Form(0.1, 128, 30.0, torch.zeros(8, dtype=kind))
     yield f"heads of 96, window, cap and sinks, {dtype}", partial(_attention, 96, kind, everything)
+    yield f"heads of 512, {dtype}", partial(_attend, 512, kind, Form(0.1, None, None, None))
     yield f"rows of 4096, {dtype}", partial(_fused, 4096, kind)
 
 
@@ -186,10 +195,15 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def compiled_by_steps(capability: int) -> dict[str, int]:
-    """Kernel -> how many forms of it an engine compiles that has begun, while steps of many sizes come by."""
-    with _gpu(capability) as launched:
+    """Kernel -> how many forms of it an engine compiles that has begun, while steps of many sizes come by.
+
+    Decodes go through the tensors that graphs read, as on a GPU; none is captured.
+    """
+    with _gpu(capability) as launched, patch.object(step_graphs, "FEWEST_STEPS", 2**20):
         world = World("toy", 40, 40, CPU, uses_kernels=True)
         runner, width = world.runner, world.context // BLOCK + 1
+        replays = CudaReplays(runner._num_slots // BLOCK, BLOCK, CPU, _refuse)
+        runner.graphs = StepGraphs(runner._through_model, runner._attention, runner._lora, replays)
         runner.logits(world.prefill([]))
         runner.logits(world.decode(2, []))
         runner.compile_kernels(max(RANKS))
@@ -206,6 +220,10 @@ def compiled_by_steps(capability: int) -> dict[str, int]:
         forms = {(kernel.name, kernel.hash) for kernel in launched if kernel.hash not in known}
         assert {"_shrink", "_expand", "_attend_split", "_attend_tile"} <= {kernel.name for kernel in launched}
     return dict(Counter(name for name, _ in forms))
+
+
+def _refuse(forward: object) -> CudaRecording:
+    raise AssertionError("there is nothing to record on")
 
 
 if __name__ == "__main__":

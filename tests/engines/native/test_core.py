@@ -321,6 +321,23 @@ def test_bad_words_are_those_that_transformers_excludes(small: SmallWorld) -> No
         core.submit(request("d", prompt, bad_words_ids=((10**6,),)))
 
 
+def test_allowed_tokens_are_all_that_transformers_takes(small: SmallWorld) -> None:
+    core = make_core(small)
+    prompt = prompt_of(3, 12)
+    plain = small.oracle.greedy(prompt, 12, None)
+    allowed = [plain[1], *range(5, 300, 7)]
+    core.submit(request("a", prompt, allowed_token_ids=tuple(allowed)))
+    core.submit(request("drawn", prompt, allowed_token_ids=(9, 10), temperature=1.0, seed=1))
+    core.submit(request("b", prompt))
+    emissions = run(core)
+    expected = small.oracle.greedy(prompt, 12, None, prefix_allowed_tokens_fn=lambda _, ids: allowed)
+    assert tokens(emissions["a"]) == expected != plain
+    assert set(tokens(emissions["drawn"])) == {9, 10}
+    assert tokens(emissions["b"]) == plain
+    with pytest.raises(InvalidRequest, match="allowed_token_ids has a token id outside"):
+        core.submit(request("c", prompt, allowed_token_ids=(320,)))
+
+
 def test_bias_and_shortest_answer_are_those_of_transformers(small: SmallWorld) -> None:
     """Towards the end token, which the answers would not come to so soon, and towards another."""
     core = make_core(small)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loraplex.engines.native import device_attention, step_graphs
 from loraplex.engines.native.capture import NotCapturable
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.cuda_replays import CudaReplays
+from loraplex.engines.native.cuda_replays import CudaRecorder, CudaReplays
 from loraplex.engines.native.device_lora import DeviceLora
 from loraplex.engines.native.step_graphs import StepGraphs
 
@@ -149,6 +149,54 @@ def test_what_cannot_be_captured_goes_through_the_model(
     assert not graphs.is_on
     assert recorder.recordings == []
     assert "operation not permitted when stream is capturing" in caplog.text
+
+
+class Captured:
+    def capture_begin(self, *args: object, **named: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        pass
+
+
+class Invalidated(Captured):
+    """As after an operation that CUDA does not permit in a capture."""
+
+    def capture_end(self) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("graph", [Captured, Invalidated])
+def test_refused_capture_says_why_and_leaves_the_thread_on_its_stream(
+    graph: type[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's own context of a capture, over streams that are none."""
+    current = ["the thread's"]
+
+    class On:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *args: object) -> None:
+            current[0] = self.before
+
+    def refuse() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "the capture's")
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda: (0, 1))
+    with pytest.raises(NotCapturable, match=r"^operation not permitted when stream is capturing$"):
+        CudaRecorder()(refuse)
+    assert current == ["the thread's"]
 
 
 def test_replay_that_differs_is_never_used(
