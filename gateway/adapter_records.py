@@ -17,7 +17,7 @@ from loraplex.auth.store.changes import CATALOGUE, announce
 from loraplex.auth.store.tables import adapter_versions as versions
 from loraplex.auth.store.tables import adapters as names
 from loraplex.auth.tenants import require_tenant
-from loraplex.engines.protocol import Adapter, AdapterCard
+from loraplex.engines.protocol import AdapterCard
 from loraplex.gateway.errors import AdapterNameTaken
 
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
@@ -40,7 +40,6 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     state: State = "registered"
     reason: str = ""
     adapter_id: str = ""
-    path: str = ""
     revision: str = ""
     num_bytes: int = 0
     card: AdapterCard | None = None
@@ -91,12 +90,6 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def source(self) -> str:
         return self.shown.source if self.versions else ""
-
-    def adapter(self, number: int | None = None) -> Adapter:
-        """The current version's, or another's, as engines know it."""
-        version = self.shown if number is None else self.version(number)
-        assert version is not None, "callers look versions up first"
-        return Adapter(id=version.adapter_id, name=self.name, path=version.path)
 
 
 class AdapterRecords:
@@ -166,10 +159,6 @@ class AdapterRecords:
     async def advance(self, key: Key, version: Version, state: State, reason: str = "") -> bool:
         """`set_state` of a version on its way; False where it is ready, for another gateway brought it, or gone."""
         return await self._change_version(key, version, {"state": state, "reason": reason[:4096]}, _IS_UNREADY)
-
-    async def move(self, key: Key, version: Version, path: str) -> None:
-        """The files of a version lie elsewhere by now."""
-        await self._change_version(key, version, {"path": path, "state": "ready", "reason": ""})
 
     async def complete(self, key: Key, version: Version, found: Mapping[str, Any]) -> bool:
         """A version is ready, and serves requests if it is the wanted one; False where it was already, or is gone."""

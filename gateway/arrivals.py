@@ -58,6 +58,10 @@ class Store(Protocol):
         """`content`, if set, is the hash that the files must have, of the revision of that time."""
         ...
 
+    def place(self, adapter_id: str) -> Path:
+        """Where an adapter's files lie on this machine, if they are here."""
+        ...
+
     def hold(self, adapter: Adapter) -> AbstractContextManager[Path]:
         """Keep an adapter's files from eviction. Raises AdapterNotFound where they are gone already."""
         ...
@@ -157,7 +161,6 @@ class Arrivals:
             notes = await asyncio.to_thread(self._other_base.judge, stored.adapter.path)
         return {
             "adapter_id": stored.adapter.id,
-            "path": stored.adapter.path,
             "revision": version.revision or stored.revision,
             "num_bytes": stored.num_bytes,
             "card": msgspec.to_builtins(card),

@@ -7,7 +7,6 @@ on every change, so that a request sees either the old version of a name or the 
 import asyncio
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -230,40 +229,38 @@ class Catalogue:
 
         While other entries pin the same content it stays. Raises PinsFull or EngineError; nothing has changed then.
         """
-        entry = await self.servable(key)
+        adapter = await self.servable(key)
         if pinned:
-            await self._pin(entry)
+            await self._pin(self.get(*key), adapter)
         else:
             await self._records.change(key, pinned=False)
             await self._refresh(key)
             await self._upkeep.release_pins()
         return self.get(*key)
 
-    async def _pin(self, entry: Registered) -> None:
+    async def _pin(self, entry: Registered, adapter: Adapter) -> None:
         await self._pin_budget.require_room(entry, self.everything())
         await self._records.change(entry.key, pinned=True)
         try:
             # of two that are written at once, here or by another gateway, the later reader sees both
             await self.reload()
             await self._pin_budget.require_room(self.get(*entry.key), self.everything())
-            await self._engine.pin(entry.adapter(), pinned=True)
+            await self._engine.pin(adapter, pinned=True)
         except (EngineError, PinsFull):
             await self._records.change(entry.key, pinned=entry.pinned)
             await self._refresh(entry.key)
             await self._upkeep.release_pins()
             raise
 
-    async def servable(self, key: Key) -> Registered:
-        """An adapter whose current version's files are here. Raises GatewayError or AdapterError."""
+    async def servable(self, key: Key) -> Adapter:
+        """The current version, its files here. Raises GatewayError or AdapterError."""
         entry = self._names.adapter(key)
-        await self._adapter(entry, entry.shown)
-        return self.get(*key)
+        return await self._adapter(entry, entry.shown)
 
     async def warm(self, key: Key) -> Registered:
         """Bring the current version to the device. Raises EngineError."""
-        entry = await self.servable(key)
-        await self._engine.load(entry.adapter())
-        return entry
+        await self._engine.load(await self.servable(key))
+        return self.get(*key)
 
     async def evict(self, key: Key) -> Registered:
         """Take all versions off device and host; the disk keeps them. What others pin or use stays without a word.
@@ -362,26 +359,24 @@ class Catalogue:
         await self._upkeep.keep_pins(key)
 
     async def _adapter(self, entry: Registered, version: Version) -> Adapter:
-        """The files of a version, fetched again where the cache lost them."""
+        """A version, its files fetched again where this gateway's cache lost them or never had them."""
         shown = f"{entry.name}@{version.number}"
         if version.state == "failed":
             raise AdapterFailed(f"The adapter {shown} is not to be had: {version.reason}", "model")
         if version.state != "ready":
             raise AdapterNotReady(f"The adapter {shown} is being fetched; try again shortly.", "model")
-        if not Path(version.path).is_dir():  # noqa: ASYNC240  a stat of a local disk
-            version = await self._restore(entry, version)
-        return Adapter(id=version.adapter_id, name=entry.name, path=version.path)
+        place = self.store.place(version.adapter_id)
+        if not place.is_dir():
+            await self._restore(entry, version)
+        return Adapter(id=version.adapter_id, name=entry.name, path=str(place))
 
-    async def _restore(self, entry: Registered, version: Version) -> Version:
+    async def _restore(self, entry: Registered, version: Version) -> None:
         try:
-            found = await self._arrivals.examine(entry.key, version)
+            await self._arrivals.examine(entry.key, version)
         except AdapterChanged as error:  # any other error is this request's: another one may find it back
             await self._records.set_state(entry.key, version, "failed", str(error))
             await self._refresh(entry.key)
             raise
-        await self._records.move(entry.key, version, found["path"])
-        await self._refresh(entry.key)
-        return msgspec.structs.replace(version, path=found["path"])
 
     def _is_allowed(self, model: str, name: str, caller: Caller) -> bool:
         return caller.policy.may_use(name) or caller.policy.may_use(model)

@@ -133,7 +133,7 @@ def _run(
     with listener:
         try:
             uvloop.run(_serve(settings, listener, present, on_open))
-        except (CannotOpen, EngineError, SettingsError) as error:
+        except (CannotOpen, EngineError) as error:
             _fail(str(error))
 
 

@@ -65,7 +65,7 @@ async def furnish(settings: Settings, services: Services, base_url: str) -> Demo
     key = await services.tenants.create_key(tenant.id, "demo")
     for name in adapter_names():
         entry = await services.catalogue.register(name, str(ADAPTERS_DIR / name))
-        await services.engine.load(entry.adapter())
+        await services.catalogue.warm(entry.key)
     assert key.key is not None, "a new key is shown"
     assert admin_key is not None, "it is new, or the environment has it"
     return DemoAccess(base_url, key.key, admin_key, [BASE_NAME, *adapter_names()])

@@ -29,7 +29,7 @@ from loraplex.auth.secrets import TenantSecrets
 from loraplex.auth.store.changes import ACCESS, CATALOGUE, ChangeWatch
 from loraplex.auth.store.database import SchemaTooNew, open_database
 from loraplex.auth.tenants import Tenants
-from loraplex.config.settings import LimitSettings, Settings, environment
+from loraplex.config.settings import LimitSettings, Settings, SettingsError, environment
 from loraplex.engines.adapters.store import AdapterStore
 from loraplex.engines.build import build_engine
 from loraplex.engines.protocol import Engine
@@ -72,7 +72,11 @@ async def open_services(settings: Settings, engine: Engine | None = None) -> Asy
     except (OSError, ValueError) as error:
         raise CannotOpen(f"auth.pepper_file: {error}") from error
     database = await _database(settings.database.url)
-    store = AdapterStore(settings.adapters)
+    try:
+        store = AdapterStore(settings.adapters)
+    except (OSError, SettingsError) as error:
+        await database.dispose()
+        raise CannotOpen(str(error)) from error
     try:
         await _require_pepper_of(database, Peppers(pepper))
         tenants = Tenants(database, pepper, defaults=_default_limits(settings.limits))

@@ -37,7 +37,7 @@ class Kept(Protocol):
 
     def everything(self) -> list[Registered]: ...
 
-    async def servable(self, key: Key) -> Registered: ...
+    async def servable(self, key: Key) -> Adapter: ...
 
     async def warm(self, key: Key) -> Registered: ...
 
@@ -130,15 +130,15 @@ class Upkeep:
         adapter_id = entry.shown.adapter_id
         self._coming.add(adapter_id)
         try:
-            entry = await self._kept.servable(entry.key)
-            await self._engine.pin(entry.adapter(), pinned=True)
+            adapter = await self._kept.servable(entry.key)
+            await self._engine.pin(adapter, pinned=True)
         except EngineUnavailable:
             self._pin_later()
         except (EngineError, GatewayError, AuthError, SQLAlchemyError, OSError) as error:
             _log.warning("the pinned adapter %s could not be brought to the device: %s", entry.name, error)
             self._pin_later()
         else:
-            self._pinned |= {entry.shown.adapter_id}  # or no round would let go of what is unpinned by now
+            self._pinned |= {adapter.id}  # or no round would let go of what is unpinned by now
             self._repin_seconds = _REPIN_SECONDS
         finally:
             self._coming.discard(adapter_id)

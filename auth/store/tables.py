@@ -164,7 +164,6 @@ adapter_versions = Table(
     Column("state", String(16), nullable=False),
     Column("reason", String(4096), nullable=False, server_default=""),
     Column("adapter_id", String(64), nullable=False, server_default=""),
-    Column("path", String(4096), nullable=False, server_default=""),
     Column("revision", String(4096), nullable=False, server_default=""),
     Column("num_bytes", BigInteger, nullable=False, server_default="0"),
     Column("card", JSON(none_as_null=True), nullable=True),

@@ -27,7 +27,13 @@ import msgspec
 from loraplex.engines.adapters.locks import flock, try_flock
 from loraplex.engines.adapters.manifest import check, sync, write_manifest
 from loraplex.engines.adapters.sources.base import Workspace
-from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge, DiskCacheFull
+from loraplex.engines.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterSourceUnavailable,
+    AdapterTooLarge,
+    DiskCacheFull,
+)
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -58,18 +64,19 @@ class DiskCache:
         self._on_evict = on_evict
         self._for_good = for_good
         self._objects, self._staging, self._refs = root / "objects", root / "staging", root / "refs"
+        self._directories = (root, self._objects, self._staging, self._refs)
         self._max_bytes = max_bytes
         self._guard = threading.Lock()
         self._holds: dict[str, tuple[int, int]] = {}  # id -> (descriptor with the shared lock, holders)
         self._verified: set[str] = set()
         self._sizes: dict[str, int] = {}  # of those seen at the last look: an object never changes
-        for directory in (self._objects, self._staging, self._refs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directories()
         self._sweep()
 
     @contextmanager
     def stage(self) -> Iterator[Workspace]:
         """Two empty directories on the cache's file system, gone afterwards."""
+        self._make_directories()  # someone may have emptied the cache
         path, descriptor = self._claim()
         try:
             workspace = Workspace(files=path / "files", scratch=path / "scratch")
@@ -90,7 +97,7 @@ class DiskCache:
         manifest = write_manifest(workspace.files, workspace.digests, durable=self._for_good)
         if (known := self.find(manifest.id)) is not None:
             return known
-        place = self._place(manifest.id)
+        place = self.place(manifest.id)
         with flock(self._objects):  # one process at a time counts and adds, so the bound is strict
             if not place.exists():
                 self._make_room(_size(workspace.files))
@@ -104,12 +111,18 @@ class DiskCache:
             self._verified.add(manifest.id)
         return StoredObject(id=manifest.id, path=str(place), num_bytes=manifest.num_bytes)
 
+    def place(self, object_id: str) -> Path:
+        """Where an object lies if it is here. Raises AdapterNotFound for what cannot be an id."""
+        if not _ID.fullmatch(object_id):
+            raise AdapterNotFound(f"{object_id!r} is not the id of an adapter")
+        return self._objects / object_id[:2] / object_id
+
     def find(self, object_id: str) -> StoredObject | None:
         """An object, now the most recently used; None where there is none. A damaged one is removed.
 
         Its bytes are hashed once in the life of this process.
         """
-        place = self._place(object_id)
+        place = self.place(object_id)
         try:
             manifest = check(place, read_bytes=object_id not in self._verified)
         except FileNotFoundError:
@@ -125,7 +138,7 @@ class DiskCache:
     def verify(self, object_id: str) -> None:
         """Hash an object again. Raises AdapterNotFound; AdapterInvalid naming the file that changed."""
         try:
-            check(self._place(object_id), read_bytes=True)
+            check(self.place(object_id), read_bytes=True)
         except FileNotFoundError as error:
             raise AdapterNotFound(f"the disk cache does not hold {object_id}") from error
 
@@ -135,7 +148,7 @@ class DiskCache:
         with self._guard:
             descriptor, holders = self._holds.get(object_id) or (self._lock_shared(object_id), 0)
             self._holds[object_id] = descriptor, holders + 1
-        place = self._place(object_id)
+        place = self.place(object_id)
         try:
             self._touch(place)
             yield place
@@ -173,17 +186,16 @@ class DiskCache:
     def drop(self, object_id: str) -> bool:
         """Remove an object unless someone holds it; whether it is gone."""
         with flock(self._objects):
-            return not self._place(object_id).exists() or self._evict(object_id)
+            return not self.place(object_id).exists() or self._evict(object_id)
 
-    def _place(self, object_id: str) -> Path:
-        if not _ID.fullmatch(object_id):
-            raise AdapterNotFound(f"{object_id!r} is not the id of an adapter")
-        return self._objects / object_id[:2] / object_id
+    def _make_directories(self) -> None:
+        for directory in self._directories:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _look(self) -> dict[str, int]:
         """id -> bytes on disk of every object. There may be thousands, so only those that are new are measured."""
         known, found = self._sizes, {}
-        for shelf in os.listdir(self._objects):
+        for shelf in os.listdir(self._objects) if self._objects.exists() else ():
             with suppress(FileNotFoundError, NotADirectoryError):
                 for name in os.listdir(self._objects / shelf):
                     with suppress(FileNotFoundError, NotADirectoryError):  # another process evicts
@@ -197,7 +209,7 @@ class DiskCache:
         found = []
         for object_id, size in self._look().items():
             with suppress(FileNotFoundError):
-                found.append((self._place(object_id).stat().st_mtime_ns, object_id, size))
+                found.append((self.place(object_id).stat().st_mtime_ns, object_id, size))
         return sorted(found)
 
     def _make_room(self, num_bytes: int) -> None:
@@ -219,7 +231,7 @@ class DiskCache:
 
     def _evict(self, object_id: str) -> bool:
         """Remove an object unless someone holds it."""
-        place = self._place(object_id)
+        place = self.place(object_id)
         descriptor = try_flock(place, exclusive=True)
         if descriptor is None:
             return False
@@ -250,7 +262,7 @@ class DiskCache:
             self._verified.discard(place.name)
 
     def _lock_shared(self, object_id: str) -> int:
-        place = self._place(object_id)
+        place = self.place(object_id)
         descriptor = try_flock(place, exclusive=False)
         if descriptor is None:
             raise AdapterNotFound(f"the disk cache does not hold {object_id}")
@@ -276,13 +288,22 @@ class DiskCache:
         for ref in self._refs.iterdir():
             with suppress(FileNotFoundError):
                 object_id = ref.read_text()
-                if not _ID.fullmatch(object_id) or not self._place(object_id).is_dir():
+                if not _ID.fullmatch(object_id) or not self.place(object_id).is_dir():
                     ref.unlink()
 
     def _touch(self, place: Path) -> None:
         now = time.time_ns()
         with suppress(FileNotFoundError):
             os.utime(place, ns=(now, now))
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """A disk that is full, or refuses otherwise, is AdapterSourceUnavailable: a later try may find it emptier."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterSourceUnavailable(f"{what} cannot be written: {error.strerror}") from error
 
 
 def _ref(source: str, revision: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex.config.settings import Adapters
-from loraplex.engines.adapters.disk import DiskCache, StoredObject
+from loraplex.engines.adapters.disk import DiskCache, StoredObject, writing
 from loraplex.engines.adapters.flights import SingleFlight
 from loraplex.engines.adapters.merging import merge_in_process
 from loraplex.engines.adapters.recipe import MergeRecipe
@@ -85,14 +85,17 @@ class AdapterStore:
     """Fetches adapters into the disk cache. One event loop; several processes may share `settings.cache_dir`."""
 
     def __init__(self, settings: Adapters, *, retries: Retries = DEFAULT_RETRIES) -> None:
+        """Raises OSError, naming the setting, where a directory cannot be made."""
         self._settings = settings
         self._retries = retries
-        self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
+        with _naming("adapters.cache_dir"):
+            place = Path(settings.cache_dir).expanduser().absolute()
+            self._disk = DiskCache(place, settings.disk_bytes, self._count_eviction)
+        with _naming("adapters.upload_dir"):
+            self._uploads = DiskCache(_upload_dir(settings), settings.upload_bytes, for_good=True)
         self._sources = Sources(settings, self._uploads)
         self._figures = TierFigures("disk", settings.max_names_in_figures)
         self._names: OrderedDict[str, str] = OrderedDict()  # of the adapters served last, for the figures
-        place = Path(settings.cache_dir).expanduser().absolute()
-        self._disk = DiskCache(place, settings.disk_bytes, self._count_eviction)
         self._pool = ThreadPoolExecutor(settings.max_fetches, thread_name_prefix="adapter-fetch")
         self._flights: SingleFlight[tuple[str, str], _Fetched] = SingleFlight()
         self._is_closed = False
@@ -136,7 +139,9 @@ class AdapterStore:
     @contextmanager
     def receive(self) -> Iterator[Upload]:
         """An upload, of which nothing stays unless it is kept. Blocks."""
-        with self._uploads.stage() as workspace:
+        with ExitStack() as stack:
+            with writing("the upload"):
+                workspace = stack.enter_context(self._uploads.stage())
             upload = Upload(self._uploads, workspace, self._settings.max_bytes)
             try:
                 yield upload
@@ -156,6 +161,10 @@ class AdapterStore:
             raise AdapterSourceUnavailable("the adapter store is closed")
         fetched = await self._flights.join((_MERGED, recipe.id), functools.partial(self._fly_merge, recipe))
         return _stored(fetched.stored, name, _MERGED, fetched.revision)
+
+    def place(self, adapter_id: str) -> Path:
+        """Where an adapter's files lie on this machine, if they are here."""
+        return self._disk.place(adapter_id)
 
     @contextmanager
     def hold(self, adapter: Adapter) -> Iterator[Path]:
@@ -221,24 +230,21 @@ class AdapterStore:
     def _fetch(self, source: Source, address: Address, token: str | None, transfer: Transfer) -> _Fetched:
         """Attempts in one workspace, so that each resumes what the last one left."""
         last: Listing | None = None
-        try:
-            with self._disk.stage() as workspace:
-                for attempt in itertools.count(1):
-                    transfer.check()
-                    try:
-                        listing = source.list(address, token, transfer)
-                        check_sizes(listing.files, self._settings.max_bytes)
-                        if last not in (None, listing):
-                            _empty(workspace)
-                        last = listing
-                        return self._bring(source, address, listing, token, workspace, transfer)
-                    except AdapterSourceUnavailable as error:
-                        if attempt == self._retries.num_attempts:
-                            raise
-                        _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
-                    transfer.sleep(self._retries.pause_seconds(attempt))
-        except OSError as error:
-            raise AdapterSourceUnavailable(f"the disk cache cannot be written: {error.strerror}") from error
+        with writing("the disk cache"), self._disk.stage() as workspace:
+            for attempt in itertools.count(1):
+                transfer.check()
+                try:
+                    listing = source.list(address, token, transfer)
+                    check_sizes(listing.files, self._settings.max_bytes)
+                    if last not in (None, listing):
+                        _empty(workspace)
+                    last = listing
+                    return self._bring(source, address, listing, token, workspace, transfer)
+                except AdapterSourceUnavailable as error:
+                    if attempt == self._retries.num_attempts:
+                        raise
+                    _logger.info("%s: attempt %d failed: %s", address.shown, attempt, error)
+                transfer.sleep(self._retries.pause_seconds(attempt))
         raise TransferStopped
 
     def _bring(
@@ -274,6 +280,14 @@ class AdapterStore:
             stored = self._disk.commit(workspace)
             self._disk.remember(_MERGED, recipe.id, stored.id, workspace)
         return _Fetched(stored, recipe.id)
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{setting}: {error}") from error
 
 
 def _upload_dir(settings: Adapters) -> Path:

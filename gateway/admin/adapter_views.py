@@ -57,7 +57,11 @@ class AdapterView(Struct, kw_only=True):
 
 
 class AdapterList(Struct):
+    """`last_id`, given as `after`, leads to the next page while there `has_more`."""
+
     data: list[AdapterView]
+    has_more: bool
+    last_id: str | None
 
 
 def view_of(entry: Registered, catalogue: Catalogue, residency: Mapping[str, AdapterResidency]) -> AdapterView:
@@ -78,7 +82,7 @@ def view_of(entry: Registered, catalogue: Catalogue, residency: Mapping[str, Ada
         created_at=entry.created_at,
         card=shown.card,
         notes=shown.notes,
-        tier=found.tier if found is not None else "disk" if shown.path else "remote",
+        tier=found.tier if found is not None else "disk" if shown.adapter_id else "remote",
         pinned=entry.pinned,
         num_requests=catalogue.num_requests(entry, residency),
         last_used_at=catalogue.last_used_at(entry),

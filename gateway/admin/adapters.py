@@ -6,8 +6,9 @@ and changes that tenant's alone, others look nonexistent.
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from litestar import Request, Response, delete, get, patch, post
 from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Struct, UnsetType
@@ -20,7 +21,7 @@ from loraplex.gateway.admin.adapter_views import AdapterList, AdapterView, Versi
 from loraplex.gateway.admin.scope import own_or_named, require_fetchable, scope_of
 from loraplex.gateway.audit import tell_audit, without_credentials
 from loraplex.gateway.catalogue import Catalogue
-from loraplex.gateway.decoding import Body
+from loraplex.gateway.decoding import Body, Query
 from loraplex.gateway.errors import AdapterNotRegistered, MalformedRequest, PinsFull
 from loraplex.gateway.guards import caller_of, require_tenant_admin
 from loraplex.gateway.replies import json_reply
@@ -60,6 +61,14 @@ class Examined(Struct, forbid_unknown_fields=True):
     tenant_id: str | None = None
 
 
+class AdapterQuery(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`tenant_id` keeps to one tenant's. `after` is a page's `last_id`; without `limit` the page is all there are."""
+
+    tenant_id: str | None = None
+    after: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
+
+
 class ChosenVersion(Struct, forbid_unknown_fields=True):
     """A version's number, or the first 8 or more digits of its content's hash."""
 
@@ -70,6 +79,7 @@ _new_adapter = Body(NewAdapter)
 _change = Body(AdapterChange)
 _examined = Body(Examined)
 _chosen = Body(ChosenVersion)
+_query = Query(AdapterQuery)
 
 
 class _Shown:
@@ -165,9 +175,12 @@ def _arrival_routes(
 def _reading_routes(catalogue: Catalogue, shown: _Shown) -> list[HTTPRouteHandler]:
     @get(_ADAPTERS, guards=[require_tenant_admin])
     async def list_adapters(request: Request[Any, Any, Any]) -> Response[bytes]:
-        tenant_id = scope_of(request, default=None)
+        query, tenant_id = _query.of(request), scope_of(request, default=None)
         found = [entry for entry in catalogue.everything() if entry.targets is None]
-        return json_reply(AdapterList(await shown.views([e for e in found if tenant_id in (None, e.tenant_id)])))
+        found = _behind([entry for entry in found if tenant_id in (None, entry.tenant_id)], query.after)
+        page = found[: query.limit]
+        last_id = _cursor(page[-1]) if page else None
+        return json_reply(AdapterList(await shown.views(page), has_more=len(found) > len(page), last_id=last_id))
 
     @get(_ADAPTER, guards=[require_tenant_admin])
     async def get_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -225,6 +238,21 @@ def _change_routes(catalogue: Catalogue, shown: _Shown) -> list[HTTPRouteHandler
         await catalogue.remove(*key, drains=_flag(request, "drain"))
 
     return [change_adapter, act_on_adapter, delete_adapter]
+
+
+def _cursor(entry: Registered) -> str:
+    """Its place in a list: adapters of several tenants may have one name."""
+    return f"{entry.tenant_id}/{entry.name}"
+
+
+def _behind(entries: list[Registered], after: str | None) -> list[Registered]:
+    """Those behind a cursor. Raises AdapterNotRegistered where nothing of them is there."""
+    if after is None:
+        return entries
+    places = [number for number, entry in enumerate(entries, start=1) if _cursor(entry) == after]
+    if not places:
+        raise AdapterNotRegistered(f"There is no adapter {after!r} to go on after.", "after")
+    return entries[places[0] :]
 
 
 async def _done(change: Awaitable[Registered]) -> tuple[Registered, int]:

@@ -45,10 +45,18 @@ def _show(session: Session, answer: Any) -> None:
 
 def _add_views(adapters: typer.Typer) -> None:
     @command(adapters, "list")
-    def list_adapters(session: Session, tenant: TenantOption = None) -> None:
-        """All adapters, or those of a tenant."""
-        answer = session.client.get("adapters", {"tenant_id": session.tenant(tenant) if tenant else None})
+    def list_adapters(
+        session: Session,
+        tenant: TenantOption = None,
+        after: Annotated[str | None, typer.Option(help="The last adapter of the page before.")] = None,
+        limit: Annotated[int | None, typer.Option(help="How many, at most 1000; left out: all.")] = None,
+    ) -> None:
+        """All adapters, or those of a tenant, oldest first."""
+        owner = session.tenant(tenant) if tenant else None
+        answer = session.client.get("adapters", {"tenant_id": owner, "after": after, "limit": limit})
         session.show(answer, answer["data"], _ADAPTER)
+        if answer["has_more"]:
+            session.say(f"There are more: --after {answer['last_id']}")
 
     @command(adapters, "show")
     def show_adapter(session: Session, name: AdapterName, tenant: TenantOption = None) -> None:

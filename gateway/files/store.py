@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from loraplex.auth.store.tables import batches
 from loraplex.auth.store.tables import files as table
 from loraplex.auth.tenants import require_tenant
 from loraplex.config.settings import FileSettings
-from loraplex.gateway.errors import FileInUse, FileNotFound, StorageFull
+from loraplex.gateway.errors import CannotOpen, FileInUse, FileNotFound, StorageFull
 
 Purpose = Literal["batch", "batch_output", "user_data"]
 Order = Literal["asc", "desc"]
@@ -50,9 +51,14 @@ class FileStore:
     """The files of all tenants; every question names the tenant, and another's files are not found."""
 
     def __init__(self, database: AsyncEngine, settings: FileSettings) -> None:
+        """Raises CannotOpen where there can be no such directory."""
         self._database = database
         self._settings = settings
         self._directory = Path(settings.directory).expanduser()
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotOpen(f"files.directory: {error}") from error
         self._arriving: Counter[Path] = Counter()  # bytes of the drafts that are open, by where they lie
 
     @property
@@ -60,7 +66,7 @@ class FileStore:
         return self._settings.max_file_bytes
 
     async def open_draft(self, tenant_id: str, *, is_bounded: bool = True) -> "Draft":
-        """A file to write. Whoever opens it closes it. Raises StorageFull where the tenant has no room at all.
+        """A file to write. Whoever opens it closes it. Raises StorageFull where the tenant, or the disk, has no room.
 
         What a tenant was promised, its answers, is written without a bound.
         """
@@ -70,7 +76,8 @@ class FileStore:
                 room = self._settings.max_tenant_bytes - await _num_bytes(connection, tenant_id)
         if room <= self._arriving[home]:
             raise self._full()
-        return await asyncio.to_thread(Draft, home, room, self._arriving)
+        with _storing():
+            return await asyncio.to_thread(Draft, home, room, self._arriving)
 
     async def keep(
         self, draft: "Draft", tenant_id: str, filename: str, purpose: Purpose, expires_at: float | None
@@ -88,7 +95,7 @@ class FileStore:
     async def seal(
         self, draft: "Draft", tenant_id: str, filename: str, purpose: Purpose, expires_at: float | None
     ) -> StoredFile:
-        """The draft's bytes are on disk for good; it becomes a file when it is entered."""
+        """The draft's bytes are on disk for good; it becomes a file when it is entered. Raises StorageFull."""
         file_id = f"file-{secrets.token_hex(12)}"
         await asyncio.to_thread(draft.move_to, self._home(tenant_id) / file_id)
         return StoredFile(
@@ -188,10 +195,11 @@ class Draft:
     """
 
     def __init__(self, home: Path, room: int, arriving: Counter[Path]) -> None:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._home = home
         self._path = home / f"draft-{secrets.token_hex(12)}"
-        self._file = self._path.open("xb", buffering=_CHUNK)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(descriptor, "wb", buffering=_CHUNK)
         self._room = room
         self._arriving = arriving
         self.num_bytes = 0
@@ -203,17 +211,16 @@ class Draft:
         if (excess := self._arriving[self._home] - self._room) > 0:
             left = max(self.num_bytes - excess, 0)
             raise StorageFull(f"The file is larger than what is left of the tenant's storage, {left} bytes.")
-        try:
+        with _storing():
             await asyncio.to_thread(self._file.write, chunk)
-        except OSError as error:
-            raise StorageFull(f"The server cannot store the file: {error.strerror}.") from error
 
     def move_to(self, path: Path) -> None:
-        """Whole and on disk under its name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._path.rename(path)
+        """Whole and on disk under its name. Raises StorageFull where the disk has no room for what was held back."""
+        with _storing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._path.rename(path)
 
     async def close(self) -> None:
         """Whatever was not moved is gone. Once only: its room is others' from then on."""
@@ -223,8 +230,18 @@ class Draft:
         await asyncio.to_thread(self._discard)
 
     def _discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk refused, it refuses once more
+            self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Whatever keeps bytes from the disk is StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFull(f"The server cannot store the file: {error.strerror}.") from error
 
 
 def ordering(table: Any, order: Order) -> list[Any]:

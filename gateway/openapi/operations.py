@@ -215,7 +215,7 @@ OPERATIONS: dict[str, Operation] = {
         answer=AdapterView,
         example={"name": "pirate", "source": "hf://org/pirate"},
     ),
-    "GET /admin/v1/adapters": _admin(400, 404, answer=AdapterList),
+    "GET /admin/v1/adapters": _admin(400, 404, query=adapters.AdapterQuery, answer=AdapterList),
     "POST /admin/v1/adapters/validate": _admin(400, 404, 413, 503, body=adapters.Examined, answer=VersionView),
     "POST /admin/v1/adapters/upload": _admin(
         400, 404, 408, 409, 413, 503, form=AdapterFile, query=UploadQuery, answer=AdapterView

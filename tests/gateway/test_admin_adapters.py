@@ -51,6 +51,46 @@ def manager(gateway: Gateway, name: str) -> tuple[str, httpx.Client]:
     return tenant, gateway.client(key)
 
 
+def test_list_goes_through_pages_oldest_first(gateway: Gateway, admin: httpx.Client) -> None:
+    tenant, own = manager(gateway, "pages")
+    for number in range(5):
+        new_adapter(gateway, "page/same" if number == 1 else f"page/{number}", 60 + number, tenant_id=tenant)
+    new_adapter(gateway, "page/same", 65)
+    with own:
+        for client, query in ((own, {}), (admin, {"tenant_id": tenant}), (admin, {})):
+            whole = client.get("/admin/v1/adapters", params=query).json()
+            pages: list[Any] = []
+            after: dict[str, str] = {}
+            while not pages or pages[-1]["has_more"]:
+                page = client.get("/admin/v1/adapters", params={**query, **after, "limit": 2})
+                assert page.status_code == 200, page.text
+                pages.append(page.json())
+                after = {"after": pages[-1]["last_id"]}
+            assert [one for page in pages for one in page["data"]] == whole["data"]
+            assert {len(page["data"]) for page in pages[:-1]} == {2}
+            assert (whole["has_more"], whole["last_id"]) == (False, pages[-1]["last_id"])
+            assert client.get("/admin/v1/adapters", params={**query, **after}).json()["data"] == []
+        assert_problem(own.get("/admin/v1/adapters?after=/page/same"), 404, "adapter_not_found", "after")
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("offset=1", 400, "unknown_parameter", "offset"),
+        ("limit=0", 400, "invalid_request", "limit"),
+        ("limit=x", 400, "invalid_request", "limit"),
+        ("limit=1001", 400, "invalid_request", "limit"),
+        ("limit=1&limit=2", 400, "invalid_request", "limit"),
+        ("after=nothing", 404, "adapter_not_found", "after"),
+        ("after=/nothing", 404, "adapter_not_found", "after"),
+    ],
+)
+def test_list_that_asks_for_what_is_not_there_is_refused_by_name(
+    admin: httpx.Client, query: str, status: int, code: str, param: str
+) -> None:
+    assert_problem(admin.get(f"/admin/v1/adapters?{query}"), status, code, param)
+
+
 def test_update_serves_new_requests_while_a_stream_finishes_on_the_old_version(
     gateway: Gateway, admin: httpx.Client
 ) -> None:

@@ -113,6 +113,9 @@ def test_check_config_shows_paths_as_they_are(tmp_path: Path, directory: str) ->
         ("sqlite+aiosqlite:///", "nonsense+driver://", "database.url"),
         ("sqlite+aiosqlite:///", "postgresql+asyncpg://someone:a-secret@127.0.0.1:1", "database.url"),
         ('pepper"', 'loraplex.toml/pepper"', "auth.pepper_file"),
+        ('cache"', 'loraplex.toml/cache"', "adapters.cache_dir"),
+        ("[adapters]", '[adapters]\nupload_dir = "/dev/null/uploads"', "adapters.upload_dir"),
+        ("[adapters]", '[files]\ndirectory = "/dev/null/files"\n[adapters]', "files.directory"),
     ],
 )
 def test_serve_what_cannot_be_opened_is_named(tmp_path: Path, old: str, new: str, setting: str) -> None:

@@ -82,6 +82,10 @@ def test_adapters_secrets_and_admin_keys(gateway: Gateway) -> None:
     assert told(gateway, "adapters", "warm", name, "--tenant", tenant)["tier"] == "device"
     assert "versions" in run(gateway, "adapters", "show", name, "--tenant", tenant).stdout
     assert [one["name"] for one in told(gateway, "adapters", "list", "--tenant", tenant)["data"]] == [name]
+    last = told(gateway, "adapters", "list", "--limit", "1")["last_id"]
+    assert f"--after {last}" in run(gateway, "adapters", "list", "--limit", "1").stdout
+    second = told(gateway, "adapters", "list", "--limit", "1", "--after", last)
+    assert second["data"] == told(gateway, "adapters", "list")["data"][1:2]
     assert run(gateway, "adapters", "delete", name, "--tenant", tenant).exit_code == 0
     put = run(gateway, "secrets", "put", tenant, "hub_token", stdin="hf_deep-secret\n")
     assert put.exit_code == 0, put.stderr

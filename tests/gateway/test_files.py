@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 from sqlalchemy.ext.asyncio import AsyncEngine
-from support.gateway import Gateway
+from support.full_disk import largest_file
+from support.gateway import Gateway, running, settings_in
 from support.problems import assert_problem
 from support.services import own_postgres_database
 
@@ -164,6 +166,44 @@ def test_tenants_files_have_a_bound_together(gateway: Gateway) -> None:
     with gateway.client(key) as client:
         client.delete("/v1/files/" + client.get("/v1/files").json()["data"][0]["id"])
         assert upload(gateway, *full, key=key).status_code == 200
+
+
+@pytest.mark.parametrize("num_bytes", [2**19 + 1, 2**22], ids=["told-at-the-end", "told-while-it-comes"])
+def test_upload_that_the_disk_has_no_room_for_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    monkeypatch.setenv("LORAPLEX_TEST_ADMIN_KEY", "an-admin-key-of-the-tests")
+    settings = settings_in(tmp_path)
+    files = msgspec.structs.replace(settings.files, max_file_bytes=2**23, max_tenant_bytes=2**24)
+    with running(msgspec.structs.replace(settings, files=files), "an-admin-key-of-the-tests") as gateway:
+        tenant, key = gateway.new_tenant("large")
+        content = b"x" * num_bytes
+        with largest_file(2**19), OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+            with pytest.raises(APIStatusError) as refused:
+                client.files.create(file=("a", content), purpose="batch")
+            assert (refused.value.status_code, refused.value.code) == (413, "storage_full")
+            assert list((tmp_path / "files" / tenant).iterdir()) == []
+        with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+            assert client.files.create(file=("a", content), purpose="batch").bytes == num_bytes
+
+
+async def test_draft_that_cannot_be_made_is_told(database: AsyncEngine, tmp_path: Path) -> None:
+    store = FileStore(database, FileSettings(directory=str(tmp_path / "files")))
+    (tmp_path / "files" / "t1").write_bytes(b"")
+    with pytest.raises(StorageFull, match="cannot store the file"):
+        await store.open_draft("t1")
+
+
+async def test_files_are_their_servers_alone(database: AsyncEngine, tmp_path: Path) -> None:
+    tenant = (await Tenants(database, b"pepper").create_tenant("t")).id
+    store = FileStore(database, FileSettings(directory=str(tmp_path / "files")))
+    draft = await store.open_draft(tenant)
+    await draft.write(b"x")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "files" / tenant).iterdir()}
+    kept = await store.keep(draft, tenant, "x", "batch", None)
+    await draft.close()
+    assert modes == {store.path(tenant, kept.id).stat().st_mode & 0o777} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "files", tmp_path / "files" / tenant)} == {0o700}
 
 
 async def test_drafts_that_are_open_at_the_same_time_have_the_bound_together(

@@ -172,7 +172,8 @@ async def pinned_elsewhere(site: Site, *names: str) -> None:
     other = site.gateway()[0]
     for rank, name in enumerate(names, start=5):
         await other.register(name, site.source(rank))
-        shutil.rmtree((await other.pin(("", name), pinned=True)).shown.path)
+        pinned = await other.pin(("", name), pinned=True)
+        shutil.rmtree(site.store.place(pinned.shown.adapter_id))
 
 
 async def test_start_pins_what_the_disk_has_lost(site: Site) -> None:

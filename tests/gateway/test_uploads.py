@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import pytest
 from support.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_files
+from support.full_disk import largest_file
 from support.gateway import BASE, Gateway, running, settings_in
 from support.problems import assert_problem
 
@@ -127,6 +128,14 @@ def test_upload_that_breaks_off_leaves_nothing(gateway: Gateway, home: Path) -> 
         time.sleep(0.01)
     with gateway.admin() as admin:
         assert admin.get("/admin/v1/adapters/broken").status_code == 404
+
+
+def test_upload_that_the_disk_has_no_room_for_is_refused_and_leaves_nothing(admin: httpx.Client, home: Path) -> None:
+    with largest_file(2**23):  # the database's log is smaller
+        refused = sent(admin, {**adapter_files(), WEIGHTS_NAME: bytes(2**23 + 1)}, name="large")
+    assert_problem(refused, 503, "adapter_source_unavailable")
+    assert leftovers(home) == []
+    assert sent(admin, adapter_files(), name="large").status_code == 201
 
 
 def test_upload_larger_than_the_limit_is_refused_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

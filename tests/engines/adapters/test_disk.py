@@ -232,6 +232,23 @@ def test_recall_knows_revisions_while_the_object_lives(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "cache" / "refs") == []
 
 
+@pytest.mark.parametrize("lost", ["", "objects", "staging", "refs"], ids=["all", "objects", "staging", "refs"])
+def test_cache_that_was_emptied_meanwhile_fills_again(cache: DiskCache, tmp_path: Path, lost: str) -> None:
+    before = put(cache, blob(1))
+    shutil.rmtree(tmp_path / "cache" / lost)
+    known = 0 if lost in ("", "objects") else 1
+    assert (cache.usage()[0], len(cache.ids())) == (known, known)
+    with cache.stage() as workspace:
+        (workspace.files / WEIGHTS_NAME).write_bytes(b"x" * 1500)
+        stored = cache.commit(workspace)
+        cache.remember("hf://a/b", "c" * 40, stored.id, workspace)
+    assert cache.recall("hf://a/b", "c" * 40) == stored
+    assert put(cache, blob(1)) == before
+    assert set(cache.ids()) == {before.id, stored.id}
+    for part in ("", "objects", "staging", "refs"):
+        assert (tmp_path / "cache" / part).stat().st_mode & 0o777 == 0o700
+
+
 def test_threads_that_commit_hold_and_evict_at_once(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "cache", 6000)
     failures: list[BaseException] = []
