@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class StopStrings:
     """`feed` each piece, then `finish`. After `is_stopped` the text is complete: a stop string was `met`."""
 
-    def __init__(self, stops: Sequence[str], *, includes_stop: bool = False) -> None:
+    def __init__(self, stops: Sequence[str] = (), *, includes_stop: bool = False) -> None:
         """The text ends before the stop string, or with it where it `includes_stop`."""
         self._stops = [stop for stop in stops if stop]
         self._includes_stop = includes_stop
@@ -27,6 +27,8 @@ class StopStrings:
 
     def feed(self, text: str, *, may_stop: bool = True) -> str:
         """The text that is certain after this piece. One that may not stop is text, whatever ends in it."""
+        if not self._stops:
+            return text
         held = self._held + text
         if not may_stop:
             self._num_exempt = len(held)

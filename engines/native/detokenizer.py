@@ -16,13 +16,13 @@ class Detokenizer:
     ) -> None:
         """Where the text `includes_stop` it ends with the stop string. The first `min_tokens` complete none."""
         self._stream = stream
-        self._stops = StopStrings(stops, includes_stop=includes_stop) if any(stops) else None
+        self._stops = StopStrings(stops, includes_stop=includes_stop)
         self._num_exempt = min_tokens
 
     @property
     def met(self) -> str | None:
         """The stop string that ended the text."""
-        return None if self._stops is None else self._stops.met
+        return self._stops.met
 
     @property
     def is_stopped(self) -> bool:
@@ -31,19 +31,13 @@ class Detokenizer:
     @property
     def num_held(self) -> int:
         """How many characters of the text are held back, for they may begin a stop string."""
-        return 0 if self._stops is None else self._stops.num_held
+        return self._stops.num_held
 
     def feed(self, token_id: int) -> str:
         """The text that is certain after this token."""
-        text = self._stream.feed(token_id)
-        if self._stops is None:
-            return text
         self._num_exempt -= 1
-        return self._stops.feed(text, may_stop=self._num_exempt < 0)
+        return self._stops.feed(self._stream.feed(token_id), may_stop=self._num_exempt < 0)
 
     def finish(self) -> str:
         """The rest, once no token follows."""
-        text = self._stream.flush()
-        if self._stops is None:
-            return text
-        return self._stops.feed(text, may_stop=self._num_exempt < 0) + self._stops.finish()
+        return self._stops.feed(self._stream.flush(), may_stop=self._num_exempt < 0) + self._stops.finish()

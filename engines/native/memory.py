@@ -20,15 +20,6 @@ _UNPACKED = {"compressed-tensors"}
 _UNPACKED_ON_CPU = {*_UNPACKED, "fp8", "mxfp4"}
 
 
-def require_device(name: str) -> None:
-    """Raises ModelNotServable where `model.device` names a CUDA device that torch does not find."""
-    if not name.startswith("cuda"):
-        return
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (torch.device(name).index or 0) >= found:
-        raise ModelNotServable(f"model.device = {name!r}: torch {torch.__version__} finds {found} CUDA devices here")
-
-
 def free_bytes(device: torch.device, cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
     """What can be allocated on the device: on a CPU what the machine, or its container, has available."""
     if device.type == "cuda":

@@ -29,8 +29,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelNotServable(f"model.device = {name!r} is none that torch knows") from error
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ModelNotServable(f"model.device = {name!r} is not here: torch sees {count} CUDA devices")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ModelNotServable(f"model.device = {name!r}: torch {torch.__version__} finds {found} CUDA devices here")
     return device
 
 
@@ -154,7 +155,8 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
     hooks = [module.register_forward_hook(_note(passages, name, ids.shape[1]), with_kwargs=True)
              for name, module in owners.items()]  # fmt: skip
     given: dict[str, Tensor] = {}
-    hooks += [layer.register_forward_hook(_keep_input(given, name)) for name, layer in linear.items()]
+    types: dict[str, set[torch.dtype]] = {}
+    hooks += [layer.register_forward_hook(_keep_input(given, types, name)) for name, layer in linear.items()]
     if decoder is not None:
         hooks.append(decoder.register_forward_hook(lambda *call: hidden.append(_hidden_width(call[-1], ids.shape[1]))))
     try:
@@ -170,7 +172,7 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         reason = "make attention masks of their own" if attention.layers else "do not use its attention interface"
         raise ModelNotServable(f"{type(model).__name__} is not served: in transformers its layers {reason}")
     passable = {name for name in linear if _is_linear_passage(passages.get(name))}
-    fit = [name for name in linear if name in passable and given[name].dtype == model.dtype]
+    fit = [name for name in linear if name in passable and types[name] == {model.dtype}]
     kinds = {id(tensor): number for number, tensor in enumerate(given.values())}
     inputs = {name: kinds[id(tensor)] for name, tensor in given.items()}
     num_layers = model.config.get_text_config().num_hidden_layers
@@ -178,7 +180,7 @@ def dry_run(model: PreTrainedModel, attention: PagedAttention) -> Trial:
         selects=logits.shape[1] == 1,
         layers={name: (linear[name], BaseModule(index, name, *_features(linear[name]), inputs[name]))
                 for index, name in enumerate(fit)},
-        unfit={name: f"is computed in {_name(given[name].dtype)}, adapters in {_name(model.dtype)}" if name in passable
+        unfit={name: _of_other_types(types[name], model.dtype) if name in passable
                else "does not turn each token's row into one" if _is_used(name, passages) else UNUSED
                for name in owners if name not in fit and (name in linear or passages.get(name) is None)},
         passages={name: passage for name, passage in passages.items()
@@ -231,11 +233,18 @@ def _hidden_width(output: Any, num_tokens: int) -> int:
     return int(hidden.shape[2]) if is_hidden else 0
 
 
-def _keep_input(given: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """A hook that keeps what a linear layer was given."""
+def _of_other_types(types: Set[torch.dtype], adapters: torch.dtype) -> str:
+    """Why a layer that is given or gives these carries no LoRA: kernels read adapters as what they are given."""
+    others = ", ".join(sorted(_name(dtype) for dtype in types - {adapters}))
+    return f"is computed in {others}, adapters in {_name(adapters)}"
+
+
+def _keep_input(given: dict[str, Tensor], types: dict[str, set[torch.dtype]], name: str) -> Callable[..., None]:
+    """A hook that keeps what a linear layer was given, and the types of that and of what it gave."""
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         given[name] = inputs[0]
+        types.setdefault(name, set()).update(one.dtype for one in (inputs[0], output) if isinstance(one, Tensor))
 
     return keep
 

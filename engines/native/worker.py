@@ -20,7 +20,6 @@ from loraplex.config.settings import Settings
 from loraplex.engines.errors import AdapterError, AdapterInvalid, EngineDied, EngineError, to_wire
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import Machine, load_machine
-from loraplex.engines.native.memory import require_device
 from loraplex.engines.native.messages import (
     Command,
     Configure,
@@ -148,7 +147,6 @@ def _load(settings: Settings, on_progress: Callable[[Progress], None]) -> Machin
     """Raises ModelNotServable where that lies in the settings or the model; EngineDied for all else, as another try
     may go well."""
     try:
-        require_device(settings.model.device)
         return load_machine(settings, on_progress)
     except EngineError:
         raise

@@ -53,9 +53,8 @@ class EchoedPrompt:
         if not self._is_text:
             return offsets_of(self.token_ids, self.text, self._tokenizer, self._skipped)
         end, places = 0, []
-        for span in self._tokenizer.spans(
-            self.text, add_special_tokens=self._add_special_tokens
-        ):  # some leave out the space before a word
+        # some leave out the space before a word
+        for span in self._tokenizer.spans(self.text, add_special_tokens=self._add_special_tokens):
             places.append(min(span.start, end) if span.start < span.stop else end)
             end = max(span.stop, end)
         return places

@@ -19,9 +19,8 @@ Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Stops = str | Annotated[list[str], msgspec.Meta(max_length=16)]
-Truncation = Annotated[
-    int, msgspec.Meta(ge=-1)
-]  # so many tokens of a prompt, the last ones; -1: what there is room for
+# So many tokens of a prompt, the last ones; -1: what there is room for.
+Truncation = Annotated[int, msgspec.Meta(ge=-1)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -47,13 +46,8 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     """
 
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "guided_decoding_backend": (
-            "auto",
-            "guidance",
-            "lm-format-enforcer",
-            "outlines",
-            "xgrammar",
-        ),  # the form is kept
+        # whichever it is, the form is kept
+        "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
         "kv_transfer_params": ({},),
         "length_penalty": (1.0,),
         "logits_processors": ([],),

@@ -23,7 +23,7 @@ class Speech:
         """A stop string that the first `min_tokens` complete is text."""
         self._reasoning = reasoning
         self._calls = calls
-        self._stops = stops
+        self._stops = StopStrings() if stops is None else stops
         self._num_exempt = min_tokens
 
     @property
@@ -34,7 +34,7 @@ class Speech:
     @property
     def met(self) -> str | None:
         """The stop string that ended the answer."""
-        return None if self._stops is None else self._stops.met
+        return self._stops.met
 
     @property
     def is_stopped(self) -> bool:
@@ -53,7 +53,7 @@ class Speech:
         reasoning, text = ("", "") if self._reasoning is None else self._reasoning.finish()
         answer = self._answer(text)
         rest = self._cut([*_reasoned(reasoning), *answer, *([] if self._calls is None else self._calls.finish())])
-        return rest if self._stops is None else [*rest, *_said(self._stops.finish())]
+        return [*rest, *_said(self._stops.finish())]
 
     def _answer(self, text: str) -> list[Delta]:
         if not text:
@@ -62,8 +62,6 @@ class Speech:
 
     def _cut(self, deltas: list[Delta]) -> list[Delta]:
         """The same up to a stop string; none spans a call."""
-        if self._stops is None:
-            return deltas
         told: list[Delta] = []
         for delta in deltas:
             if self._stops.is_stopped:

@@ -79,7 +79,7 @@ DEFINE_OUTPUTS(bfloat16)
         const ROW_##KIND *x = inputs;                                                             \
         int64_t in = layer->in, out = layer->out, size = panel_bytes_##T(in);                     \
         int64_t first = num_panels(out) * me / all, last = num_panels(out) * (me + 1) / all;      \
-        float sums[2 * TOKENS_A_PANEL * PANEL];                                                   \
+        float sums[MOST_PANELS_Broad * TOKENS_A_PANEL * PANEL];                                   \
         for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PANEL) {                    \
             int tokens = num_tokens - begin < TOKENS_A_PANEL ? num_tokens - begin : TOKENS_A_PANEL; \
             for (int64_t p = first, some; p < last; p += some) {                                  \

@@ -184,6 +184,12 @@ def test_adapter_that_is_not_a_number_harms_its_own_tokens_alone(in_tiles: bool)
     assert torch.isfinite(y[1]).all()
 
 
+def test_outputs_of_another_type_than_inputs_are_refused() -> None:
+    step = CurrentStep()
+    with pytest.raises(ValueError, match=r"x is torch\.float32, y torch\.bfloat16"):
+        add_decode(torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(1, 8), 0, step)
+
+
 def test_kernel_is_for_cpus_and_types_it_knows() -> None:
     assert not is_available(torch.float16, CPU)
     assert not is_available(torch.float32, torch.device("cuda"))

@@ -12,7 +12,8 @@ from support.worlds import SmallWorld
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native import memory
 from loraplex.engines.native.loading import load_machine
-from loraplex.engines.native.memory import free_bytes, require_device, require_room_for_weights, weight_bytes
+from loraplex.engines.native.memory import free_bytes, require_room_for_weights, weight_bytes
+from loraplex.engines.native.model import choose_device
 
 CPU = torch.device("cpu")
 
@@ -78,15 +79,15 @@ def test_kv_cache_bytes_hold_as_many_tokens_however_threads_are_chosen(
 def test_device_that_torch_does_not_find_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    require_device(name)
+    choose_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     if name == "cuda:1":
         with pytest.raises(ModelNotServable, match=r"model\.device = 'cuda:1': torch .* finds 1 CUDA devices here"):
-            require_device(name)
+            choose_device(name)
     else:
-        require_device(name)
+        choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelNotServable, match=f"'{name}': torch .* finds 0"):
-        require_device(name)
-    require_device("auto")
-    require_device("cpu")
+        choose_device(name)
+    choose_device("auto")
+    choose_device("cpu")

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from support.core import make_core, prompt_of, request, run, tokens
 from support.models import AdapterSpec, llama_config, make_adapter, make_model
 from support.worlds import SmallWorld
-from transformers import HunYuanMoEV1Config, MixtralConfig
+from transformers import HunYuanMoEV1Config, MixtralConfig, PreTrainedModel
 
 from loraplex.config.settings import Adapters, EngineSettings, Model, Settings
 from loraplex.engines.adapters.peft import Base, plan_adapter
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
+from loraplex.engines.native import loading
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.loading import load_machine
+from loraplex.engines.native.model import load_model
 from loraplex.engines.protocol import Adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -224,6 +226,21 @@ def test_lora_of_a_layer_in_another_type_than_the_models_is_refused_by_name(tmp_
         match=r"gate\.wg cannot .* is computed in float32, adapters in bfloat16",
     ):
         plan_adapter(adapter, base_in(tmp_path / "base", "bfloat16"))
+
+
+def test_lora_of_a_layer_that_gives_another_type_is_refused_by_name(
+    small: SmallWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_odd_model(*arguments: Any) -> PreTrainedModel:
+        model = load_model(*arguments)
+        layer = model.get_submodule("model.layers.1.self_attn.o_proj")
+        layer.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        return model
+
+    monkeypatch.setattr(loading, "load_model", load_odd_model)
+    base = load_machine(small.settings(), lambda progress: None).base
+    with pytest.raises(AdapterUnsupported, match=r"1\.self_attn\.o_proj cannot .* in bfloat16, adapters in float32"):
+        plan_adapter(small.adapters["rank-4"], base)
 
 
 def test_lora_of_single_experts_beside_stacked_ones_is_refused_by_name(tmp_path: Path) -> None:
