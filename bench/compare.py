@@ -157,10 +157,11 @@ class Loraplex(Server):
     def launch(self, scene: Scene) -> None:
         home = Path(f"/tmp/loraplex-compare-{os.getpid()}-{self.port}")
         home.mkdir()
+        threads = {"num_threads": scene.options.threads} if scene.options.threads else {}
         config: dict[str, dict[str, Any]] = {
             "model": {"path": str(scene.base), "name": "base"},
             "server": {"port": self.port},
-            "engine": {"unresponsive_seconds": 1e6, "kv_cache_bytes": 2 * 2**30, **self.drafting},
+            "engine": {"unresponsive_seconds": 1e6, "kv_cache_bytes": 2 * 2**30, **self.drafting, **threads},
             "adapters": {"local_roots": [str(scene.base.parent)], "cache_dir": str(home / "cache")},
             "database": {"url": f"sqlite+aiosqlite:///{home}/db"},
             "auth": {"pepper_file": str(home / "pepper")},
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="clients that send none are given 1")
     parser.add_argument("--waves", type=int, default=2, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of our engine; without, as it measures at start")
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
     parser.add_argument("--without", action="append", default=[], help="name of a contender to leave out")

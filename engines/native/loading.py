@@ -31,7 +31,7 @@ from loraplex.engines.native.placement import place_weights
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
-from loraplex.engines.native.threads import choose_num_threads
+from loraplex.engines.native.threads import choose_num_threads, num_cores
 from loraplex.engines.native.tiles import choose_tile
 from loraplex.engines.protocol import EngineInfo, Progress, SamplingDefaults
 from loraplex.kernels.triton_support import is_available
@@ -56,8 +56,7 @@ class Machine:
 
 def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) -> Machine:
     """Load everything, to be used by the calling thread. Raises ModelNotServable with the reason."""
-    if settings.engine.num_threads is not None:
-        torch.set_num_threads(settings.engine.num_threads)
+    torch.set_num_threads(settings.engine.num_threads or min(torch.get_num_threads(), num_cores()))
     device = choose_device(settings.model.device)
     use_device(device)
     attention = PagedAttention()

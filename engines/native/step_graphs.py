@@ -3,6 +3,8 @@
 Of a small model's step a half and more is Python: modules, hooks, views. A replay makes the kernels' calls alone, over
 the same weights, the same cache, and whichever adapters the step has: on a CPU as `cpu_replays.py` has it, on a GPU as
 a CUDA graph (`cuda_replays.py`).
+Until a kind has a graph of its own, one of a few more tokens does as well, the rest of them padding: drafts make steps
+of all sizes.
 A graph's first replay is checked against the model itself, with adapters and without, where one graph serves both; if
 they differ, or a model cannot be captured, every step goes through the model as before.
 """
@@ -26,6 +28,8 @@ from loraplex.engines.native.replays import Inputs, Recording, Replays, Step
 
 MOST_GRAPHS = 64  # a few megabytes each
 FEWEST_STEPS, MOST_STEPS = 3, 16  # of a kind, after which it is captured: see `_Worth`
+MOST_PADDING = 1 / 2  # of a step's tokens, in a graph that was captured for more
+_BORROWED_STEPS = 8  # times as many, where a graph for more tokens serves: most that a replay saves is saved already
 
 # (token ids, positions, numbers of the tokens that are sampled) -> their logits.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,6 +51,15 @@ class _Kind(NamedTuple):
     num_tokens: int  # padding included
     num_sampled: int
     adapters: Hashable  # what LoRA's layers say of them
+
+    @property
+    def samples_all(self) -> bool:
+        return self.num_sampled == self.num_tokens
+
+    def serves(self, other: _Kind) -> bool:
+        """Whether it is the same as another with more padding."""
+        sampled_alike = self.samples_all if other.samples_all else self.num_sampled == other.num_sampled
+        return self.num_tokens > other.num_tokens and sampled_alike and self.adapters == other.adapters
 
 
 @dataclass(slots=True)
@@ -100,14 +113,28 @@ class StepGraphs:
 
     def logits(self, step: Step) -> Tensor:
         """Of a step that is taken, behind the tokens that are sampled. Shape [N, V]; gone with the next step."""
-        num_tokens = self._replays.padded(step.num_tokens, is_even=step.is_even)
-        num_sampled = num_tokens if step.samples_all else len(step.sampled)
-        kind = _Kind(num_tokens, num_sampled, self._lora.begin_repeated(step.owners, step.sampled, num_tokens))
+        kind = self._begin(step, self._replays.padded(step.num_tokens, is_even=step.is_even))
+        if kind not in self._graphs and (num_tokens := self._borrowed(kind)):
+            self._num_steps[kind] += 1
+            kind = self._begin(step, num_tokens)
         captured = self._graphs.get(kind)
-        inputs = captured.inputs if captured else self._replays.inputs(num_tokens, num_sampled)
+        inputs = captured.inputs if captured else self._replays.inputs(kind.num_tokens, kind.num_sampled)
         inputs.become(step)
         logits = self._replay(captured, kind, any(step.owners)) if captured else self._compute(inputs, kind)
         return logits[: len(step.sampled)]
+
+    def _begin(self, step: Step, num_tokens: int) -> _Kind:
+        """Set LoRA's part of a step that is padded to so many tokens."""
+        num_sampled = num_tokens if step.samples_all else len(step.sampled)
+        return _Kind(num_tokens, num_sampled, self._lora.begin_repeated(step.owners, step.sampled, num_tokens))
+
+    def _borrowed(self, kind: _Kind) -> int:
+        """Tokens of the least captured kind that serves this one too; 0: none does, or it is worth one of its own."""
+        if self._num_steps[kind] >= _BORROWED_STEPS * self._worth.num_steps:
+            return 0
+        most = kind.num_tokens * (1 + MOST_PADDING)
+        alike = (other.num_tokens for other in self._graphs if other.serves(kind))
+        return min((num_tokens for num_tokens in alike if num_tokens <= most), default=0)
 
     def _compute(self, inputs: Inputs, kind: _Kind) -> Tensor:
         self._num_steps[kind] += 1

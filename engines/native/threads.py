@@ -1,15 +1,19 @@
 """How many CPU threads a forward pass should use: measured, because more is often slower.
 
 A small model's step is hundreds of small operations, and each pays for waking and joining the threads; where cores are
-shared with others, it waits for the slowest of them (`bench/mixed.py --threads`).
+shared with others, it waits for the slowest of them (`bench/mixed.py --threads`). Threads on all cores leave none to
+the gateway, which has its part in every step.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,24 +25,50 @@ from loraplex.kernels.calls import is_available
 _TOKENS = 8  # a typical decode batch
 _REPEATS = 5  # or more, as many as fit into
 _SECONDS = 0.05
-# What doubling the threads must gain to be worth it: what leaves the gateway and its clients no core of their own is no
-# gain. Steps that gained 1.35 times by a second thread answered 1.07 to 1.13 times as many requests over HTTP.
-_WORTH = 1.2
+_WORTH = 1.1  # what doubling the threads must gain to be worth it: measurements vary by some hundredths
+# Seconds of a core that the gateway takes for a step's tokens (`bench/wire.py`: 40 to 60 µs each). Where no core is
+# left to it, that comes on top of each step (`bench/compare.py --threads`; docs/performance.md has what it mattered).
+_BESIDE = _TOKENS * 50e-6
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_cores(cgroup: Path = _CGROUP) -> int:
+    """On how many cores this process may run at a time, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for read in (_quota, _quota_of_old):
+        with suppress(OSError, ValueError):  # no such cgroup, or no limit
+            cores = min(cores, max(math.ceil(read(cgroup)), 1))
+    return cores
+
+
+def _quota(cgroup: Path) -> float:
+    """In cores. Raises ValueError where it is "max"."""
+    quota, period = (cgroup / "cpu.max").read_text().split()
+    return int(quota) / int(period)
+
+
+def _quota_of_old(cgroup: Path) -> float:
+    """The same of cgroups' first version. Raises ValueError where there is no limit."""
+    quota, period = (int((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    if quota <= 0:
+        raise ValueError("no limit")
+    return quota / period
 
 
 def choose_num_threads(model: PreTrainedModel, *, replays: bool = False) -> int:
-    """The number of threads at which a step of a few tokens is fastest; left set. Nothing to choose off the CPU.
+    """The number of threads at which steps of a few tokens are served fastest; left set. Nothing to choose off the CPU.
 
     `replays`: such steps will be captured, if they can be.
     """
     most = torch.get_num_threads()
     if model.device.type != "cpu":
         return most
+    cores = num_cores()
     best = 1
     best_seconds = _step_seconds(model, 1, replays=replays)
     while best < most:
         more = min(2 * best, most)
-        seconds = _step_seconds(model, more, replays=replays)
+        seconds = _step_seconds(model, more, replays=replays) + (_BESIDE / cores if more >= cores else 0.0)
         if best_seconds / seconds < _WORTH:
             break
         best, best_seconds = more, seconds

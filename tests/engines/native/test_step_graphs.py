@@ -60,8 +60,14 @@ def traffic(core: EngineCore, small: SmallWorld, names: list[str | None], **samp
 
 @pytest.mark.parametrize("names", [[None] * 5, [*PLAIN, None], PLAIN * 2], ids=["base", "mixed", "adapters"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_replayed_steps_give_the_bits_of_the_model(small: SmallWorld, names: list[str | None], threads: int) -> None:
-    """By one engine with the same prompts in its cache: which layers our kernel computes is measured at its start."""
+def test_replayed_steps_give_the_bits_of_the_model(
+    small: SmallWorld, monkeypatch: pytest.MonkeyPatch, names: list[str | None], threads: int
+) -> None:
+    """By one engine with the same prompts in its cache: which layers our kernel computes is measured at its start.
+
+    Each step has a graph of its own: where there are tile registers, up to three rows are computed otherwise than more.
+    """
+    monkeypatch.setattr(step_graphs, "MOST_PADDING", 0)
     core = make_core(small, max_draft_tokens=0, num_threads=threads)
     graphs = core._machine.runner.graphs
     assert graphs is not None
@@ -137,6 +143,33 @@ def test_short_prompts_are_replayed_too(small: SmallWorld) -> None:
         core.submit(request(str(number), prompt * 6, small.adapters["rank-8"], max_tokens=1))
         assert tokens(run(core)[str(number)]) == small.oracle.greedy(prompt * 6, 1, small.adapters["rank-8"])
     assert forwards.num > 3 + len(prompts)
+
+
+def test_a_graph_for_more_tokens_serves_until_there_is_one(small: SmallWorld) -> None:
+    """A prompt is answered in one step: 24 tokens are captured, 20 padded to them, 12 would be too much padding."""
+    core = make_core(small, max_draft_tokens=0)
+    graphs = core._machine.runner.graphs
+    assert graphs is not None
+    forwards = Forwards(core)
+
+    def answer(length: int, seed: int, adapter: str | None) -> int:
+        """How often the model was called for it."""
+        before = forwards.num
+        prompt, named = prompt_of(seed, length), small.adapters[adapter] if adapter else None
+        core.submit(request("one", prompt, named, max_tokens=1))
+        assert tokens(run(core)["one"]) == small.oracle.greedy(prompt, 1, named)
+        return forwards.num - before
+
+    for seed, adapter in enumerate(["rank-8", "rank-8", "rank-8", None]):  # as it is, captured, checked, checked
+        assert answer(24, seed, adapter) == 1
+    for seed in range(step_graphs._BORROWED_STEPS):
+        assert answer(20, 10 + seed, "rank-4" if seed % 2 else None) == 0
+    assert {kind.num_tokens for kind in graphs._graphs} == {24}
+    assert answer(12, 30, None) == 1
+    for seed in (40, 41):
+        assert answer(20, seed, "rank-4") == 1  # captured, checked
+    assert answer(20, 42, "rank-4") == 0
+    assert {kind.num_tokens for kind in graphs._graphs} == {24, 20}
 
 
 def test_graphs_that_were_not_used_for_longest_are_forgotten(
