@@ -36,7 +36,7 @@ from loraplex.kernels.attention.decode import attend_paged_decode
 from loraplex.kernels.attention.paged import Form, attend_chunk, attend_decode, chunk_mask
 from loraplex.kernels.attention.prefill import QueryTiles, attend_paged_prefill
 from loraplex.kernels.calls import Calls
-from loraplex.kernels.dense.linear import Linear, pack, panels_size
+from loraplex.kernels.dense.linear import Linear, Panels, int8_size, pack, panels_size, round_and_pack
 from loraplex.kernels.fused import cpu_elementwise as elementwise
 from loraplex.kernels.fused.cpu_gated import Gate
 from loraplex.kernels.fused.cpu_rms_norm import RmsNorm
@@ -60,7 +60,12 @@ class Figure:
 def packed_linear(weight: Tensor) -> Linear:
     panels = in_large_pages(panels_size(weight))
     pack(weight, panels)
-    return Linear(weight, panels=panels)
+    return Linear(weight, panels=Panels(panels))
+
+
+def rounded_linear(weight: Tensor) -> Linear:
+    panels = in_large_pages(int8_size(weight))
+    return Linear(weight, panels=Panels(panels, round_and_pack(weight, panels)))
 
 
 def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
@@ -70,6 +75,7 @@ def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
         number = -(-BEYOND_CACHES // num_bytes)
         weights = [torch.randn(shape.intermediate, shape.hidden).to(dtype) for _ in range(number)]
         packed = [packed_linear(weight) for weight in weights] if panels_size(weights[0]) else []
+        rounded = [rounded_linear(weight) for weight in weights * dtype.itemsize] if int8_size(weights[0]) else []
         for count in (1, 4, 8, 16, 32, 64, 256, 448):
             x = torch.randn(count, shape.hidden).to(dtype)
             name = f"{count} tokens, {str(dtype).removeprefix('torch.')}"
@@ -80,6 +86,9 @@ def dense_linear(shape: Shape, device: torch.device) -> list[Case]:
                 cases.append(
                     Case(f"{name}, packed", in_turn([partial(layer, x) for layer in packed]), num_bytes + x.nbytes)
                 )
+            if rounded:
+                num_small = num_bytes // dtype.itemsize + x.nbytes
+                cases.append(Case(f"{name}, int8", in_turn([partial(layer, x) for layer in rounded]), num_small))
             cases.append(Case(f"{name}, torch", theirs, num_bytes + x.nbytes))
     return cases
 

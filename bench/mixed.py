@@ -51,6 +51,7 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quantization", choices=("none", "int8"), default="none", help="as model.quantization")
     parser.add_argument("--models", type=Path, default=Path("/tmp/loraplex-bench"), help="where the weights are kept")
     return parser
 
@@ -65,7 +66,9 @@ def make_adapters(options: argparse.Namespace) -> list[Adapter | None]:
 def make_core(options: argparse.Namespace, *, eager: bool = False) -> EngineCore:
     """An engine of the shape that drafts nothing. `eager`: nor does it replay captured steps."""
     settings = Settings(
-        model=Model(path=str(make_base(options.shape, options.models)), name=options.shape),
+        model=Model(
+            path=str(make_base(options.shape, options.models)), name=options.shape, quantization=options.quantization
+        ),
         engine=EngineSettings(
             num_threads=options.threads, kv_cache_bytes=2**30, max_draft_tokens=0, enforce_eager=eager
         ),

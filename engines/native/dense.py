@@ -21,7 +21,7 @@ from loraplex.engines.native.compiled_ops import handle_of, map_rows
 from loraplex.engines.native.timing import least_seconds
 from loraplex.kernels import calls
 from loraplex.kernels.built import Argument, Kernel, listening
-from loraplex.kernels.dense.linear import Linear, is_available
+from loraplex.kernels.dense.linear import Linear, Panels, is_available
 
 _TRIED = (1, 4, 8, 16, 32, 96)  # tokens: decodes of one and of several sequences, a chunk of a prompt
 _ENOUGH = 64 * 2**20  # bytes of weights: more than caches keep, for a step reads each weight once
@@ -31,25 +31,25 @@ _SLOWER = 2.0  # than float32, which takes twice the bytes
 
 
 def use_dense_kernel(
-    model: PreTrainedModel, panels: Mapping[nn.Module, Tensor] = MappingProxyType({}), *, always: bool = False
+    model: PreTrainedModel, panels: Mapping[nn.Module, Panels] = MappingProxyType({}), *, always: bool = False
 ) -> range:
     """Let the kernel compute plain linear layers for as many tokens as torch is not faster for. Result: those numbers.
 
     To be called before anything else wraps the layers. Leaves everything as it is where the kernel is not available.
-    `panels`: the weights that are packed. `always`: for any number of tokens, so that every start gives the same bits,
-    whatever it would have measured.
+    `panels`: the weights that are packed; those in int8 are for any number of tokens. `always`: so are all others, so
+    that every start gives the same bits, whatever it would have measured.
     """
     layers = {
         layer: Linear(layer.weight, layer.bias, panels.get(layer))
         for layer in model.modules()
         if isinstance(layer, nn.Linear) and is_plain(layer)
     }
-    if not layers:
-        return range(0)
-    numbers = range(sys.maxsize) if always else _numbers_of_tokens(_sample(layers))
-    if numbers:
-        for layer, linear in layers.items():
-            _replace_forward(layer, linear, numbers)
+    rounded = {layer for layer in layers if layer in panels and panels[layer].scales is not None}
+    measured = {layer: linear for layer, linear in layers.items() if layer not in rounded}
+    numbers = range(sys.maxsize) if always else _numbers_of_tokens(_sample(measured)) if measured else range(0)
+    for layer, linear in layers.items():
+        if own := range(sys.maxsize) if layer in rounded else numbers:
+            _replace_forward(layer, linear, own)
     return numbers
 
 

@@ -28,6 +28,7 @@ from loraplex.engines.native.model import (
 )
 from loraplex.engines.native.norms import use_norm_kernel
 from loraplex.engines.native.placement import place_weights
+from loraplex.engines.native.quantization import layers_to_round, require_quantizable
 from loraplex.engines.native.reference import compare_with_reference
 from loraplex.engines.native.rotary import use_rotary_kernel
 from loraplex.engines.native.runner import Runner
@@ -59,13 +60,15 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     torch.set_num_threads(settings.engine.num_threads or min(torch.get_num_threads(), num_cores()))
     device = choose_device(settings.model.device)
     use_device(device)
+    require_quantizable(settings.model, device)
     attention = PagedAttention()
     require_room_for_weights(settings.model.directory, DTYPES.get(settings.model.dtype), device)
     on_progress(Progress(stage="reading weights", fraction=0.2))
     model = load_model(settings.model, device, attention)
     on_progress(Progress(stage="checking the model", fraction=0.7))
     trial = dry_run(model, attention)
-    panels = place_weights(model, [layer for layer, _ in trial.layers.values()])
+    layers = [layer for layer, _ in trial.layers.values()]
+    panels = place_weights(model, layers, layers_to_round(settings.model, model, layers))
     use_dense_kernel(model, panels, always=settings.engine.deterministic)
     uses_kernels = _uses_kernels(settings.engine, device)
     use_norm_kernel(model, uses_kernels=uses_kernels)

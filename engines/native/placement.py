@@ -6,39 +6,50 @@ that no layer shares, of which a step reads a few rows, stay where they are.
 
 Where the CPU multiplies panels faster than rows (`panels.h` of the dense kernel), weights that lie in a file as it is
 are packed. The file then answers whoever asks for the weight itself, as DoRA does once for an adapter: its pages take
-no memory that others need.
+no memory that others need. Weights that are to be rounded are packed wherever they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from loraplex.engines.native.dense import is_plain
 from loraplex.engines.pages import give_back, in_large_pages, unwritten_files
-from loraplex.kernels.dense.linear import pack, panels_size
+from loraplex.kernels.dense.linear import Panels, int8_size, pack, panels_size, round_and_pack
 
 _LINE = 64  # bytes
 
 
-def place_weights(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
+def place_weights(
+    model: nn.Module, layers: Iterable[nn.Module], rounded: Collection[nn.Module] = ()
+) -> dict[nn.Module, Panels]:
     """Move those of the model's layers that steps use, where they are plain tensors of a CPU, or pack them.
 
-    Result: the panels of those that were packed. What shares memory with another tensor of the model's is not moved.
+    `rounded`: those that are packed in int8. Result: the panels of all that were packed. What shares memory with
+    another tensor of the model's is not moved.
     """
     used, files = [*layers], unwritten_files()
-    packed = {layer: layer.weight for layer in used if isinstance(layer, nn.Linear) and _is_packed(layer, files)}
+    linear = [layer for layer in used if isinstance(layer, nn.Linear)]
+    packed = {layer: layer.weight.data for layer in linear if layer in rounded or _is_packed(layer, files)}
     overlapping = _overlapping([*model.parameters(), *model.buffers()])
     found = [getattr(layer, "weight", None) for layer in used if layer not in packed]
     weights = {id(weight): weight for weight in found if isinstance(weight, nn.Parameter)}
     moved = [weight for key, weight in weights.items() if key not in overlapping and _can_move(weight)]
-    places = _places([*map(panels_size, packed.values()), *(weight.nbytes for weight in moved)])
-    panels: dict[nn.Module, Tensor] = {}
+    sizes = [(int8_size if layer in rounded else panels_size)(weight) for layer, weight in packed.items()]
+    places = _places([*sizes, *(weight.nbytes for weight in moved)])
+    panels: dict[nn.Module, Panels] = {}
     for layer, weight in packed.items():
-        pack(weight.data, panels.setdefault(layer, next(places)))
-        give_back(weight.data)
+        place = next(places)
+        if layer in rounded:
+            panels[layer] = Panels(place, round_and_pack(weight, place))
+        else:
+            pack(weight, place)
+            panels[layer] = Panels(place)
+        if _is_in(weight, files):
+            give_back(weight)
     for weight in moved:
         before, weight.data = weight.data, next(places).view(weight.dtype).view(weight.shape).copy_(weight.data)
         give_back(before)  # a file stays mapped as long as anything in it is used
@@ -54,10 +65,12 @@ def _places(sizes: Sequence[int]) -> Iterator[Tensor]:
 
 def _is_packed(layer: nn.Linear, files: Sequence[range]) -> bool:
     """Where that is faster, and a file keeps the weight for whoever asks for it."""
-    if not is_plain(layer) or not panels_size(layer.weight):
-        return False
-    first = layer.weight.data_ptr()
-    return any(first in file and first + layer.weight.nbytes - 1 in file for file in files)
+    return is_plain(layer) and panels_size(layer.weight) > 0 and _is_in(layer.weight, files)
+
+
+def _is_in(weight: Tensor, files: Sequence[range]) -> bool:
+    first = weight.data_ptr()
+    return any(first in file and first + weight.nbytes - 1 in file for file in files)
 
 
 def _overlapping(tensors: list[Tensor]) -> set[int]:

@@ -16,6 +16,7 @@ typedef struct {
     int64_t in, out;
     const void *weight, *bias; /* bias: or NULL */
     const void *panels;        /* or NULL: the weight is read as it lies */
+    const float *scales;       /* of the outputs, where panels are of int8, or NULL */
 } Layer;
 
 /* Whether to pack pairs: all rows of such a width would contend for the same lines of the first cache. */
@@ -28,15 +29,16 @@ static void pack_pairs(const bfloat16 *x, int64_t in, int64_t num_tokens, bfloat
                   packed + k * paired_width(in), me, all);
 }
 
-/* y[t * out + k] = sums[t * stride + k] and a bias, rounded. */
+/* y[t * out + k] = sums[t * stride + k], scaled where they are to be, and a bias, rounded. */
 #define DEFINE_FINISH(T)                                                                          \
-    FOR_EACH_CPU static void finish_##T(const float *sums, int stride, const T *bias, T *restrict y, int64_t out, \
-                                        int tokens, int outputs) {                                \
-        float offset[TILE] = {0};                                                                 \
+    FOR_EACH_CPU static void finish_##T(const float *sums, int stride, const float *scales, const T *bias, \
+                                        T *restrict y, int64_t out, int tokens, int outputs) {    \
+        float scale[TILE], offset[TILE] = {0};                                                    \
+        for (int k = 0; k < outputs; k++) scale[k] = scales ? scales[k] : 1;                      \
         for (int k = 0; bias && k < outputs; k++) offset[k] = widen_##T(bias[k]);                 \
         for (int t = 0; t < tokens; t++)                                                          \
             for (int k = 0; k < outputs; k++)                                                     \
-                y[t * out + k] = narrow_##T(sums[t * stride + k] + offset[k]);                    \
+                y[t * out + k] = narrow_##T(sums[t * stride + k] * scale[k] + offset[k]);         \
     }
 
 DEFINE_FINISH(float)
@@ -64,20 +66,21 @@ DEFINE_FINISH(bfloat16)
                 else                                                                              \
                     BY_WIDTH(tile_##T)(weight + o * in, (const float *)inputs + begin * in, in,   \
                                        outputs, tokens, sums, wide);                              \
-                finish_##T(sums, TILE, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
+                finish_##T(sums, TILE, NULL, bias ? bias + o : NULL, y + begin * out + o, out, tokens, outputs); \
             }                                                                                     \
     }
 
 DEFINE_OUTPUTS(float)
 DEFINE_OUTPUTS(bfloat16)
 
-/* One thread's outputs of a layer in panels. Rows of inputs lie `x_stride` numbers apart. */
-#define DEFINE_PANELS_OUTPUTS(T, KIND)                                                            \
-    static void outputs_of_panels_##KIND(const Layer *layer, const void *inputs, int64_t x_stride, T *y, \
-                                         int64_t num_tokens, int64_t me, int64_t all) {           \
+/* One thread's outputs of a layer in panels of SIZE bytes. Rows of inputs lie `x_stride` numbers apart. */
+#define DEFINE_PANELS_OUTPUTS(T, KIND, SIZE)                                                      \
+    static void outputs_##T##_##KIND(const Layer *layer, const void *inputs, int64_t x_stride, T *y, \
+                                     int64_t num_tokens, int64_t me, int64_t all) {               \
         const T *bias = layer->bias;                                                              \
+        const float *scales = layer->scales;                                                      \
         const ROW_##KIND *x = inputs;                                                             \
-        int64_t in = layer->in, out = layer->out, size = panel_bytes_##T(in);                     \
+        int64_t in = layer->in, out = layer->out, size = SIZE(in);                                \
         int64_t first = num_panels(out) * me / all, last = num_panels(out) * (me + 1) / all;      \
         float sums[MOST_PANELS_Broad * TOKENS_A_PANEL * PANEL];                                   \
         for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_A_PANEL) {                    \
@@ -88,15 +91,20 @@ DEFINE_OUTPUTS(bfloat16)
                 some_panels_##KIND((const char *)layer->panels + p * size, in, x + begin * x_stride, x_stride, sums, \
                                    some, tokens);                                                 \
                 for (int64_t q = 0, o = p * PANEL; q < some; q++, o += PANEL)                     \
-                    finish_##T(sums + q * tokens * PANEL, PANEL, bias ? bias + o : NULL, y + begin * out + o, out, \
-                               tokens, out - o < PANEL ? out - o : PANEL);                        \
+                    finish_##T(sums + q * tokens * PANEL, PANEL, scales ? scales + o : NULL, bias ? bias + o : NULL, \
+                               y + begin * out + o, out, tokens, out - o < PANEL ? out - o : PANEL); \
             }                                                                                     \
         }                                                                                         \
     }
 
-DEFINE_PANELS_OUTPUTS(float, float)
-DEFINE_PANELS_OUTPUTS(bfloat16, bfloat16)
-DEFINE_PANELS_OUTPUTS(bfloat16, pairs)
+DEFINE_PANELS_OUTPUTS(float, float, panel_bytes_float)
+DEFINE_PANELS_OUTPUTS(float, int8_float, panel_bytes_int8)
+DEFINE_PANELS_OUTPUTS(bfloat16, bfloat16, panel_bytes_bfloat16)
+DEFINE_PANELS_OUTPUTS(bfloat16, int8_bfloat16, panel_bytes_int8)
+DEFINE_PANELS_OUTPUTS(bfloat16, pairs, panel_bytes_bfloat16)
+DEFINE_PANELS_OUTPUTS(bfloat16, int8_pairs, panel_bytes_int8)
+
+#define OUTPUTS_OF_PANELS(layer, T, KIND) ((layer)->scales ? outputs_##T##_int8_##KIND : outputs_##T##_##KIND)
 
 /* Bytes that a layer's panels take, or 0 where the CPU is not one for them: tile registers read bfloat16 by rows. */
 #define DEFINE_PACKING(T)                                                                         \
@@ -107,10 +115,20 @@ DEFINE_PANELS_OUTPUTS(bfloat16, pairs)
     void loraplex_pack_##T(const T *weight, T *panels, int64_t in, int64_t out, int num_threads) { \
         _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")                     \
             pack_panels_##T(weight, in, out, panels, omp_get_thread_num(), omp_get_num_threads()); \
+    }                                                                                             \
+    void loraplex_pack_int8_##T(const T *weight, int8_t *panels, float *scales, int64_t in, int64_t out, \
+                                int num_threads) {                                                \
+        _Pragma("omp parallel num_threads(num_threads) if (num_threads > 1)")                     \
+            pack_int8_##T(weight, in, out, panels, scales, omp_get_thread_num(), omp_get_num_threads()); \
     }
 
 DEFINE_PACKING(float)
 DEFINE_PACKING(bfloat16)
+
+/* Bytes that they take in int8, of either type, or 0 where the CPU multiplies no panels. */
+int64_t loraplex_panels_int8(int64_t in, int64_t out) {
+    return takes_panels() ? num_panels(out) * panel_bytes_int8(in) : 0;
+}
 
 /* How tokens are multiplied: of bfloat16 in tiles, in pairs, packed or as they lie, or widened; of either type by panels,
    of rows as they lie, of copies or of widened ones; float32 else by rows as they lie. */
@@ -198,8 +216,10 @@ void loraplex_linear_float(const Layer *layer, const float *x, float *y, int64_t
             _Pragma("omp barrier")
         }
         if (form == WIDE) some_outputs_float(layer, x, y, num_tokens, 0, NULL, me, all);
-        else if (form == PANELS) outputs_of_panels_float(layer, x, in, y, num_tokens, me, all);
-        else outputs_of_panels_float(layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
+        else if (form == PANELS) OUTPUTS_OF_PANELS(layer, float, float)(layer, x, in, y, num_tokens, me, all);
+        else
+            OUTPUTS_OF_PANELS(layer, float, float)
+            (layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
     }
 }
 
@@ -219,11 +239,13 @@ void loraplex_linear_bfloat16(const Layer *layer, const bfloat16 *x, bfloat16 *y
         if (form == TILES)
             linear_tiles(layer->weight, layer->bias, in, layer->out, prepared, y, num_tokens, me, all);
         else if (form == PANELS)
-            outputs_of_panels_pairs(layer, x, in, y, num_tokens, me, all);
+            OUTPUTS_OF_PANELS(layer, bfloat16, pairs)(layer, x, in, y, num_tokens, me, all);
         else if (form == PANELS_OF_COPIES)
-            outputs_of_panels_pairs(layer, prepared, panels_width(in, sizeof(bfloat16)), y, num_tokens, me, all);
+            OUTPUTS_OF_PANELS(layer, bfloat16, pairs)
+            (layer, prepared, panels_width(in, sizeof(bfloat16)), y, num_tokens, me, all);
         else if (form == PANELS_OF_WIDE)
-            outputs_of_panels_bfloat16(layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
+            OUTPUTS_OF_PANELS(layer, bfloat16, bfloat16)
+            (layer, prepared, panels_width(in, sizeof(float)), y, num_tokens, me, all);
         else
             some_outputs_bfloat16(layer, form == PAIRS ? x : prepared, y, num_tokens, form != WIDE, wide, me, all);
     }

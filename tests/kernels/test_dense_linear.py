@@ -12,7 +12,17 @@ from support.cpu_flags import can_use_panels, flag, panels_wanted
 
 from loraplex.engines.pages import in_large_pages
 from loraplex.kernels.dense import linear as kernel
-from loraplex.kernels.dense.linear import Linear, is_available, linear_reference, pack, panels_size
+from loraplex.kernels.dense.linear import (
+    Linear,
+    Panels,
+    int8_size,
+    is_available,
+    linear_reference,
+    pack,
+    panels_size,
+    round_and_pack,
+    rounded_reference,
+)
 
 CPU = torch.device("cpu")
 FEATURES = [  # in, out: about the borders
@@ -35,7 +45,17 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     panels.fill_(0xFF)  # NaN, wherever nothing is written
     own = weight.clone()
     pack(own, panels)
-    linear = Linear(own, bias, panels)
+    linear = Linear(own, bias, Panels(panels))
+    own.fill_(float("nan"))
+    return linear
+
+
+def rounded(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """The same in int8."""
+    panels = in_large_pages(int8_size(weight))
+    panels.fill_(0x7F)
+    own = weight.clone()
+    linear = Linear(own, bias, Panels(panels, round_and_pack(own, panels)))
     own.fill_(float("nan"))
     return linear
 
@@ -44,7 +64,12 @@ NEEDS_PANELS = pytest.mark.skipif(not can_use_panels(), reason="this CPU has no 
 WAYS_OF_PANELS = pytest.mark.parametrize(
     "bfloat16_is", ["as the CPU can", "widened", "widened in short vectors"], indirect=True
 )
-FORMS = pytest.mark.parametrize("form", [Linear, pytest.param(packed, marks=NEEDS_PANELS)], ids=["rows", "panels"])
+PACKED_FORMS = pytest.mark.parametrize("form", [packed, rounded], ids=["panels", "int8"])
+FORMS = pytest.mark.parametrize(
+    "form",
+    [Linear, pytest.param(packed, marks=NEEDS_PANELS), pytest.param(rounded, marks=NEEDS_PANELS)],
+    ids=["rows", "panels", "int8"],
+)
 
 
 def a_layer(
@@ -59,6 +84,7 @@ def check_formula(form: Callable[..., Linear], num_in: int, num_out: int, dtype:
     """float32: only the order of sums differs. bfloat16: one rounding of y, half a unit in the last of 8 bits."""
     weight, bias = a_layer(num_in, num_out, dtype, has_bias=has_bias)
     linear = form(weight, bias)
+    weight = rounded_reference(weight) if form is rounded else weight
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, num_in, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
         rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-5)
@@ -79,10 +105,40 @@ def test_linear_equals_the_formula(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
 @WAYS_OF_PANELS
+@PACKED_FORMS
 def test_linear_in_panels_equals_the_formula(
-    num_in: int, num_out: int, dtype: torch.dtype, has_bias: bool, threads: int, bfloat16_is: str
+    form: Callable[..., Linear],
+    num_in: int,
+    num_out: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    threads: int,
+    bfloat16_is: str,
 ) -> None:
-    check_formula(packed, num_in, num_out, dtype, has_bias)
+    check_formula(form, num_in, num_out, dtype, has_bias)
+
+
+@NEEDS_PANELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_rounded_as_bitsandbytes_does(dtype: torch.dtype) -> None:
+    """But for numbers halfway between two steps, for it multiplies by the reciprocal of a scale."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight, _ = a_layer(100, 257, dtype)
+    weight[5] = 0
+    steps, largest, _ = functional.int8_vectorwise_quant(weight.float())
+    scales = round_and_pack(weight, in_large_pages(int8_size(weight)))
+    torch.testing.assert_close(scales, largest / 127)
+    found = rounded_reference(weight) / torch.where(scales > 0, scales, 1)[:, None]
+    assert (found.round() - steps).abs().max() <= 1
+    assert (found.round() != steps).float().mean() < 1e-3
+
+
+@NEEDS_PANELS
+def test_output_with_a_weight_that_is_not_finite_is_no_number() -> None:
+    weight, _ = a_layer(100, 257, torch.float32)
+    weight[2, 3], weight[7, 99] = float("inf"), float("nan")
+    y = rounded(weight)(torch.randn(3, 100))
+    assert torch.isnan(y).any(dim=0).nonzero()[:, 0].tolist() == [2, 7]
 
 
 def check_company(form: Callable[..., Linear], dtype: torch.dtype, width: int) -> None:
@@ -108,10 +164,11 @@ def test_a_row_is_the_same_in_any_company_to_the_last_bit(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [2100, 4096])
 @WAYS_OF_PANELS
+@PACKED_FORMS
 def test_a_row_in_panels_is_the_same_in_any_company_to_the_last_bit(
-    dtype: torch.dtype, width: int, threads: int, bfloat16_is: str
+    form: Callable[..., Linear], dtype: torch.dtype, width: int, threads: int, bfloat16_is: str
 ) -> None:
-    check_company(packed, dtype, width)
+    check_company(form, dtype, width)
 
 
 def test_rows_may_stand_in_any_number_of_dimensions_and_apart(bfloat16_is: str) -> None:
@@ -143,8 +200,9 @@ def test_what_is_not_a_number_stays_in_its_row(bfloat16_is: str) -> None:
 
 @NEEDS_PANELS
 @WAYS_OF_PANELS
-def test_what_is_not_a_number_stays_in_its_row_of_panels(bfloat16_is: str) -> None:
-    check_nan(packed)
+@PACKED_FORMS
+def test_what_is_not_a_number_stays_in_its_row_of_panels(form: Callable[..., Linear], bfloat16_is: str) -> None:
+    check_nan(form)
 
 
 @FORMS

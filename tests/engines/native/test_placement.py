@@ -139,7 +139,7 @@ def test_weights_of_a_file_are_packed_and_the_file_still_answers_for_them(
     elsewhere = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     packed = place_weights(model, layers.values())
     assert packed.keys() == {*layers.values()}
-    assert {room.data_ptr() % LINE for room in packed.values()} == {0}
+    assert {panels.memory.data_ptr() % LINE for panels in packed.values()} == {0}
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == elsewhere[name]
         assert torch.equal(tensor, expected.state_dict()[name]), name
