@@ -3,7 +3,8 @@
     python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 \\
         --vllm /path/to/venv/bin/python --llama /path/to/llama-server
 
-Contenders: loraplex, and the same without drafts, which none of the others make; vLLM's CPU build (with and without
+Contenders: loraplex, and the same without drafts, which none of the others make, and with `--int8` with weights that are
+rounded, which is no comparison at the same precision; vLLM's CPU build (with and without
 LoRA, each at its best) where `--vllm` names the Python of an environment that has it; llama.cpp's server where
 `--llama` names it, which reads weights and adapters as GGUF files of the same precision and batches only requests of
 the same adapter; transformers' `generate`, its continuous batching (which has no adapters) and `generate` with PEFT's
@@ -149,17 +150,18 @@ class Loraplex(Server):
     rows = ("base", "mixed")
     key = ADMIN_KEY
 
-    def __init__(self, *, drafts: bool = True) -> None:
+    def __init__(self, *, drafts: bool = True, quantization: str = "none") -> None:
         """`drafts`: as it is by default, which random weights, whose answers repeat themselves, may gain much by."""
-        self.name = "loraplex" if drafts else "loraplex, no drafts"
+        self.name = "loraplex" + ("" if drafts else ", no drafts") + ("" if quantization == "none" else ", int8")
         self.drafting = {} if drafts else {"max_draft_tokens": 0}
+        self.quantization = quantization
 
     def launch(self, scene: Scene) -> None:
         home = Path(f"/tmp/loraplex-compare-{os.getpid()}-{self.port}")
         home.mkdir()
         threads = {"num_threads": scene.options.threads} if scene.options.threads else {}
         config: dict[str, dict[str, Any]] = {
-            "model": {"path": str(scene.base), "name": "base"},
+            "model": {"path": str(scene.base), "name": "base", "quantization": self.quantization},
             "server": {"port": self.port},
             "engine": {"unresponsive_seconds": 1e6, "kv_cache_bytes": 2 * 2**30, **self.drafting, **threads},
             "adapters": {"local_roots": [str(scene.base.parent)], "cache_dir": str(home / "cache")},
@@ -329,6 +331,7 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=2, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of our engine; without, as it measures at start")
+    parser.add_argument("--int8", action="store_true", help="beside ourselves, with rounded weights and no drafts")
     parser.add_argument("--vllm", help="the Python of an environment with vLLM's CPU build")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
     parser.add_argument("--without", action="append", default=[], help="name of a contender to leave out")
@@ -338,6 +341,8 @@ def main() -> None:
     adapters = [make_adapter(options.shape, int(rank), number, options.models)
                 for number, rank in enumerate(options.ranks.split(","))]  # fmt: skip
     contenders: list[Contender] = [Loraplex(), Loraplex(drafts=False)]
+    if options.int8:
+        contenders += [Loraplex(drafts=False, quantization="int8")]
     if options.vllm:
         contenders += [Vllm(options.vllm, with_lora=False), Vllm(options.vllm, with_lora=True)]
     if options.llama:
