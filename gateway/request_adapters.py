@@ -153,9 +153,16 @@ class RequestAdapters:
         return Route(base=self._catalogue.base, adapter=await self._fetch(caller, adapter_id, kind, token))
 
     def _is_registered(self, caller: Caller, name: str, kind: str | None) -> bool:
-        """Whether the catalogue knows the name, and from the kind of source that was named, if one was."""
+        """Whether the catalogue knows the name, and from the kind of source that was named, if one was.
+
+        A name without a slash is no address on the hub or in a bucket, so it is the catalogue's, whichever was named.
+        """
         source = self._catalogue.source_of(name, caller)
-        return source is not None and (kind is None or source == "" or source.startswith(_SCHEMES[kind]))
+        if source is None:
+            return False
+        is_from_there = kind is None or source == "" or source.startswith(_SCHEMES[kind])
+        is_no_address = "/" not in name if kind != "local" else source.startswith("upload:")
+        return is_from_there or is_no_address
 
     async def _fetch(self, caller: Caller, adapter_id: str, kind: str | None, token: str | None) -> Adapter:
         uri = _uri(adapter_id, kind)

@@ -22,6 +22,7 @@ from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooL
 Shape = tuple[int, ...]
 TYING = "ensure_weight_tying = True is not supported with a base that ties its embeddings"
 _BASE_LAYER = ".base_layer"
+_NEW, _REPLACED = ".modules_to_save.", ".original_module."
 _HALVES = (torch.bfloat16, torch.float16)  # the coarser one first
 _SMALLEST = 2.0**-24  # above nought, in float16
 
@@ -64,12 +65,14 @@ class Extra:
 class ExtraPlan:
     """The extras, and where each comes from: `sources[i]` has span name -> tensor name.
 
-    `copies` are tensors that must equal the base's: tensor name -> the base's parameter.
+    `copies` are tensors that must equal the base's: tensor name -> the base's parameter; `twins` must equal another of
+    the file's.
     """
 
     extras: tuple[Extra, ...]
     sources: tuple[dict[str, str], ...]
     copies: dict[str, str]
+    twins: dict[str, str]
     size: int
 
 
@@ -107,6 +110,7 @@ class ExtraPlanner:
         self._extras: list[Extra] = []
         self._sources: list[dict[str, str]] = []
         self._copies: dict[str, str] = {}
+        self._twins: dict[str, str] = {}
         self._whole: dict[str, str] = {}
 
     def plan(self, adapted: frozenset[str]) -> ExtraPlan:
@@ -122,6 +126,8 @@ class ExtraPlanner:
             if f"{module}.lora_B.bias" in self._left:
                 self._lora_bias(module)
         for name in list(self._left):
+            self._told_twice(name)
+        for name in list(self._left):
             self._saved(name, adapted)
         self._require_saved()
         if (
@@ -133,7 +139,7 @@ class ExtraPlanner:
             raise AdapterUnsupported(f"trainable_token_indices names {sorted(unused)[0]}, which is no embedding")
         if self._config.ties_weights and self._base.tied_head is not None and self._extras:
             raise AdapterUnsupported(TYING)
-        return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._size)
+        return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._twins, self._size)
 
     def _add(self, extra: Extra, sources: dict[str, str]) -> None:
         self._extras.append(extra)
@@ -216,6 +222,27 @@ class ExtraPlanner:
         sources = {"delta": self._take(f"{module}.lora_B.bias", shape)}
         self._add(Extra("bias", module, {"delta": self._span(shape)}, scale=self._config.scale_of(module)), sources)
 
+    def _told_twice(self, tensor: str) -> None:
+        """What PEFT writes of an embedding in `modules_to_save` beside its weight, with save_embedding_layers: the
+        weight once more, and what the base had in its place."""
+        for infix, others in ((_NEW, self._left), (_REPLACED, self._base.parameters)):
+            module, found, own = tensor.partition(infix)
+            name = f"{module}.{own}"
+            if not (found and name in others and name in self._base.parameters and self._config.saves(module)):
+                continue
+            self._require_vocabulary(tensor, module, name)
+            (self._twins if infix == _NEW else self._copies)[self._take(tensor, others[name])] = name
+
+    def _require_vocabulary(self, tensor: str, module: str, name: str) -> None:
+        """Raises AdapterUnsupported where it has a row for each token, and there are other tokens."""
+        found, shape = self._left[tensor], self._base.parameters[name]
+        is_vocabulary = shape[:1] == self._base.embeddings.get(self._base.input_embedding, ())[:1]
+        is_embedding = module in (self._base.input_embedding, self._base.tied_head)
+        if found != shape and (is_embedding or (is_vocabulary and found[1:] == shape[1:])):
+            raise AdapterUnsupported(
+                f"{tensor} has {found[0]} rows, the base {shape[0]}: another vocabulary is not supported"
+            )
+
     def _saved(self, tensor: str, adapted: frozenset[str]) -> None:
         """A whole parameter: of `modules_to_save`, a bias, or a copy of an embedding beside its LoRA."""
         name = tensor.replace(_BASE_LAYER, "")
@@ -230,10 +257,7 @@ class ExtraPlanner:
             self._copies[self._take(tensor, self._base.parameters[name])] = name
             return
         shape = self._base.parameters[name]
-        if module in (self._base.input_embedding, self._base.tied_head) and self._left[tensor] != shape:
-            raise AdapterUnsupported(
-                f"{tensor} has {self._left[tensor][0]} rows, the base {shape[0]}: another vocabulary is not supported"
-            )
+        self._require_vocabulary(tensor, module, name)
         if not (is_saved or is_bias):
             self._copies[self._take(tensor, shape)] = name
             return
@@ -274,6 +298,18 @@ def read_extras(
             raise AdapterUnsupported(
                 f"{source} differs from the base's: an adapter over other weights is not supported"
             )
+    for source, other in plan.twins.items():
+        if not (yield from _are_equal(tensor(source), tensor(other))):
+            raise AdapterInvalid(f"{source} differs from {other}, which says the same weights")
+
+
+def _are_equal(one: Tensor, other: Tensor) -> Pieces[bool]:
+    """NaN equals NaN: what is not finite is refused elsewhere."""
+    for rows in pieces.slices(one):
+        if not torch.equal(one[rows], other[rows]) and not torch.allclose(one[rows], other[rows], 0, 0, equal_nan=True):
+            return False
+        yield
+    return True
 
 
 def _are_same(own: Tensor, ours: Tensor) -> Pieces[bool]:

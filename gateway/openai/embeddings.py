@@ -2,12 +2,12 @@
 
 import base64
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
-from msgspec import Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.decoding import Body
@@ -16,7 +16,7 @@ from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.openai.routing import route_of
-from loraplex.gateway.openai.wire import Truncation
+from loraplex.gateway.openai.wire import Truncation, refuse_what_matters
 from loraplex.gateway.prompts import last_of, prompts_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
@@ -39,6 +39,24 @@ class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
+    # vLLM's, known, not offered
+    add_special_tokens: Raw | UnsetType = UNSET
+    embed_dtype: Raw | UnsetType = UNSET
+    endianness: Raw | UnsetType = UNSET
+    messages: Raw | UnsetType = UNSET
+    priority: Raw | UnsetType = UNSET
+    truncation_side: Raw | UnsetType = UNSET
+    use_activation: Raw | UnsetType = UNSET
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "add_special_tokens": (True,),
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+        "messages": (),
+        "priority": (0,),
+        "truncation_side": ("left",),
+        "use_activation": (),
+    }
 
 
 class EmbeddingObject(Struct):
@@ -70,6 +88,7 @@ def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedd
     @inference_post("/v1/embeddings")
     async def create_embedding(request: Request[Any, Any, Any]) -> Response[bytes]:
         body = await _body.of(request)
+        refuse_what_matters(body, body.not_offered)
         caller = caller_of(request)
         route = await route_of(body, caller, adapters)
         require_ready(engine)

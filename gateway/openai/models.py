@@ -4,6 +4,7 @@ The list has what can be asked right now. A model may be shown by its name, in e
 `name@version`, also while it arrives or after it failed. Deleting one is a matter of those who manage its tenant.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 from litestar import Request, Response, delete, get
@@ -31,6 +32,8 @@ class AdapterVersion(Struct):
 class ModelCard(Struct):
     """One model. `parent` and `root` as vLLM gives them: the base of an adapter, and where it came from.
 
+    So does `max_model_len`, the most tokens of a prompt and its answer; null until the engine has started.
+
     `state` is the engine's for the base, the version's for an adapter. The base and routes have no `adapter`.
     """
 
@@ -41,6 +44,7 @@ class ModelCard(Struct):
     object: Literal["model"] = "model"
     root: str | None = None
     parent: str | None = None
+    max_model_len: int | None = None
     adapter: AdapterVersion | None = None
 
 
@@ -59,15 +63,18 @@ def model_routes(catalogue: Catalogue, engine: Engine, started_at: int) -> list[
     """The handlers of this resource. `started_at` is the base's time of creation, in seconds since 1970."""
     base = catalogue.base
 
+    def longest() -> int | None:
+        return None if engine.health().state == "starting" else engine.info().max_model_len
+
     def base_card() -> ModelCard:
-        return ModelCard(base, started_at, engine.health().state, root=base)
+        return ModelCard(base, started_at, engine.health().state, root=base, max_model_len=longest())
 
     @get("/v1/models", guards=[require_inference])
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
         caller = caller_of(request)
         cards = [base_card()] if caller.policy.may_use(base) else []
         cards += [
-            _card(entry.name, entry, None if entry.targets else entry.shown, base)
+            _card(entry.name, entry, None if entry.targets else entry.shown, base, longest())
             for entry in catalogue.visible(caller)
         ]
         return json_reply(ModelList(cards))
@@ -80,7 +87,7 @@ def model_routes(catalogue: Catalogue, engine: Engine, started_at: int) -> list[
         found = catalogue.find(name, caller)
         if found is None:
             raise ModelNotFound(f"The model {name!r} does not exist or you do not have access to it.", "model")
-        return json_reply(_card(name, *found, base))
+        return json_reply(_card(name, *found, base, longest()))
 
     @delete("/v1/models/{name:path}", status_code=200, guards=[require_tenant_admin])
     async def delete_model(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -101,10 +108,11 @@ def _name(request: Request[Any, Any, Any]) -> str:
     return str(request.path_params["name"]).lstrip("/")
 
 
-def _card(shown_as: str, entry: Registered, version: Version | None, base: str) -> ModelCard:
+def _card(shown_as: str, entry: Registered, version: Version | None, base: str, longest: int | None) -> ModelCard:
     """`version` is None for a route."""
+    card = partial(ModelCard, parent=base, max_model_len=longest)
     if version is None:
-        return ModelCard(shown_as, int(entry.created_at), "ready", root=base, parent=base)
+        return card(shown_as, int(entry.created_at), "ready", root=base)
     adapter = AdapterVersion(version.number, version.adapter_id, version.card.rank if version.card else None)
     created = int(version.created_at if "@" in shown_as else entry.created_at)
-    return ModelCard(shown_as, created, version.state, root=version.source, parent=base, adapter=adapter)
+    return card(shown_as, created, version.state, root=version.source, adapter=adapter)

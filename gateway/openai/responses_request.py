@@ -22,7 +22,7 @@ from loraplex.gateway.openai.tool_wire import (
     ToolChoice,
     ToolName,
 )
-from loraplex.gateway.openai.wire import Count, Stops, StreamOptions, refuse_what_matters
+from loraplex.gateway.openai.wire import Count, Natural, Stops, StreamOptions, refuse_what_matters
 
 
 class ResponseTool(Struct, forbid_unknown_fields=True, tag="function"):
@@ -80,7 +80,8 @@ LOGPROBS = "message.output_text.logprobs"
 _SAME = (
     "model", "temperature", "top_p", "metadata", "parallel_tool_calls", "service_tier", "stream", "user",
     "safety_identifier", "prompt_cache_key", "top_k", "min_p", "repetition_penalty", "seed", "stop", "logit_bias",
-    "frequency_penalty", "presence_penalty", "chat_template_kwargs", "cache_salt", "timeout_seconds",
+    "frequency_penalty", "presence_penalty", "chat_template_kwargs", "cache_salt", "timeout_seconds", "ignore_eos",
+    "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "min_tokens",
 )  # fmt: skip
 # What an error of the chat request calls a field, and what it is called here.
 _FIELDS = {
@@ -133,6 +134,11 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    min_tokens: Natural | None = None
     # known, not offered
     access_programs: Raw | UnsetType = UNSET
     background: Raw | UnsetType = UNSET
@@ -140,8 +146,10 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     context_management: Raw | UnsetType = UNSET
     conversation: Raw | UnsetType = UNSET
     image: Raw | UnsetType = UNSET
+    include_reasoning: Raw | UnsetType = UNSET
     max_tool_calls: Raw | UnsetType = UNSET
     moderation: Raw | UnsetType = UNSET
+    priority: Raw | UnsetType = UNSET
     prompt: Raw | UnsetType = UNSET
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
@@ -153,8 +161,10 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         "context_management": (),
         "conversation": (),
         "image": (),
+        "include_reasoning": (True,),
         "max_tool_calls": (),
         "moderation": (),
+        "priority": (0,),
         "prompt": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": ("in_memory",),

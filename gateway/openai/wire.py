@@ -48,14 +48,29 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
         # whichever it is, the form is kept
         "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
+        "ec_transfer_params": ({},),
+        "guided_whitespace_pattern": (),
         "kv_transfer_params": ({},),
         "length_penalty": (1.0,),
         "logits_processors": ([],),
+        "logprob_token_ids": ([],),
+        "mm_payload": (),
         "priority": (0,),
+        "prompt_embeds": (),
+        "repetition_detection": (),
+        "return_mm_kwargs": (False,),
+        "return_prompt_text": (False,),
+        "return_token_offsets": (False,),
         "return_tokens_as_token_ids": (False,),
+        "routed_experts_prompt_start": (0,),
+        "session_id": (),
         "spaces_between_special_tokens": (True,),
+        "stream_interval": (1,),
+        "thinking_token_budget": (),
+        "truncation_side": ("left",),
         "use_beam_search": (False,),
         "vllm_xargs": ({},),
+        "watermarking": (),
     }
 
     model: str = ""
@@ -95,15 +110,30 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # vLLM's, known, not offered
+    ec_transfer_params: Raw | UnsetType = UNSET
     guided_decoding_backend: Raw | UnsetType = UNSET
+    guided_whitespace_pattern: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
     length_penalty: Raw | UnsetType = UNSET
     logits_processors: Raw | UnsetType = UNSET
+    logprob_token_ids: Raw | UnsetType = UNSET
+    mm_payload: Raw | UnsetType = UNSET
     priority: Raw | UnsetType = UNSET
+    prompt_embeds: Raw | UnsetType = UNSET
+    repetition_detection: Raw | UnsetType = UNSET
+    return_mm_kwargs: Raw | UnsetType = UNSET
+    return_prompt_text: Raw | UnsetType = UNSET
+    return_token_offsets: Raw | UnsetType = UNSET
     return_tokens_as_token_ids: Raw | UnsetType = UNSET
+    routed_experts_prompt_start: Raw | UnsetType = UNSET
+    session_id: Raw | UnsetType = UNSET
     spaces_between_special_tokens: Raw | UnsetType = UNSET
+    stream_interval: Raw | UnsetType = UNSET
+    thinking_token_budget: Raw | UnsetType = UNSET
+    truncation_side: Raw | UnsetType = UNSET
     use_beam_search: Raw | UnsetType = UNSET
     vllm_xargs: Raw | UnsetType = UNSET
+    watermarking: Raw | UnsetType = UNSET
 
     def check(self) -> None:
         """Refuse what the types cannot. Raises UnsupportedParameter or MalformedRequest, naming the field."""

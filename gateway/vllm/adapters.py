@@ -4,14 +4,18 @@ What vLLM keeps until it restarts is here an entry of the catalogue: an admin's 
 tenant's. An admin names a tenant with the query `?tenant_id=`.
 """
 
+import re
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 from litestar import Request, Response, get, post
 from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from loraplex.auth.caller import Caller
 from loraplex.auth.tenants import Tenants
+from loraplex.engines.errors import AdapterError
 from loraplex.gateway.admin.scope import require_fetchable, scope_of
 from loraplex.gateway.audit import tell_audit, without_credentials
 from loraplex.gateway.catalogue import Catalogue
@@ -24,7 +28,8 @@ from loraplex.gateway.vllm.problems import respond_as_vllm
 
 
 class LoadLoraAdapter(Struct, forbid_unknown_fields=True):
-    """`lora_path` is any source of an adapter. With `load_inplace` a name that is there gets a new version."""
+    """`lora_path` is any source of an adapter, and `organisation/name` the hub's where no directory is called so, as in
+    vLLM. With `load_inplace` a name that is there gets a new version."""
 
     lora_name: str
     lora_path: str
@@ -46,6 +51,7 @@ class Version(Struct):
     version: str
 
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _load, _unload = Body(LoadLoraAdapter), Body(UnloadLoraAdapter)
 _options: dict[str, Any] = {
     "status_code": 200,
@@ -65,16 +71,16 @@ def vllm_adapter_routes(catalogue: Catalogue, tenants: Tenants) -> list[HTTPRout
     async def load_lora_adapter(request: Request[Any, Any, Any]) -> Response[bytes]:
         wanted = await _load.of(request)
         key = await tenant_of(request), wanted.lora_name
-        source = without_credentials(wanted.lora_path)
-        tell_audit(request, f"adapters/{wanted.lora_name}", tenant_id=key[0], source=source)
+        source = await _source(wanted.lora_path, caller_of(request), catalogue)
+        tell_audit(request, f"adapters/{wanted.lora_name}", tenant_id=key[0], source=without_credentials(source))
         refuse_what_matters(wanted, wanted.not_offered)
         if not wanted.lora_name or not wanted.lora_path:
             raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
-        await require_fetchable(caller_of(request), wanted.lora_path, catalogue)
+        await require_fetchable(caller_of(request), source, catalogue)
         if not catalogue.has(key):
-            await catalogue.register(wanted.lora_name, wanted.lora_path, key[0])
+            await catalogue.register(wanted.lora_name, source, key[0])
         elif wanted.load_inplace:
-            await catalogue.update(key, wanted.lora_path)
+            await catalogue.update(key, source)
         else:
             raise AdapterNameTaken(
                 f"The lora adapter '{wanted.lora_name}' is there already. Set 'load_inplace' to give it a new version.",
@@ -100,6 +106,19 @@ def vllm_adapter_routes(catalogue: Catalogue, tenants: Tenants) -> list[HTTPRout
         return json_reply(Version(version("loraplex")))
 
     return [load_lora_adapter, unload_lora_adapter, get_version]
+
+
+async def _source(path: str, caller: Caller, catalogue: Catalogue) -> str:
+    """A directory that the caller may not register from is none, or the answer would tell that it is there."""
+    if _HUB_NAME.fullmatch(path) is None:
+        return path
+    try:
+        address = await catalogue.store.address(path)
+    except AdapterError:
+        return f"hf://{path}"
+    may_fetch = caller.role == "admin" or caller.policy.may_fetch(address)
+    is_there = may_fetch and Path(address.removeprefix("file://")).is_dir()  # noqa: ASYNC240
+    return path if is_there else f"hf://{path}"
 
 
 def _success(text: str) -> Response[bytes]:

@@ -189,7 +189,9 @@ def test_answer_that_reasoned_goes_back_as_it_is() -> None:
 NEUTRAL = {
     "priority": 0, "use_beam_search": False, "length_penalty": 1.0, "spaces_between_special_tokens": True,
     "guided_decoding_backend": "xgrammar", "kv_transfer_params": None, "vllm_xargs": None, "logits_processors": None,
-    "return_tokens_as_token_ids": False, "guided_choice": None,
+    "return_tokens_as_token_ids": False, "guided_choice": None, "truncation_side": "left", "stream_interval": 1,
+    "thinking_token_budget": None, "repetition_detection": None, "logprob_token_ids": None, "prompt_embeds": None,
+    "ec_transfer_params": None, "guided_whitespace_pattern": None, "watermarking": None, "return_prompt_text": False,
 }  # fmt: skip
 NEUTRAL_OF_CHATS = {
     "include_reasoning": True, "best_of": 1, "echo": False, "add_special_tokens": False, "documents": None,
@@ -203,6 +205,12 @@ def test_what_clients_of_vllm_send_of_themselves_is_taken(gateway: Gateway) -> N
         assert client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"] == "hi"
         text = {"model": BASE, "prompt": "hi", **NEUTRAL}
         assert client.post("/v1/completions", json=text).json()["choices"][0]["text"] == "hi"
+        said = {"model": BASE, "input": "hi", "priority": 0}
+        vectors = {**said, "add_special_tokens": True, "truncation_side": "left", "embed_dtype": "float32"}
+        assert len(client.post("/v1/embeddings", json=vectors).json()["data"]) == 1
+        honoured = {"ignore_eos": False, "stop_token_ids": [3], "skip_special_tokens": True, "min_tokens": 1}
+        answer = client.post("/v1/responses", json={**said, **honoured, "include_reasoning": True})
+        assert answer.json()["output"][0]["content"][0]["text"] == "hi", answer.text
         form = {"choice": ["hi"], "disable_any_whitespace": False, "whitespace_pattern": None}
         answer = client.post("/v1/chat/completions", json={**chat, "structured_outputs": form})
         assert answer.status_code == 200, answer.text

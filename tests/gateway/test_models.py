@@ -45,6 +45,7 @@ def test_card_tells_base_adapter_and_state(gateway: Gateway) -> None:
     assert card["root"] == source
     assert (card["adapter"]["version"], card["adapter"]["rank"], len(card["adapter"]["id"])) == (1, 3, 64)
     assert (base["root"], base["parent"], base["state"], base["adapter"]) == (BASE, None, "ready", None)
+    assert card["max_model_len"] == base["max_model_len"] > 0
 
 
 def test_version_is_shown_by_its_number_and_hash(gateway: Gateway) -> None:

@@ -57,7 +57,7 @@ async def test_no_adapter_is_the_base(adapters: RequestAdapters) -> None:
         assert (await adapters.route(caller(), adapter_id=adapter_id)).adapter is None
 
 
-@pytest.mark.parametrize("source", [None, "local", "LOCAL"])
+@pytest.mark.parametrize("source", [None, "local", "LOCAL", "hub", "s3"])
 async def test_name_of_the_catalogue_needs_no_permission(adapters: RequestAdapters, source: str | None) -> None:
     adapter = (await adapters.route(caller(), adapter_id="known", adapter_source=source)).adapter
     assert adapter is not None

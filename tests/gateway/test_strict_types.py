@@ -41,7 +41,7 @@ RESPONSE_TOOL = {
 }
 SLOW = request_line("a", "<slow>" + "x" * 40)  # a batch of it is not over before it is cancelled
 BATCH = {"input_file_id": "{file}", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-CARD = frozenset({"root", "parent", "state", "adapter"})
+CARD = frozenset({"root", "parent", "state", "max_model_len", "adapter"})
 # what OpenAI's API answers with as well, and the SDK's types leave out
 PAGE = frozenset({"object", "first_id", "last_id"})
 STORE = frozenset({"store"})

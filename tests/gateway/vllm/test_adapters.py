@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 import pytest
 from support.gateway import Gateway, write_adapter
+
+from loraplex.auth.caller import Caller
+from loraplex.auth.limits.policy import Policy
+from loraplex.config.settings import Adapters
+from loraplex.engines.adapters.store import AdapterStore
+from loraplex.gateway.vllm.adapters import _source
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -106,6 +113,34 @@ def test_load_refuses_clearly(
     filled = {name: value.format(source=source) if isinstance(value, str) else value for name, value in body.items()}
     assert message in refused(admin.post(LOAD, json=filled), status, kind)
     assert "x" not in names(gateway)
+
+
+class Catalogued:
+    """As much of a catalogue as tells what an address leads to: the adapters' root has `acme/here`."""
+
+    def __init__(self, root: Path) -> None:
+        (root / "acme" / "here").mkdir(parents=True)
+        self.store = AdapterStore(Adapters(local_roots=(str(root),), cache_dir=str(root / "cache")))
+
+
+@pytest.mark.parametrize(
+    ("role", "path", "expected"),
+    [
+        ("admin", "acme/here", "acme/here"),
+        ("admin", "acme/elsewhere", "hf://acme/elsewhere"),
+        ("admin", "acme/elsewhere@v2", "hf://acme/elsewhere@v2"),
+        ("admin", "./acme/elsewhere", "./acme/elsewhere"),
+        ("admin", "s3://bucket/x", "s3://bucket/x"),
+        ("tenant-admin", "acme/here", "hf://acme/here"),  # it may not register from there, nor know of it
+    ],
+)
+async def test_name_of_the_hub_is_taken_where_no_directory_is_called_so(
+    tmp_path: Path, role: Literal["admin", "tenant-admin"], path: str, expected: str
+) -> None:
+    catalogue: Any = Catalogued(tmp_path)
+    caller = Caller(tenant_id="t", tenant_name="t", key_id="k", role=role, policy=Policy())
+    assert await _source(path, caller, catalogue) == expected
+    await catalogue.store.close()
 
 
 @pytest.mark.parametrize("body", [{"lora_name": ""}, {}, {"lora_name": None}, {"lora_name": "x", "force": True}])
