@@ -8,17 +8,12 @@ neither how long a template runs nor how much it holds. Even to compile one is t
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 
+from loraplex.engines.bounded_process import BoundedProcess, ProcessExhausted, answer_lines
 from loraplex.engines.chat_template import ChatTemplate
 from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.tokenizer_protocol import ChatMessage
@@ -26,8 +21,6 @@ from loraplex.engines.tokenizer_protocol import ChatMessage
 MAX_CPU_SECONDS = 2.0  # of computing, so that a busy machine does not count
 MAX_BYTES = 2**30
 _MAX_CHARACTERS = 2**24  # of one conversation
-_LARGE = 256 * 2**10  # KiB that a process may have held and still be kept
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "TZ", "LANG", "LC_ALL")  # nothing of the gateway's secrets
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,16 +42,12 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):
-    """The text, or what is wrong, and the names that the template reads. `param` is that of InvalidRequest.
-
-    `is_last` where the process has grown so large that it ends itself.
-    """
+    """The text, or what is wrong, and the names that the template reads. `param` is that of InvalidRequest."""
 
     text: str = ""
     variables: tuple[str, ...] = ()
     error: str | None = None
     param: str | None = None
-    is_last: bool = False
 
 
 class TemplateExhausted(Exception):
@@ -75,53 +64,18 @@ class TemplateProcess:
     """The process, begun when it is first needed and again after it was ended. For any thread, one work at a time."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = BoundedProcess("loraplex.engines.template_process")
 
     def ask(self, work: Work) -> Rendered:
         """Blocks. Raises TemplateExhausted."""
-        with self._guard:
-            if self._process is None:
-                self._process = _begin()
-            assert self._process.stdin is not None, "it is a pipe"
-            assert self._process.stdout is not None, "it is a pipe"
-            try:
-                self._process.stdin.write(msgspec.json.encode(work) + b"\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except (OSError, ValueError):  # ended meanwhile, or closed
-                line = b""
-            if not line.endswith(b"\n"):
-                self._end()
-                raise TemplateExhausted
-            rendered = msgspec.json.decode(line, type=Rendered)
-            if rendered.is_last:
-                self._end()
-        return rendered
+        try:
+            return msgspec.json.decode(self._process.ask(msgspec.json.encode(work)), type=Rendered)
+        except ProcessExhausted:
+            raise TemplateExhausted from None
 
     def close(self) -> None:
         """End the process."""
-        process = self._process
-        if process is not None:
-            process.kill()  # whoever waits for it learns so
-        with self._guard:
-            self._end()
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-def _begin() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "loraplex.engines.template_process"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-    )
+        self._process.close()
 
 
 @lru_cache(maxsize=64)
@@ -158,24 +112,8 @@ def _answer(line: bytes) -> Rendered:
         return Rendered(error=f"{type(error).__name__}: {ascii(str(error))[1:-1][:300]}")
 
 
-def _is_large() -> bool:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > _LARGE
-
-
 def main() -> None:
-    """Answer each line of work with a line, until there is no more; a template may leave much behind in its cache."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)
-        answer = _answer(line)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        is_last = _is_large()
-        sys.stdout.buffer.write(msgspec.json.encode(msgspec.structs.replace(answer, is_last=is_last)) + b"\n")
-        sys.stdout.buffer.flush()
-        if is_last:
-            return
+    answer_lines(lambda line: msgspec.json.encode(_answer(line)), cpu_seconds=MAX_CPU_SECONDS, max_bytes=MAX_BYTES)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._unsettled.pop(sequence.request_id, None)
-        self._unconstrained.pop(sequence.request_id, None)
+        if self._unconstrained.pop(sequence.request_id, None) is not None:
+            self._grammars.forget_all_but(one.request.sampling.grammar for one in self._unconstrained.values())
         for adapter_id in sequence.adapter_ids:
             self.adapters.leave(adapter_id)
 

@@ -1,14 +1,14 @@
 """Grammars -> which tokens may follow, through llguidance. Compiled beside the step, and kept for the next request.
 
-A grammar that cannot be compiled, or grows beyond its bounds while it is followed, is its request's error alone. So is
-every grammar where llguidance cannot take the model's tokenizer.
+A grammar that cannot be compiled, breaks its compiler, or grows beyond its bounds while it is followed, is the error of
+its request alone. So is every grammar where llguidance cannot take the model's tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import takewhile
@@ -18,12 +18,14 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
 from loraplex.engines.errors import GenerationFailed, InvalidRequest
+from loraplex.engines.grammar_trial import GrammarTrial
 from loraplex.engines.matching import in_short, match, refusal
 from loraplex.engines.native.tokenizer_conversion import tokenizer_json
 from loraplex.engines.protocol import Grammar
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
-_MAX_KEPT = 256
+_MAX_KEPT = 256  # grammars, and characters of their sources: what one takes grows with them
+_MAX_KEPT_CHARACTERS = 2**20
 
 
 class Constraint:
@@ -76,6 +78,7 @@ class Grammars:
         self._eos_token_ids = sorted(eos_token_ids)
         self._limits = LLParserLimits(verbose_errors=False)
         self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._trial = GrammarTrial()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
 
     @property
@@ -87,8 +90,18 @@ class Grammars:
         if grammar not in self._compiled:
             self._compiled[grammar] = self._executor.submit(self._compile, grammar)
         self._compiled.move_to_end(grammar)
-        for other in [known for known, future in self._compiled.items() if future.done()][:-_MAX_KEPT]:
-            del self._compiled[other]
+        num_kept = num_characters = 0
+        for known in [known for known, future in reversed(self._compiled.items()) if future.done()]:
+            num_kept, num_characters = num_kept + 1, num_characters + len(known.source)
+            if known != grammar and (num_kept > _MAX_KEPT or num_characters > _MAX_KEPT_CHARACTERS):
+                del self._compiled[known]
+
+    def forget_all_but(self, wanted: Iterable[Grammar | None]) -> None:
+        """Nobody waits for others any more: those that were not begun to be compiled never are."""
+        kept = {*wanted}
+        for known in [known for known in self._compiled if known not in kept]:
+            if self._compiled[known].cancel():
+                del self._compiled[known]
 
     def is_ready(self, grammar: Grammar) -> bool:
         self.begin(grammar)
@@ -123,6 +136,7 @@ class Grammars:
         except BaseException as error:
             reason = in_short(str(error))
             raise InvalidRequest(f"grammars are not served for this model: {reason}", "grammar") from error
+        self._trial.check(grammar)
         try:
             matcher = match(grammar, tokenizer, self._limits)
             matcher.compute_bitmask()  # what a first mask computes is kept for all copies

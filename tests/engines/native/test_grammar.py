@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,41 @@ def test_tokenizer_that_grammars_cannot_take_is_their_requests_error_alone(small
         assert "grammars are not served for this model" in str(error)
     assert emissions["fine"][-1].finish_reason is not None
     assert core.blocks.num_used == 0
+
+
+def test_grammar_that_would_end_the_process_is_its_requests_error_alone(small: SmallWorld) -> None:
+    """Definitions that name one another, five thousand of them: llguidance follows them until the stack is gone."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5000)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**links, "d5000": {"type": "object"}}}
+    core = make_core(small)
+    core.submit(request("neighbour", prompt_of(1, 8), max_tokens=40, ignore_eos=True))
+    core.submit(request("hostile", prompt_of(2, 8), grammar=Grammar(kind="json_schema", source=json.dumps(schema))))
+    found = run(core)
+    assert len(tokens(found["neighbour"])) == 40
+    error = found["hostile"][-1].error
+    assert isinstance(error, InvalidRequest)
+    assert "go too deep" in str(error)
+
+
+def test_grammars_that_nobody_waits_for_are_not_compiled(small: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are being compiled; of those behind them one is still wanted when the others' clients have left."""
+    compiled: list[str] = []
+    gate = threading.Event()
+    original = Grammars._compile
+
+    def slowly(self: Grammars, grammar: Grammar) -> object:
+        gate.wait(30)
+        compiled.append(grammar.source)
+        return original(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
+    core = make_core(small)
+    sources = ["aa", "bb", "cc", "dd", "cc", "ee"]
+    for number, source in enumerate(sources):
+        core.submit(request(str(number), prompt_of(number, 8), grammar=Grammar(kind="regex", source=source)))
+    for number in (0, 2, 3, 5):
+        core.end(str(number), aborted=True)
+    gate.set()
+    found = run(core)
+    assert sorted(compiled) == ["aa", "bb", "cc"]
+    assert {name: one[-1].finish_reason for name, one in found.items()} == {"1": "stop", "4": "stop"}
