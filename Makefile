@@ -31,10 +31,13 @@ format: .venv/installed-test
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml
+# What an install compiles. Python's own files are used where they lie.
+KERNELS := $(wildcard kernels/*.[ch] kernels/*/*.[ch])
+
+.venv/installed: .venv/bin/python pyproject.toml $(KERNELS)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-.venv/installed-test: .venv/bin/python pyproject.toml
+.venv/installed-test: .venv/bin/python pyproject.toml $(KERNELS)
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@ .venv/installed

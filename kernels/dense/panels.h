@@ -89,9 +89,11 @@ typedef uint32_t WORDS_Broad __attribute__((vector_size(4 * BROAD)));
 #define WEIGHTS_float(V, line, v, input, mask) (((const V *)(line))[v])
 #define WEIGHTS_bfloat16(V, line, v, input, mask)                                                 \
     ((V)((input) ? ((const WORDS_##V *)(line))[v] & (mask) : ((const WORDS_##V *)(line))[v] << 16))
-#define WEIGHTS_int8_float(V, line, v, input, mask) __builtin_convertvector(((const Bytes##V *)(line))[v], V)
-typedef int8_t BytesLanes __attribute__((vector_size(LANES)));
-typedef int8_t BytesBroad __attribute__((vector_size(BROAD)));
+#define WEIGHTS_int8_float(V, line, v, input, mask) WIDEN_##V((line) + (v) * sizeof(V) / sizeof(float))
+/* GCC's conversions of vectors take bytes apart one by one. */
+#define WIDEN_Lanes(from) \
+    ((Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(from)))))
+#define WIDEN_Broad(from) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from))))
 
 /* sums[p * sums_next + t * PANEL + o] += products over `lines` lines of panel p, which lie `next` bytes times p behind
    `w`, for p < panels and t < tokens, which are constants where it is called, in vectors of type V. */
@@ -168,7 +170,8 @@ INLINED FOR_PAIRS __m512i load_line_int8_pairs(const char *line) {
     FOR_PANELS_##V INLINED void widen_lines_float_##V(const char *from, int64_t lines, char *to) { \
         for (; lines > 0; lines -= INPUTS_int8, from += LINE) {                                   \
             READ_AHEAD(from + LINES_AHEAD * LINE);                                                \
-            for (int k = 0; k < LINE; k++, to += sizeof(float)) *(float *)to = from[k];           \
+            for (int k = 0; k < LINE; k += sizeof(V) / sizeof(float), to += sizeof(V))            \
+                *(V *)to = WIDEN_##V(from + k);                                                   \
         }                                                                                         \
     }
 #define DEFINE_WIDEN_PAIRS                                                                        \
