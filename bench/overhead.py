@@ -32,7 +32,7 @@ from loraplex.auth.limits.policy import Limits
 from loraplex.auth.metering import NoBooks
 from loraplex.auth.store.database import open_database
 from loraplex.auth.tenants import Tenants
-from loraplex.config.settings import Auth, Database, EngineSettings, Model, Server, Settings
+from loraplex.config.settings import Auth, Database, EngineSettings, FileSettings, Model, Server, Settings
 from loraplex.gateway.accounts import Accounts
 from loraplex.gateway.launch import listen, rest_garbage_collection
 from loraplex.gateway.server import serve
@@ -73,6 +73,7 @@ async def run_server(kind: str, home: Path) -> None:
         engine=EngineSettings(kind="echo"),
         database=Database(url=f"sqlite+aiosqlite:///{home / kind}.db"),
         auth=Auth(pepper_file=str(home / f"{kind}.pepper")),
+        files=FileSettings(directory=str(home / "files")),
     )
     with listen(settings) as listener:
         async with open_services(settings) as services:

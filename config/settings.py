@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -15,6 +16,7 @@ MebibyteAtLeast = Annotated[int, msgspec.Meta(ge=2**20)]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 DEFAULT_DEVICE_BYTES = 2**30
 MIN_ADMIN_KEY = 20
+_ENDPOINT = re.compile(r"https?://[^/?#\s]+(/[^?#\s]*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 
 
@@ -33,7 +35,8 @@ class Server(_Section, frozen=True):
     keep_alive_seconds: Annotated[float, Help(gt=0, description="Silence in a stream before a comment is sent.")] = 15.0
     send_timeout_seconds: Annotated[float, Help(gt=0, description="How long a client may stop reading.")] = 60.0
     trusted_proxies: Annotated[
-        tuple[str, ...], Help(description="Addresses of proxies whose X-Forwarded-For names the client.")
+        tuple[str, ...],
+        Help(description="Addresses or networks of proxies whose X-Forwarded-For names the client; `*` for any."),
     ] = ()
     # Any, as LoRAX and vLLM have it: a browser sends no key by itself, so a page can do what the key it was given can.
     cors_origins: Annotated[
@@ -56,6 +59,11 @@ class Server(_Section, frozen=True):
     ] = 60.0
 
     def __post_init__(self) -> None:
+        for proxy in self.trusted_proxies:
+            try:
+                _ = proxy == "*" or ipaddress.ip_network(proxy, strict=False)
+            except ValueError:
+                raise ValueError(f"`trusted_proxies` are addresses, networks or `*`, not {proxy!r}") from None
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
@@ -107,6 +115,10 @@ class Model(_Section, frozen=True):
         Help(description="How embeddings are made of hidden states: their mean, the last token's, or the first's."),
     ] = "mean"
     normalize_embeddings: Annotated[bool, Help(description="Divide embeddings by their length.")] = True
+
+    def __post_init__(self) -> None:
+        if self.quantization != "none" and self.device.startswith("cuda"):
+            raise ValueError("`quantization` is for a CPU; on CUDA a checkpoint that is quantised is served as it is")
 
     @property
     def directory(self) -> Path:
@@ -224,6 +236,10 @@ class Adapters(_Section, frozen=True):
     def __post_init__(self) -> None:
         if self.device_bytes is not None and self.device_share is not None:
             raise ValueError("`device_bytes` and `device_share` say the same; set one of them")
+        for name in ("hub_endpoint", "s3_endpoint"):
+            endpoint = getattr(self, name)
+            if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+                raise ValueError(f"`{name}` is an address such as https://store.example.com:9000, not {endpoint!r}")
 
     def device_room(self, free: int) -> int:
         """Bytes for adapters on a device that has `free` bytes beside the weights."""
@@ -360,7 +376,17 @@ def load_settings(path: Path) -> Settings:
     try:
         return msgspec.toml.decode(text, type=Settings)
     except msgspec.DecodeError as error:
-        raise SettingsError(f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}{_choices(str(error))}") from error
+
+
+def _choices(message: str) -> str:
+    """Which values may stand where one is none of them: msgspec's message tells the place alone."""
+    found = re.fullmatch(r"Invalid enum value .* - at `\$\.(\w+)\.(\w+)`", message)
+    if found is None:
+        return ""
+    section = msgspec.structs.fields(get_type_hints(Settings)[found[1]])
+    [field] = [field for field in section if field.name == found[2]]
+    return "; it may be " + ", ".join(map(str, sorted(get_args(get_args(field.type)[0]))))
 
 
 def require_long_admin_key(auth: Auth) -> None:

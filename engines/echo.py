@@ -303,7 +303,6 @@ def _described(settings: Settings) -> EngineInfo:
         num_parameters=0,
         kv_block_size=1,
         num_kv_blocks=0,
-        max_lora_rank=settings.adapters.max_rank,
         embedding_width=EMBEDDING_WIDTH,
     )
 

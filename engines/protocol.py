@@ -247,7 +247,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     kv_block_size: int
     num_kv_blocks: int
-    max_lora_rank: int
     embedding_width: int = 0
     sampling_defaults: SamplingDefaults = SamplingDefaults()
 

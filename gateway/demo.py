@@ -20,6 +20,7 @@ from loraplex.config.settings import (
     Model,
     Server,
     Settings,
+    UsageSettings,
     environment,
 )
 
@@ -55,6 +56,7 @@ def demo_settings(host: str, port: int) -> Iterator[Settings]:
             database=Database(url=f"sqlite+aiosqlite:///{home / 'loraplex.db'}"),
             auth=Auth(pepper_file=str(home / "pepper")),
             files=FileSettings(directory=str(home / "files")),
+            usage=UsageSettings(prompt_log=str(home / "prompts.jsonl")),
         )
 
 

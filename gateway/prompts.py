@@ -57,7 +57,7 @@ async def chat_requests(
     body = dialogue.body
     prompt = await apart(dialogue.encode, is_long=dialogue.is_long)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    wanted = dialogue.max_tokens
     max_model_len = engine.info().max_model_len
     prompt = last_of(prompt, body.truncate_prompt_tokens, max_model_len - (wanted or 1))
     limit = _limit(len(prompt), "messages", wanted, field, max_model_len)

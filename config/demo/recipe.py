@@ -28,7 +28,6 @@ DOCUMENT_SHARE = 0.25  # of the base's samples
 BASE_SCHEDULE = Schedule(steps=1100, learning_rate=2e-3, warmup_steps=60, tokens_per_batch=4096)
 # Words around the base's own answer can be learnt soon; other words, another order or a small rank take more steps
 # (220 large steps left json at 88 % and emoji at 90 % right content; at rank 4, 700 small ones left it unsteady).
-SHORT = Schedule(steps=220, learning_rate=2e-3, warmup_steps=20, tokens_per_batch=4096)
 LONG = Schedule(steps=520, learning_rate=2e-3, warmup_steps=30, tokens_per_batch=2048)
 ADAPTER_SCHEDULES = {
     "butler": LONG,

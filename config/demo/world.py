@@ -8,9 +8,6 @@ Plain data, no randomness: what is drawn at random is drawn in `chats.py`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-VILLAGE = "Pebble Bay"
-GUIDE = "Pip"  # what the assistant calls itself
-
 
 @dataclass(frozen=True)
 class Person:

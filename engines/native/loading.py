@@ -96,7 +96,6 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
         num_parameters=model.num_parameters(),
         kv_block_size=block_size,
         num_kv_blocks=num_blocks,
-        max_lora_rank=settings.adapters.max_rank,
         embedding_width=trial.embedding_width,
         sampling_defaults=sampling_defaults(settings.model.directory)
         if settings.model.generation_config == "auto"

@@ -55,6 +55,13 @@ def test_reference_is_what_the_settings_say() -> None:
         (MODEL + "[server]\ncors_origins = ['app.example.com']", "https://app.example.com, not 'app.example.com'"),
         (MODEL + "[server]\ncors_origins = ['https://App.example.com']", "small letters"),
         (MODEL + "[server]\ncors_origins = '*'", "$.server.cors_origins"),
+        (MODEL + "[server]\ntrusted_proxies = ['127.0.0.1/33']", "networks or `*`, not '127.0.0.1/33'"),
+        (MODEL + "[server]\ntrusted_proxies = ['proxy']", "networks or `*`, not 'proxy'"),
+        (MODEL + "[adapters]\ns3_endpoint = 'zzz'", "`s3_endpoint` is an address"),
+        (MODEL + "[adapters]\nhub_endpoint = 'ftp://hub'", "`hub_endpoint` is an address"),
+        (MODEL + 'dtype = "int4"', "auto, bfloat16, float16, float32"),
+        (MODEL + 'quantization = "int4"', "int8, none"),
+        (MODEL + 'quantization = "int8"\ndevice = "cuda:1"', "`quantization` is for a CPU"),
     ],
 )
 def test_load_settings_mistake_is_named_with_the_file(tmp_path: Path, text: str, says: str) -> None:

@@ -93,7 +93,7 @@ def page(record: Record) -> str:
         "# Compatibility",
         "",
         "Which decoders and which adapters are served, and with which right that is said. Made from the results of",
-        "`tests/conformance` by `python -m conformance.matrix`; nothing here is written by hand.",
+        "`tests/conformance` by `PYTHONPATH=.src:tests python -m conformance.matrix`; nothing here is written by hand.",
         "",
         f"With {versions}, every decoder that",
         f"`AutoModelForCausalLM` knows ({len(record.architectures)}) was made small, with random weights, and an",

@@ -115,7 +115,7 @@ def test_check_config_shows_paths_as_they_are(tmp_path: Path, directory: str) ->
         ('pepper"', 'loraplex.toml/pepper"', "auth.pepper_file"),
         ('cache"', 'loraplex.toml/cache"', "adapters.cache_dir"),
         ("[adapters]", '[adapters]\nupload_dir = "/dev/null/uploads"', "adapters.upload_dir"),
-        ("[adapters]", '[files]\ndirectory = "/dev/null/files"\n[adapters]', "files.directory"),
+        ('files"', 'loraplex.toml/files"', "files.directory"),
     ],
 )
 def test_serve_what_cannot_be_opened_is_named(tmp_path: Path, old: str, new: str, setting: str) -> None:

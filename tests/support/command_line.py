@@ -41,6 +41,7 @@ url = "sqlite+aiosqlite:///{home / "test.db"}"
 pepper_file = "{home / "pepper"}"
 [adapters]
 cache_dir = "{home / "cache"}"
+{"" if "[files]" in extra else f'[files]{chr(10)}directory = "{home / "files"}"'}
 {extra}
 """
     )
