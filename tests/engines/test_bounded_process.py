@@ -26,14 +26,14 @@ def answer(line):
         while True:
             pass
     if line == b"sleep\\n":
-        time.sleep(0.4)
+        time.sleep(1.3)
     if line == b"hoard\\n":
         kept.append(b"x" * 2**30)
     if line == b"grow\\n":
         kept.append(b"x" * 300 * 2**20)
     return str(os.getpid()).encode()
 
-answer_lines(answer, cpu_seconds=0.2, max_bytes=2**30)
+answer_lines(answer, cpu_seconds=1.0, max_bytes=2**30)
 """
 
 
