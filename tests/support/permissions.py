@@ -199,7 +199,13 @@ ROWS = (
     Row("GET", _ADAPTERS, MANAGERS_AT_LARGE),
     Row("GET", _ADAPTER, MANAGERS),
     Row("PATCH", _ADAPTER, MANAGERS, body={"pinned": False}),
+    Row("GET", _ADAPTERS + "/{adapter}/versions" + _OF, MANAGERS, at=_ADAPTERS + "/{}"),
     Row("POST", _ADAPTERS + "/{adapter}/warm" + _OF, MANAGERS, at=_ADAPTERS + "/{}"),
+    Row("POST", _ADAPTERS + "/{adapter}/evict" + _OF, MANAGERS, at=_ADAPTERS + "/{}"),
+    Row("POST", _ADAPTERS + "/{adapter}/pin" + _OF, MANAGERS, at=_ADAPTERS + "/{}"),
+    Row("POST", _ADAPTERS + "/{adapter}/unpin" + _OF, MANAGERS, at=_ADAPTERS + "/{}"),
+    Row("POST", _ADAPTERS + "/{adapter}/retry" + _OF, MANAGERS, 400, at=_ADAPTERS + "/{}"),  # it did not fail
+    Row("POST", _ADAPTERS + "/{adapter}/rollback" + _OF, MANAGERS, 400, {}, at=_ADAPTERS + "/{}"),  # it has one version
     Row("DELETE", _ADAPTER, MANAGERS, 204),
     Row("POST", _ROUTES, MANAGERS, 201, {"name": "{fresh}", **_TARGETS, "tenant_id": "{tenant}"}),
     Row("GET", _ROUTES, MANAGERS_AT_LARGE),
