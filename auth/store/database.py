@@ -9,6 +9,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -62,6 +63,8 @@ def _make_file(path: Path) -> None:
 def create_engine(url: str) -> AsyncEngine:
     """Not yet connected. Raises SQLAlchemyError where this is no database's URL, ImportError where its driver lacks."""
     parsed = make_url(url)
+    if (kind := parsed.drivername.partition("+")[0]) not in _DRIVERS:
+        raise ArgumentError(f"loraplex keeps its tables in sqlite or postgresql, not in {kind}")
     if (driver := _DRIVERS.get(parsed.drivername)) is not None:
         parsed = parsed.set(drivername=driver)
     # asyncpg would wait a minute for a server that accepts and does not answer

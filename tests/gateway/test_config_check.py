@@ -26,6 +26,7 @@ def test_faults_of_settings_that_work_are_none(settings: Settings) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown engine": ({"engine": EngineSettings(kind="warp")}, ["engine.kind = 'warp'"]),
+    "another database": ({"database": Database(url="mysql://host/db")}, ["database.url: loraplex keeps its tables in"]),
     "no database's url": ({"database": Database(url="nonsense")}, ["database.url: "]),
     "driver that waits": ({"database": Database(url="postgresql+psycopg2://h/l")}, ["database.url: "]),
     "no redis's url": ({"limits": LimitSettings(redis_url="localhost:6379")}, ["limits.redis_url: "]),
