@@ -127,14 +127,12 @@ typedef uint32_t WORDS_Broad __attribute__((vector_size(4 * BROAD)));
                     *(ANY_##V *)(sums + p * sums_next + t * PANEL + v * sizeof(V) / sizeof(float)) += lanes[p][t][v]; \
     }
 
+/* A line of pairs, and one of int8 as a line of pairs: numbers so small have zeros in the lower halves of float32. */
 INLINED FOR_PAIRS __m512i load_line_pairs(const char *line) { return _mm512_load_si512(line); }
 
 INLINED FOR_PAIRS __m512i load_line_int8_pairs(const char *line) {
     __m512i halves[2];
-    UNROLLED for (int i = 0; i < 2; i++) {
-        __m128i some = _mm_load_si128((const __m128i *)line + i);
-        halves[i] = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)));
-    }
+    UNROLLED for (int i = 0; i < 2; i++) halves[i] = _mm512_castps_si512(WIDEN_Broad(line + i * PANEL));
     return _mm512_or_si512(_mm512_srli_epi32(halves[0], 16), _mm512_and_si512(halves[1], _mm512_set1_epi32(~0xffff)));
 }
 
@@ -174,13 +172,13 @@ INLINED FOR_PAIRS __m512i load_line_int8_pairs(const char *line) {
                 *(V *)to = WIDEN_##V(from + k);                                                   \
         }                                                                                         \
     }
-#define DEFINE_WIDEN_PAIRS                                                                        \
-    FOR_PAIRS INLINED void widen_lines_pairs_Broad(const char *from, int64_t lines, char *to) {   \
-        for (int64_t line = 0; line < lines; line++, from += LINE_int8_pairs, to += LINE) {       \
-            READ_AHEAD(from + LINES_AHEAD * LINE);                                                \
-            _mm512_store_si512(to, load_line_int8_pairs(from));                                   \
-        }                                                                                         \
+
+FOR_PAIRS INLINED void widen_lines_pairs_Broad(const char *from, int64_t lines, char *to) {
+    for (int64_t line = 0; line < lines; line++, from += LINE_int8_pairs, to += LINE) {
+        READ_AHEAD(from + LINES_AHEAD * LINE);
+        _mm512_store_si512(to, load_line_int8_pairs(from));
     }
+}
 
 /* Some lines of one panel or `at_once` of them, and all of the tokens, of which there are at most TOKENS_A_PANEL. */
 #define SHAPE(T, V, p, t)                                                                         \
@@ -247,7 +245,7 @@ DEFINE_PANELS(Lanes)
 DEFINE_PANELS(Broad)
 DEFINE_DOT_PAIRS(pairs) DEFINE_SOME_LINES(pairs, Broad, FOR_PAIRS) DEFINE_SOME_PANELS(pairs, Broad, FOR_PAIRS)
 DEFINE_DOT_PAIRS(int8_pairs) DEFINE_SOME_LINES(int8_pairs, Broad, FOR_PAIRS)
-DEFINE_WIDEN_PAIRS DEFINE_SOME_INT8(pairs, Broad, FOR_PAIRS)
+DEFINE_SOME_INT8(pairs, Broad, FOR_PAIRS)
 
 #define some_panels_float BY_WIDTH(some_panels_float)
 #define some_panels_bfloat16 BY_WIDTH(some_panels_bfloat16)
