@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
+from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.text_streams import BytesStream, TextStream, WindowStream
 from loraplex.engines.tokenizer_protocol import TokenSpan
 
@@ -67,6 +69,17 @@ def _byte_level(name: str) -> bytes:
         return name.encode()
 
 
+@contextmanager
+def _refusing_panics() -> Iterator[None]:
+    """Raises InvalidRequest where the library panics: in Rust that is no Exception, and would pass every handler."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequest("the tokenizer cannot take this text", "prompt") from error
+
+
 class JsonCodec:
     """The library that `tokenizer.json` belongs to."""
 
@@ -85,11 +98,13 @@ class JsonCodec:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The only form that lets go of the interpreter's lock while it works, so a thread may take a long text."""
-        [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        with _refusing_panics():
+            [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoded.ids)
 
     def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
-        [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        with _refusing_panics():
+            [encoded] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return [TokenSpan(token_id, *place) for token_id, place in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:

@@ -20,6 +20,7 @@ from loraplex.engines.tokenizer_protocol import ChatMessage
 
 MAX_CPU_SECONDS = 2.0  # of computing, so that a busy machine does not count
 MAX_BYTES = 2**30
+_MOST_TOLD = 2000  # characters of what a template says is wrong
 _MAX_CHARACTERS = 2**24  # of one conversation
 
 
@@ -107,7 +108,7 @@ def _answer(line: bytes) -> Rendered:
         rendered.text.encode()  # a lone surrogate is no text
         return rendered
     except InvalidRequest as error:
-        return Rendered(error=str(error).encode(errors="replace").decode(), param=error.param)
+        return Rendered(error=str(error)[:_MOST_TOLD].encode(errors="replace").decode(), param=error.param)
     except Exception as error:  # noqa: BLE001  whatever a foreign template breaks is its own fault
         return Rendered(error=f"{type(error).__name__}: {ascii(str(error))[1:-1][:300]}")
 

@@ -4,10 +4,11 @@ The names beginning with `vllm:` are those that llm-d and the Gateway API infere
 `docs/metrics.md` lists every metric.
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricF
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from loraplex.engines.errors import EngineError
 from loraplex.engines.figures import DurationCounts
 from loraplex.engines.protocol import EmbedRequest, Engine, GenerateRequest, TokenEvent
 from loraplex.engines.stats import OTHERS
@@ -138,6 +140,9 @@ class Metrics(Collector):
         return self._generations.setdefault(names, _Generations())
 
 
+_ENGINE_SECONDS = 2.0  # that a scrape waits for what the engine counts
+
+
 def _counter(name: str, help: str) -> CounterMetricFamily:
     return CounterMetricFamily(name, help, labels=_LABELS)
 
@@ -150,21 +155,26 @@ def metric_routes(metrics: Metrics, engine: Engine, store: DiskTier, *, is_open:
     """The handler of this resource; without `is_open` it takes an admin key."""
     guards: list[Guard] = [] if is_open else [require_admin]
 
+    async def at_the_moment() -> CollectorRegistry:
+        stats, (disk, by_adapter) = await engine.stats(), await store.stats()
+        moment = Moment(
+            stats,
+            await engine.residency(),
+            (disk, *stats.tiers),
+            (*by_adapter, *stats.adapter_tiers),
+            metrics.max_names,
+        )
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(moment))
+        return registry
+
     @get("/metrics", guards=guards)
     async def get_metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
         registries = [metrics.registry]
         if engine.health().state == "ready":
-            stats, (disk, by_adapter) = await engine.stats(), await store.stats()
-            moment = Moment(
-                stats,
-                await engine.residency(),
-                (disk, *stats.tiers),
-                (*by_adapter, *stats.adapter_tiers),
-                metrics.max_names,
-            )
-            at_the_moment = CollectorRegistry()
-            at_the_moment.register(EngineCollector(moment))
-            registries.append(at_the_moment)
+            with suppress(EngineError, OSError, TimeoutError):  # what the gateway counts is told all the same
+                async with asyncio.timeout(_ENGINE_SECONDS):
+                    registries.append(await at_the_moment())
         if "application/json" in request.headers.get("accept", ""):
             return Response(_as_json(registries), media_type="application/json")
         shown = b"".join(generate_latest(registry) for registry in registries)

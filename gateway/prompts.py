@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,8 @@ from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
+# Of their own, and few: what a long text takes in memory is taken as often, and a template may wait for another.
+_LONG_WORK = ThreadPoolExecutor(4, "prompts")
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 T = TypeVar("T")
@@ -127,8 +130,8 @@ def last_of(tokens: list[int], most: int | None, room: int) -> list[int]:
 
 
 async def apart(work: Callable[[], T], *, is_long: bool) -> T:
-    """What the work gives; a long one holds up no stream meanwhile."""
-    return await asyncio.to_thread(work) if is_long else work()
+    """What the work gives; a long one holds up no stream meanwhile, nor what else waits for a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_LONG_WORK, work) if is_long else work()
 
 
 def _prompt_tokens(

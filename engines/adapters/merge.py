@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,14 @@ from loraplex.engines.adapters.config import LoraConfig, read_config
 from loraplex.engines.adapters.peft import DTYPES
 from loraplex.engines.adapters.recipe import MergeRecipe, SignMethod
 from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
-from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterUnsupported, EngineError, to_wire
+from loraplex.engines.errors import (
+    AdapterInvalid,
+    AdapterMismatch,
+    AdapterTooLarge,
+    AdapterUnsupported,
+    EngineError,
+    to_wire,
+)
 
 _HALVES = {"lora_A", "lora_B"}
 # Singular values are left out while all that is left out is at most this share of the merged weights' norm.
@@ -54,6 +62,7 @@ def merge(recipe: MergeRecipe, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for module in sorted(set().union(*adapters)):
+        _require_memory(module, [adapter[module] for adapter in adapters if module in adapter])
         found = [(adapter[module].product(), part.weight)
                  for adapter, part in zip(adapters, recipe.parts, strict=True) if module in adapter]  # fmt: skip
         if len({delta.shape for delta, _ in found}) > 1:
@@ -67,6 +76,17 @@ def merge(recipe: MergeRecipe, directory: Path) -> None:
         raise AdapterInvalid("what comes out of the merge is not finite")
     save_file(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(_config(ranks), indent=1))
+
+
+def _require_memory(module: str, parts: Sequence[_Factors]) -> None:
+    """Raises AdapterTooLarge where the products of a module would take more than half of the machine's memory.
+
+    Two of each part are there at a time, and some six of what becomes of them: a few kilobytes can ask for terabytes.
+    """
+    largest = max(part.b.shape[0] * part.a.shape[1] for part in parts)
+    needed = (2 * len(parts) + 6) * largest * torch.float32.itemsize
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+        raise AdapterTooLarge(f"merging {module} would take {needed / 2**30:.0f} GiB of memory")
 
 
 def merged_deltas(
@@ -200,6 +220,8 @@ def _config(ranks: dict[str, int]) -> dict[str, object]:
 def main() -> None:
     """Merge what standard input says; an error is told on standard output, as `errors.to_wire` gives it."""
     os.nice(10)  # streams go first
+    with suppress(OSError):  # where memory runs out, this is what may go
+        Path("/proc/self/oom_score_adj").write_text("1000")
     recipe = msgspec.json.decode(sys.stdin.buffer.read(), type=MergeRecipe)
     try:
         merge(recipe, Path(sys.argv[1]))

@@ -177,7 +177,8 @@ class AdapterTokenizers:
         tokens = base_tokens | {name: text for name, text in special_tokens(own).items() if name in own}
         sources, base_sources = template_sources(directory, own), template_sources(base.directory, base.config)
         if sources and "default" not in sources:
-            raise AdapterUnsupported(f"none of its chat templates is the default: {', '.join(sorted(sources))[:200]}")
+            names = ", ".join(ascii(name)[1:-1] for name in sorted(sources))  # which terminals and logs will show
+            raise AdapterUnsupported(f"none of its chat templates is the default: {names[:200]}")
         if not sources or sources == base_sources:
             if tokens == base_tokens or base.template is None:
                 return base.template

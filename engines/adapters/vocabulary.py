@@ -33,6 +33,7 @@ from loraplex.engines.errors import (
 _CPU_SECONDS = 60
 _MAX_BYTES = 4 * 2**30
 _MAX_AROUND = 64 * 2**10  # characters of a post_processor
+_MOST_AROUND = 64  # tokens that it adds
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL")
 _SAME_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -179,6 +180,25 @@ def _require_built(whole: dict[str, Any]) -> None:
             raise AdapterUnsupported(
                 f"its tokenizer adds {_shown(token['content'])} as the token {token['id']}, which leaves ids out"
             )
+    _require_few_around(tokenizer, Tokenizer.from_str(json.dumps({**whole, "post_processor": None})))
+
+
+def _require_few_around(tokenizer: Tokenizer, plain: Tokenizer) -> None:
+    """Raises AdapterUnsupported where its post_processor does more than put some tokens around a text, or breaks.
+
+    `plain` is the same without one.
+    """
+    try:
+        around = len(tokenizer.encode("").ids)
+        more = len(tokenizer.encode("a a").ids) - len(plain.encode("a a").ids)
+    except BaseException as error:
+        if isinstance(error, MemoryError | KeyboardInterrupt | SystemExit):
+            raise
+        raise AdapterUnsupported("its tokenizer.json has a post_processor that takes no text alone") from error
+    if around > _MOST_AROUND or more != around:
+        raise AdapterUnsupported(
+            f"its tokenizer.json has a post_processor that does more than put {_MOST_AROUND} tokens around a text"
+        )
 
 
 def _shown(content: str) -> str:

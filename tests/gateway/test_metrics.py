@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
 
+from loraplex.engines.errors import EngineDied
 from loraplex.engines.protocol import Adapter, AdapterResidency, GenerateRequest, SamplingParams, TokenEvent
 from loraplex.engines.stats import OTHERS, SECONDS_BUCKETS, Durations, EngineStats, TierStats
+from loraplex.gateway import metrics
 from loraplex.gateway.engine_metrics import EngineCollector, Moment
 from loraplex.gateway.metrics import Metrics
 
@@ -172,3 +175,20 @@ def test_lora_info_tells_running_from_waiting_and_how_many_adapters_fit(gateway:
     labels = {"max_lora": "7", "running_lora_adapters": "a,b", "waiting_lora_adapters": "b,c"}
     told = registry.get_sample_value("vllm:lora_requests_info", labels)
     assert told == pytest.approx(time.time(), abs=60)
+
+
+@pytest.mark.parametrize("trouble", ["silent", "ended"])
+def test_gateway_tells_its_own_figures_where_the_engine_does_not(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    async def stats() -> EngineStats:
+        if trouble == "ended":
+            raise EngineDied("the engine's process ended")
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    monkeypatch.setattr(metrics, "_ENGINE_SECONDS", 0.2)
+    monkeypatch.setattr(gateway.services.engine, "stats", stats)
+    found = scrape(gateway)
+    assert "loraplex_engine_step_seconds_sum" not in found
+    assert "loraplex_requests_total" in found or "loraplex_generated_tokens_total" in found

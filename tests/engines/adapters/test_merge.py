@@ -19,7 +19,13 @@ from loraplex.config.settings import Adapters
 from loraplex.engines.adapters.merge import TOLERANCE, factors_of, merge, merged_deltas
 from loraplex.engines.adapters.recipe import MergePart, MergeRecipe, SignMethod, Strategy
 from loraplex.engines.adapters.store import AdapterStore
-from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterUnsupported
+from loraplex.engines.errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterMismatch,
+    AdapterTooLarge,
+    AdapterUnsupported,
+)
 
 MODULES = {"model.layers.0.self_attn.q_proj": (24, 16), "model.layers.1.mlp.down_proj": (16, 40)}
 PREFIX = "base_model.model."
@@ -261,3 +267,10 @@ async def test_store_merges_once_and_tells_what_cannot_be(store: AdapterStore, r
 
 def _modules(directory: Path) -> set[str]:
     return set(json.loads((directory / "adapter_config.json").read_text())["target_modules"])
+
+
+def test_product_that_would_take_the_machines_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Two files of a few megabytes, whose products would have 160 GB each."""
+    parts = [write_lora(tmp_path / name, seed, 1, {"q_proj": (200_000, 200_000)}) for seed, name in enumerate("ab")]
+    with pytest.raises(AdapterTooLarge, match=r"merging q_proj would take \d+ GiB of memory"):
+        merge(recipe(parts, "ties"), tmp_path)

@@ -145,6 +145,21 @@ def _too_many() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _around(*single: dict[str, Any], special: tuple[str, list[int]] | None = None) -> PreTrainedTokenizerFast:
+    """With a post_processor that makes this of a text."""
+    whole = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    known = {special[0]: {"id": special[0], "ids": special[1], "tokens": ["x"] * len(special[1])}} if special else {}
+    pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    whole["post_processor"] = {
+        "type": "TemplateProcessing", "single": [*single], "pair": pair, "special_tokens": known,
+    }  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)))  # type: ignore[no-untyped-call]
+
+
+_A, _B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+_MANY = {"SpecialToken": {"id": "<x>", "type_id": 0}}
+
+
 REFUSED: dict[str, tuple[PreTrainedTokenizerFast | None, dict[str, object], type[AdapterError], str]] = {
     "ids of the base for other tokens": (
         _exchanged(), {}, AdapterMismatch, r"has '<\|user\|>' as the token 257, the base's as 259",
@@ -157,6 +172,11 @@ REFUSED: dict[str, tuple[PreTrainedTokenizerFast | None, dict[str, object], type
         None, {"added_tokens__json": {"<x>": 300}}, AdapterUnsupported, "'<x>' as the token 300, which leaves ids out",
     ),
     "texts split otherwise": (_otherwise_split(), {}, AdapterUnsupported, "has another pre_tokenizer than the base's"),
+    "a text that is not there": (_around(_B), {}, AdapterUnsupported, "a post_processor that takes no text alone"),
+    "a text twice": (_around(_A, _A), {}, AdapterUnsupported, "does more than put 64 tokens around a text"),
+    "many tokens around a text": (
+        _around(_A, *[_MANY] * 40, special=("<x>", [258] * 50)), {}, AdapterUnsupported, "more than put 64 tokens",
+    ),
     "no JSON": (None, {"tokenizer_config__json": "{"}, AdapterInvalid, "tokenizer_config.json cannot be read"),
     "no object": (None, {"tokenizer_config__json": "[]"}, AdapterInvalid, "is not a JSON object"),
     "no tokenizer": (None, {"tokenizer__json": "{}"}, AdapterInvalid, "its tokenizer files cannot be read"),
@@ -174,6 +194,10 @@ REFUSED: dict[str, tuple[PreTrainedTokenizerFast | None, dict[str, object], type
     "templates without a default": (
         None, {"tokenizer_config__json": {"chat_template": [{"name": "rag", "template": "x"}]}}, AdapterUnsupported,
         "none of its chat templates is the default: rag",
+    ),
+    "a name that would clear a terminal": (
+        None, {"tokenizer_config__json": {"chat_template": [{"name": "\x1b[2J\n", "template": "x"}]}},
+        AdapterUnsupported, r"is the default: \\x1b\[2J\\n$",
     ),
 }  # fmt: skip
 
