@@ -100,7 +100,6 @@ class Model(_Section, frozen=True):
     max_model_len: Annotated[
         PositiveInt | None, Help(description="Longest prompt plus answer in tokens; the model's own limit if unset.")
     ] = None
-
     tool_parser: Annotated[
         Literal["auto", "hermes", "llama3", "mistral", "mistral_args", "deepseek", "deepseek_fenced"],
         Help(description="How the model writes tool calls; auto goes by its chat template."),
@@ -236,8 +235,7 @@ class Adapters(_Section, frozen=True):
     def __post_init__(self) -> None:
         if self.device_bytes is not None and self.device_share is not None:
             raise ValueError("`device_bytes` and `device_share` say the same; set one of them")
-        for name in ("hub_endpoint", "s3_endpoint"):
-            endpoint = getattr(self, name)
+        for name, endpoint in (("hub_endpoint", self.hub_endpoint), ("s3_endpoint", self.s3_endpoint)):
             if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
                 raise ValueError(f"`{name}` is an address such as https://store.example.com:9000, not {endpoint!r}")
 
@@ -384,9 +382,8 @@ def _choices(message: str) -> str:
     found = re.fullmatch(r"Invalid enum value .* - at `\$\.(\w+)\.(\w+)`", message)
     if found is None:
         return ""
-    section = msgspec.structs.fields(get_type_hints(Settings)[found[1]])
-    [field] = [field for field in section if field.name == found[2]]
-    return "; it may be " + ", ".join(map(str, sorted(get_args(get_args(field.type)[0]))))
+    section = get_type_hints(Settings)[found[1]]
+    return "; it may be " + ", ".join(sorted(get_args(get_type_hints(section)[found[2]])))
 
 
 def require_long_admin_key(auth: Auth) -> None:

@@ -56,7 +56,10 @@ class _Factors:
 
 
 def merge(recipe: MergeRecipe, directory: Path) -> None:
-    """Write the merged adapter as PEFT would. Raises AdapterUnsupported, AdapterMismatch, AdapterInvalid."""
+    """Write the merged adapter as PEFT would.
+
+    Raises AdapterUnsupported, AdapterMismatch, AdapterInvalid, AdapterTooLarge.
+    """
     adapters = [_read(Path(part.path), part.adapter_id) for part in recipe.parts]
     generator = torch.Generator().manual_seed(recipe.seed)
     tensors: dict[str, Tensor] = {}

@@ -32,8 +32,7 @@ class AdapterVersion(Struct):
 class ModelCard(Struct):
     """One model. `parent` and `root` as vLLM gives them: the base of an adapter, and where it came from.
 
-    So does `max_model_len`, the most tokens of a prompt and its answer; null until the engine has started.
-
+    So does `max_model_len`, the most tokens of a prompt and its answer; null where no engine has started.
     `state` is the engine's for the base, the version's for an adapter. The base and routes have no `adapter`.
     """
 
@@ -64,7 +63,7 @@ def model_routes(catalogue: Catalogue, engine: Engine, started_at: int) -> list[
     base = catalogue.base
 
     def longest() -> int | None:
-        return None if engine.health().state == "starting" else engine.info().max_model_len
+        return None if engine.health().state in ("starting", "failed") else engine.info().max_model_len
 
     def base_card() -> ModelCard:
         return ModelCard(base, started_at, engine.health().state, root=base, max_model_len=longest())
