@@ -8,7 +8,7 @@ from typing import Any
 from loraplex.engines.events import Mailbox
 from loraplex.engines.protocol import FinishReason, GenerateRequest, TokenEvent, TokenLogprobs
 from loraplex.engines.stop_strings import StopStrings
-from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
+from loraplex.engines.tokenizer_protocol import ChatMessage, Room, TokenSpan
 
 EOS = 256
 
@@ -21,10 +21,11 @@ class EchoTokenizer:
     template_variables = frozenset({"tools", "enable_thinking", "reasoning_effort"})
     renders_apart = False
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[int]:
+        tokens = list(text.encode())
+        return tokens[-room.most :] if room is not None and room.keeps_end else tokens
 
-    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+    def spans(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[TokenSpan]:
         """Every byte of a character stands where the character does."""
         return [TokenSpan(byte, at, at + 1) for at, character in enumerate(text) for byte in character.encode()]
 
@@ -48,8 +49,9 @@ class EchoTokenizer:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        room: Room | None = None,
     ) -> list[int]:
-        return self.encode("\n".join(message.content for message in messages if message.content))
+        return self.encode("\n".join(message.content for message in messages if message.content), room=room)
 
 
 class Speech:

@@ -10,19 +10,21 @@ import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from loraplex.engines.codecs import SYMBOL_OF
-from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.errors import InvalidRequest, ModelNotServable
 from loraplex.engines.text_streams import BytesStream, TextStream
 from loraplex.engines.tokenizer_protocol import TokenSpan
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*")
+_LONGEST_RUN = 25_000  # characters of whitespace in one piece, as Llama 3's own tokenizer has it
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_ENDS}"
@@ -87,8 +89,20 @@ class TiktokenCodec:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """tiktoken lets go of the interpreter's lock while it works."""
-        tokens = self.encoding.encode(self._normal(text), allowed_special="all")
+        tokens = self._encode(self._normal(text))
         return self._begin + tokens if add_special_tokens else tokens
+
+    def _encode(self, text: str) -> list[int]:
+        """Raises InvalidRequest for what the patterns cannot be matched with."""
+        encode = partial(self.encoding.encode, allowed_special="all")
+        try:
+            return encode(text)
+        except ValueError:  # the pattern looks back from the end of a run of whitespace, and has no room for a long one
+            pass
+        try:
+            return [token for piece in _short_runs(text) for token in encode(piece)]
+        except ValueError as error:
+            raise InvalidRequest("the tokenizer cannot take this text", "prompt") from error
 
     def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
         """Places in the text as it was normalised; a token of a part of a character has all of it."""
@@ -96,7 +110,7 @@ class TiktokenCodec:
         characters = [place for place, character in enumerate(text) for _ in character.encode()]
         found = [TokenSpan(token_id, 0, 0) for token_id in self._begin] if add_special_tokens else []
         begin = 0
-        for token_id in self.encoding.encode(text, allowed_special="all"):
+        for token_id in self._encode(text):
             end = begin + len(self.token_bytes(token_id))
             found.append(TokenSpan(token_id, characters[begin], characters[end - 1] + 1))
             begin = end
@@ -129,6 +143,17 @@ class TiktokenCodec:
 
     def _normal(self, text: str) -> str:
         return text if self._form is None else unicodedata.normalize("NFC", text)
+
+
+def _short_runs(text: str) -> Iterator[str]:
+    """The text in pieces, none of which begins or ends elsewhere than in a long run of whitespace."""
+    begin = 0
+    for run in re.finditer(r"\s+", text):
+        while run.end() - max(begin, run.start()) > _LONGEST_RUN:
+            end = max(begin, run.start()) + _LONGEST_RUN
+            yield text[begin:end]
+            begin = end
+    yield text[begin:]
 
 
 def _family(config: Mapping[str, Any], path: Path) -> _Family:

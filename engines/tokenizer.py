@@ -16,9 +16,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from loraplex.engines.chat_template import read_chat_template
 from loraplex.engines.codecs import Codec, JsonCodec
 from loraplex.engines.errors import InvalidRequest, ModelNotServable
+from loraplex.engines.long_texts import useful_part
 from loraplex.engines.text_streams import TextStream
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
-from loraplex.engines.tokenizer_protocol import ChatMessage, TokenSpan
+from loraplex.engines.tokenizer_protocol import ChatMessage, Room, TokenSpan
 
 # Forms that transformers turns into a `tokenizer.json`.
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -61,11 +62,19 @@ class TemplatedTokenizer:
     def special_token_ids(self) -> frozenset[int]:
         return self.codec.special_token_ids
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.codec.encode(text, add_special_tokens=add_special_tokens)
+    def encode(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[int]:
+        if room is None:
+            return self.codec.encode(text, add_special_tokens=add_special_tokens)
+        tokens = self.codec.encode(useful_part(text, room, self._count), add_special_tokens=add_special_tokens)
+        return tokens[-room.most :] if room.keeps_end else tokens
 
-    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+    def spans(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[TokenSpan]:
+        if room is not None:
+            useful_part(text, room, self._count)
         return self.codec.spans(text, add_special_tokens=add_special_tokens)
+
+    def _count(self, text: str) -> int:
+        return len(self.codec.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.codec.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -96,6 +105,7 @@ class TemplatedTokenizer:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        room: Room | None = None,
     ) -> list[int]:
         if self.template is None:
             raise InvalidRequest("this model has no chat template", "messages")
@@ -106,7 +116,7 @@ class TemplatedTokenizer:
             tools=tools,
             variables=variables,
         )
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False, room=room)
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""

@@ -35,8 +35,18 @@ class TokenSpan(msgspec.Struct, frozen=True):
     stop: int
 
 
+class Room(msgspec.Struct, frozen=True):
+    """How many tokens of a text are of use; with `keeps_end` those are the last, and the others are left out."""
+
+    most: int
+    keeps_end: bool = False
+
+
 class Tokenizer(Protocol):
-    """Text to token ids and back, in the gateway's process."""
+    """Text to token ids and back, in the gateway's process.
+
+    Where there is `room` for so many tokens alone, a text that has far more may be a PromptTooLong that names no field.
+    """
 
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
@@ -46,9 +56,9 @@ class Tokenizer(Protocol):
         """Tokens that are no part of a text: ends, beginnings, marks of a chat template."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[int]: ...
 
-    def spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+    def spans(self, text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[TokenSpan]:
         """The tokens that `encode` gives, with their places."""
         ...
 
@@ -87,6 +97,7 @@ class Tokenizer(Protocol):
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        room: Room | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template. Raises InvalidRequest where it refuses.
 

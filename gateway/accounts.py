@@ -3,8 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
@@ -45,11 +45,8 @@ class Accounts:
 
         Raises LimitReached, LimitsUnavailable or KeysUnavailable.
         """
-        try:
+        with self._telling(caller, tell):
             reservation = await self._admission.reserve(caller, demand)
-        except LimitReached:
-            tell(lambda: _told(self._admission.standings(caller)))
-            raise
         record = UsageRecord(
             request_id=demand.request_id,
             trace_id=demand.trace_id,
@@ -84,6 +81,27 @@ class Accounts:
                 raise
         tell(meter.headers)
         return meter
+
+    @asynccontextmanager
+    async def preparing(self, caller: Caller, tell: Callable[[Callable[[], Headers]], None]) -> AsyncIterator[None]:
+        """While this lasts the caller's limits hold one request more, of which nothing is known but that it is asked.
+
+        Raises LimitReached or LimitsUnavailable; `tell` as for `open`.
+        """
+        with self._telling(caller, tell):
+            held = await self._admission.hold(caller)
+        try:
+            yield
+        finally:
+            held.undo()
+
+    @contextmanager
+    def _telling(self, caller: Caller, tell: Callable[[Callable[[], Headers]], None]) -> Iterator[None]:
+        try:
+            yield
+        except LimitReached:
+            tell(lambda: _told(self._admission.standings(caller)))
+            raise
 
 
 class Meter:

@@ -21,6 +21,7 @@ from loraplex.gateway.cors import allow_origins
 from loraplex.gateway.embedder import Embedder
 from loraplex.gateway.health import health_routes
 from loraplex.gateway.idempotency import answer_once
+from loraplex.gateway.long_work import LongWork
 from loraplex.gateway.lorax.routes import lorax_routes
 from loraplex.gateway.metrics import Metrics, metric_routes
 from loraplex.gateway.middleware import identify_requests
@@ -97,4 +98,5 @@ def create_routes(settings: Settings, services: Services, batch_runner: BatchRun
     )
     routes.state.tenants = tenants
     routes.state.audit = services.audit
+    routes.state.long_work = LongWork(services.accounts)
     return routes

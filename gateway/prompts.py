@@ -1,30 +1,29 @@
 """Wire parameters -> GenerateRequest: messages become tokens under the model's chat template."""
 
-import asyncio
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from litestar import Request
 
-from loraplex.auth.caller import Caller
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
-from loraplex.engines.tokenizer_protocol import Tokenizer
+from loraplex.engines.tokenizer_protocol import Room, Tokenizer
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.decoding import Body, read
 from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.guards import caller_of
 from loraplex.gateway.health import require_ready
+from loraplex.gateway.long_work import LongWork
 from loraplex.gateway.openai.dialogue import LARGE_BODY, LONG_TEXT, Dialogue
 from loraplex.gateway.openai.wire import GenerationFields
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
-# Of their own, and few: what a long text takes in memory is taken as often, and a template may wait for another.
-_LONG_WORK = ThreadPoolExecutor(4, "prompts")
+_MOST_TOLD = 2**18  # tokens, or a whole context of them, of a text that nothing is generated for
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 T = TypeVar("T")
@@ -42,55 +41,65 @@ C = TypeVar("C", bound=Checked)
 async def checked(body: Body[C], request: Request[Any, Any, Any]) -> tuple[C, bool]:
     """What a request's body says, and whether it is large: what passes over all of it then belongs in a thread.
 
-    Raises what `Body.of` and the body's `check` raise.
+    Raises what `Body.of` and the body's `check` raise, and what `apart` does.
     """
     raw = await read(request)
-    said, is_large = body.told(request, raw), len(raw) > LARGE_BODY
-    await apart(said.check, is_long=is_large)
-    return said, is_large
+    is_large = len(raw) > LARGE_BODY
+    return await apart(request, partial(_checked, body, request, raw), is_long=is_large), is_large
+
+
+def _checked(body: Body[C], request: Request[Any, Any, Any], raw: bytes) -> C:
+    said = body.told(request, raw)
+    said.check()
+    return said
 
 
 async def chat_requests(
-    dialogue: Dialogue, completion_id: str, route: Route, caller: Caller, engine: Engine
+    request: Request[Any, Any, Any], dialogue: Dialogue, completion_id: str, route: Route, engine: Engine
 ) -> list[GenerateRequest]:
     """One request for each of the `n` choices; a seed is counted up from choice to choice.
 
-    Raises PromptTooLong or MalformedRequest, naming the field, or InvalidRequest where the template refuses.
+    Raises PromptTooLong or MalformedRequest, naming the field, InvalidRequest where the template refuses, and what
+    `apart` raises.
     """
     body = dialogue.body
-    prompt = await apart(dialogue.encode, is_long=dialogue.is_long)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = dialogue.max_tokens
     max_model_len = engine.info().max_model_len
-    prompt = last_of(prompt, body.truncate_prompt_tokens, max_model_len - (wanted or 1))
+    room = room_of(body.truncate_prompt_tokens, max_model_len, wanted or 1)
+    with too_long("messages", max_model_len):
+        prompt = await apart(request, partial(dialogue.encode, room), is_long=dialogue.is_long)
     limit = _limit(len(prompt), "messages", wanted, field, max_model_len)
-    made = _choices(body, [(prompt, limit)], completion_id, route, caller, engine, dialogue.tokenizer)
+    tenant_id = caller_of(request).tenant_id
+    made = _choices(body, [(prompt, limit)], completion_id, route, tenant_id, engine, dialogue.tokenizer)
     return dialogue.hold(made)
 
 
 async def completion_requests(
+    request: Request[Any, Any, Any],
     body: GenerationFields,
     prompt: str | list[str | int | list[int]],
     completion_id: str,
     route: Route,
-    caller: Caller,
     engine: Engine,
     *,
     add_special_tokens: bool = True,
 ) -> list[GenerateRequest]:
     """`n` requests for each prompt; texts get the tokens that the tokenizer adds, unless `add_special_tokens` is off.
 
-    Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
+    Raises PromptTooLong or MalformedRequest, naming the field, EngineUnavailable, and what `apart` raises.
     """
     tokenizer = await tokenizer_for(route, engine)
-    prompts = await prompts_of(prompt, tokenizer, engine, "prompt", add_special_tokens=add_special_tokens)
     info = engine.info()
+    wanted = _either(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+    room = room_of(body.truncate_prompt_tokens, info.max_model_len, wanted or 1)
+    prompts = await prompts_of(
+        request, prompt, tokenizer, engine, "prompt", room, add_special_tokens=add_special_tokens
+    )
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
-    wanted = _either(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    prompts = [last_of(tokens, body.truncate_prompt_tokens, info.max_model_len - (wanted or 1)) for tokens in prompts]
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
-    return _choices(body, limited, completion_id, route, caller, engine, tokenizer)
+    return _choices(body, limited, completion_id, route, caller_of(request).tenant_id, engine, tokenizer)
 
 
 async def tokenizer_for(route: Route, engine: Engine) -> Tokenizer:
@@ -103,14 +112,19 @@ async def tokenizer_for(route: Route, engine: Engine) -> Tokenizer:
 
 
 async def prompts_of(
+    request: Request[Any, Any, Any],
     said: str | list[str | int | list[int]],
     tokenizer: Tokenizer,
     engine: Engine,
     field: str,
+    room: Room,
     *,
     add_special_tokens: bool = True,
 ) -> list[list[int]]:
-    """The token ids of each prompt that the field says. Raises MalformedRequest, naming it, or EngineUnavailable."""
+    """The token ids of each prompt that the field says, or of each the last that there is room for.
+
+    Raises MalformedRequest or PromptTooLong, naming it, EngineUnavailable, and what `apart` raises.
+    """
     require_ready(engine)
     if not isinstance(said, str) and len(said) > MAX_ANSWERS and not isinstance(said[0], int):
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} prompts.", field)
@@ -118,20 +132,49 @@ async def prompts_of(
     if length <= LONG_TEXT and not isinstance(said, str):
         length = sum(1 if isinstance(part, int) else len(part) for part in said)
     vocab_size = engine.info().vocab_size
-    encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens)
-    return await apart(lambda: _prompt_tokens(said, encode, vocab_size, field), is_long=length > LONG_TEXT)
+    encode = partial(tokenizer.encode, add_special_tokens=add_special_tokens, room=room)
+    work = partial(_prompt_tokens, said, encode, vocab_size, field)
+    with too_long(field, engine.info().max_model_len):
+        prompts = await apart(request, work, is_long=length > LONG_TEXT)
+    return [tokens[-room.most :] for tokens in prompts] if room.keeps_end else prompts
 
 
-def last_of(tokens: list[int], most: int | None, room: int) -> list[int]:
-    """So many of a prompt's tokens, of -1 what there is room for; None keeps all."""
-    if most is None:
-        return tokens
-    return tokens[-(max(room, 1) if most == -1 else most) :]
+def room_of(truncate: int | None, max_model_len: int, num_wanted: int) -> Room:
+    """What a prompt has where so many tokens are wanted behind it: with `truncate` for so many of its last tokens, of
+    -1 for as many as fit.
+    """
+    if truncate is None:
+        return Room(max_model_len)
+    return Room(max(max_model_len - num_wanted, 1) if truncate == -1 else truncate, keeps_end=True)
 
 
-async def apart(work: Callable[[], T], *, is_long: bool) -> T:
-    """What the work gives; a long one holds up no stream meanwhile, nor what else waits for a thread."""
-    return await asyncio.get_running_loop().run_in_executor(_LONG_WORK, work) if is_long else work()
+def told_room(engine: Engine) -> Room:
+    """What a text has whose tokens are only told."""
+    return Room(max(engine.info().max_model_len, _MOST_TOLD))
+
+
+@contextmanager
+def too_long(field: str, max_model_len: int) -> Iterator[None]:
+    """Let a tokenizer's PromptTooLong name the field, and the model's context."""
+    try:
+        yield
+    except PromptTooLong as error:
+        if error.param is not None:
+            raise
+        raise PromptTooLong(f"This model's context is {max_model_len} tokens; the prompt has more.", field) from error
+
+
+async def apart(request: Request[Any, Any, Any], work: Callable[[], T], *, is_long: bool, is_counted: bool = True) -> T:
+    """What the work gives; a long one holds up no stream meanwhile, nor other tenants' long work.
+
+    Before a long one it is seen whether the tenant may ask anything now, unless the request is one that counts nowhere.
+
+    Raises what the work raises; LimitReached, or LimitsUnavailable.
+    """
+    if not is_long:
+        return work()
+    long_work: LongWork = request.app.state.long_work
+    return await long_work.do(request, work, is_counted=is_counted)
 
 
 def _prompt_tokens(
@@ -174,7 +217,7 @@ def _choices(
     prompts: list[tuple[list[int], int]],
     completion_id: str,
     route: Route,
-    caller: Caller,
+    tenant_id: str,
     engine: Engine,
     tokenizer: Tokenizer,
 ) -> list[GenerateRequest]:
@@ -186,7 +229,7 @@ def _choices(
             sampling=_reseeded(_sampling(body, limit, engine, tokenizer), number),
             adapter=route.adapter,
             composition=route.composition,
-            tenant=caller.tenant_id,
+            tenant=tenant_id,
             cache_salt=body.cache_salt or "",
             timeout_seconds=body.timeout_seconds,
         )

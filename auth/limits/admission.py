@@ -56,6 +56,12 @@ class Reservation:
             self.num_output_tokens += size
             return
 
+    def undo(self) -> None:
+        """Give everything back, as though nothing had been asked."""
+        self._is_settled = True
+        for store, charge in self._taken:
+            self._stores.settle(store, charge, 0)
+
     def settle(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """Give back what was not used. Settling again changes nothing."""
         if self._is_settled:
@@ -104,6 +110,16 @@ class Admission:
                 continue
             return Reservation(self._stores, caller, demand, size, taken)
         raise AssertionError("the last size was taken or refused")
+
+    async def hold(self, caller: Caller) -> Reservation:
+        """What any request takes, however small; for one of which it is not known yet how much it asks for.
+
+        Raises LimitReached, or LimitsUnavailable.
+        """
+        least = Demand(
+            request_id="", trace_id="", route="", model="", adapter_id="", num_prompt_tokens=1, max_completion_tokens=0
+        )
+        return await self.reserve(caller, least)
 
     def standings(self, caller: Caller) -> dict[str, Standing]:
         """The caller's tightest limits as they stand now, for one that was refused."""

@@ -1,8 +1,8 @@
 """The tokenizer and chat template that an adapter ships, beside those of its base.
 
-An adapter's template renders in `TemplateProcess`. What its vocabulary changes is found by `changed_parts`, in a
-process too; the tokenizer is then made of the base's own. What an adapter ships as the base has it is the base's and
-costs nothing.
+An adapter's template renders in one of `TemplateProcesses`. What its vocabulary changes is found by `changed_parts`,
+in a process too; the tokenizer is then made of the base's own. What an adapter ships as the base has it is the base's
+and costs nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 from loraplex.engines.adapters.flights import SingleFlight
@@ -24,26 +25,28 @@ from loraplex.engines.chat_template import ChatTemplate, special_tokens, templat
 from loraplex.engines.codecs import Codec, JsonCodec
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnsupported, InvalidRequest
 from loraplex.engines.protocol import Adapter
-from loraplex.engines.template_process import Conversation, Rendered, TemplateExhausted, TemplateProcess, Work
+from loraplex.engines.template_process import Conversation, Rendered, TemplateExhausted, TemplateProcesses, Work
 from loraplex.engines.tokenizer import HubTokenizer, Template, TemplatedTokenizer
 from loraplex.engines.tokenizer_protocol import ChatMessage
 
 _MAX_BYTES = 256 * 2**20  # of tokenizers held, as their files count
 _LEAST_BYTES = 1024  # what one without files counts
 _REST_SECONDS = 30.0  # before a template that used up its process is tried again
+_QUICK_SECONDS = 0.1  # of computing; what takes longer is slow, and for a while renders where it keeps up nobody else
+_SLOW_SECONDS = 60.0
 
 
 class BroughtTemplate:
-    """Implements Template by way of a TemplateProcess. Blocks."""
+    """Implements Template by way of TemplateProcesses. Blocks."""
 
-    def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, object], process: TemplateProcess) -> None:
+    def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, object], processes: TemplateProcesses) -> None:
         """Raises AdapterInvalid where it is no template."""
-        self._process = process
+        self._processes = processes
         self._work = Work(sources=dict(sources), special_tokens=dict(tokens))
-        self._rests_until = 0.0
+        self._rests_until = self._is_slow_until = 0.0
         self.source = sources["default"]
         try:
-            read = process.ask(self._work)
+            read = processes.ask(self._work, is_slow=True)  # nobody knows it yet
         except TemplateExhausted as error:
             raise AdapterInvalid(str(error)) from error
         if read.error is not None:
@@ -73,19 +76,18 @@ class BroughtTemplate:
         return rendered.text
 
     def _rendered(self, conversation: Conversation) -> Rendered:
-        if time.monotonic() < self._rests_until:
+        now = time.monotonic()
+        if now < self._rests_until:
             return Rendered(error=str(TemplateExhausted()))
+        work = msgspec.structs.replace(self._work, conversation=conversation)
         try:
-            return self._process.ask(
-                Work(
-                    sources=self._work.sources,
-                    special_tokens=self._work.special_tokens,
-                    conversation=conversation,
-                )
-            )
+            rendered = self._processes.ask(work, is_slow=now < self._is_slow_until)
         except TemplateExhausted as error:
             self._rests_until = time.monotonic() + _REST_SECONDS
             return Rendered(error=str(error))
+        if rendered.seconds > _QUICK_SECONDS:
+            self._is_slow_until = time.monotonic() + _SLOW_SECONDS
+        return rendered
 
 
 class AdapterTokenizer(TemplatedTokenizer):
@@ -107,7 +109,7 @@ class AdapterTokenizers:
         """The model's embeddings have `num_rows`."""
         self._base = base
         self._num_rows = num_rows
-        self._process = TemplateProcess()
+        self._processes = TemplateProcesses()
         self._known: OrderedDict[str, tuple[AdapterTokenizer | None, int]] = OrderedDict()
         self._num_bytes = 0
         self._own_bytes = _LEAST_BYTES  # of a vocabulary that is not the base's
@@ -122,7 +124,7 @@ class AdapterTokenizers:
 
     async def close(self) -> None:
         await self._flights.cancel_all()
-        await asyncio.to_thread(self._process.close)
+        await asyncio.to_thread(self._processes.close)
 
     async def _read(self, adapter: Adapter) -> AdapterTokenizer | None:
         directory = Path(adapter.path)
@@ -183,7 +185,7 @@ class AdapterTokenizers:
             if tokens == base_tokens or base.template is None:
                 return base.template
             return ChatTemplate(base_sources, tokens)
-        return BroughtTemplate(sources, tokens, self._process)
+        return BroughtTemplate(sources, tokens, self._processes)
 
     def _own_ends(self, codec: Codec, own: Mapping[str, Any]) -> frozenset[int]:
         text = special_tokens(own)["eos_token"]

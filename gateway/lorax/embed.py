@@ -69,7 +69,7 @@ def embed_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedder) 
             embedding_id=f"embed-{secrets.token_hex(12)}",
             model=label(said.adapter_id, said.merged_adapters, adapters, caller),
             route=route,
-            prompts=[await tokens_of(body.inputs, route, engine, truncate=said.truncate)],
+            prompts=[await tokens_of(request, body.inputs, route, engine, truncate=said.truncate)],
         )
         [vector] = await embedder.embed(request, wanted)
         return json_reply(EmbedResponse(vector.tolist()))

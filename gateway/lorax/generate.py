@@ -55,7 +55,7 @@ def generate_routes(engine: Engine, adapters: RequestAdapters, answers: Answers)
         )
         tells_tokens = streams or parameters.wants_details
         choices = await lorax_requests(
-            body.inputs, parameters, tells_tokens=tells_tokens, route=route, caller=caller, engine=engine
+            request, body.inputs, parameters, tells_tokens=tells_tokens, route=route, engine=engine
         )
         watch.validated()
         tokenizer = await tokenizer_for(route, engine)

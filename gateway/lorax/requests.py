@@ -1,26 +1,36 @@
 """LoRAX's parameters -> GenerateRequests."""
 
-import asyncio
 import secrets
+from functools import partial
+from typing import Any
 
-from loraplex.auth.caller import Caller
+from litestar import Request
+
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest, SamplingParams
+from loraplex.engines.tokenizer_protocol import Room
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest
+from loraplex.gateway.guards import caller_of
 from loraplex.gateway.lorax.wire import Parameters
 from loraplex.gateway.openai.dialogue import LONG_TEXT
-from loraplex.gateway.prompts import tokenizer_for
+from loraplex.gateway.prompts import apart, tokenizer_for
 
 
 async def lorax_requests(
-    inputs: str, parameters: Parameters, *, tells_tokens: bool, route: Route, caller: Caller, engine: Engine
+    request: Request[Any, Any, Any],
+    inputs: str,
+    parameters: Parameters,
+    *,
+    tells_tokens: bool,
+    route: Route,
+    engine: Engine,
 ) -> list[GenerateRequest]:
     """One request for each answer that is generated; `tells_tokens` where the client will see their probabilities.
 
-    Raises PromptTooLong or MalformedRequest, naming the field, or EngineUnavailable.
+    Raises PromptTooLong or MalformedRequest, naming the field, EngineUnavailable, and what `apart` raises.
     """
-    prompt = await tokens_of(inputs, route, engine, truncate=parameters.truncate)
+    prompt = await tokens_of(request, inputs, route, engine, truncate=parameters.truncate)
     limit = _limit(len(prompt), parameters.max_new_tokens, engine.info().max_model_len)
     generation_id = f"lorax-{secrets.token_hex(12)}"
     return [
@@ -30,21 +40,28 @@ async def lorax_requests(
             sampling=_sampling(parameters, limit, engine.info().vocab_size, tells_tokens=tells_tokens),
             adapter=route.adapter,
             composition=route.composition,
-            tenant=caller.tenant_id,
+            tenant=caller_of(request).tenant_id,
         )
         for number in range(parameters.num_answers)
     ]
 
 
-async def tokens_of(inputs: str, route: Route, engine: Engine, *, truncate: int | None) -> list[int]:
-    """The text's tokens, or the last of them that fit. Raises MalformedRequest, EngineUnavailable or AdapterError."""
+async def tokens_of(
+    request: Request[Any, Any, Any], inputs: str, route: Route, engine: Engine, *, truncate: int | None
+) -> list[int]:
+    """The text's tokens, or the last of them that fit.
+
+    Raises MalformedRequest, PromptTooLong, EngineUnavailable or AdapterError, and what `apart` raises.
+    """
     encode = (await tokenizer_for(route, engine)).encode
     longest = engine.info().max_model_len - 1
     if truncate is not None and truncate > longest:
         raise MalformedRequest(f"`truncate` must be <= {longest}. Given: {truncate}", "truncate")
-    is_long = len(inputs) > LONG_TEXT
-    tokens = await asyncio.to_thread(encode, inputs) if is_long else encode(inputs)
-    return tokens if truncate is None else tokens[-truncate:]
+    room = Room(longest) if truncate is None else Room(truncate, keeps_end=True)
+    try:
+        return await apart(request, partial(encode, inputs, room=room), is_long=len(inputs) > LONG_TEXT)
+    except PromptTooLong as error:
+        raise PromptTooLong(f"`inputs` must have less than {longest} tokens. Given: more", "inputs") from error
 
 
 def _limit(num_prompt: int, wanted: int | None, longest: int) -> int:

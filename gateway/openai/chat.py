@@ -34,13 +34,13 @@ def chat_routes(engine: Engine, adapters: RequestAdapters, answers: Answers, mod
         caller = caller_of(request)
         route = await composed_route_of(body, caller, adapters)
         tokenizer = await tokenizer_for(route, engine)
-        dialogue = await apart(partial(Dialogue, body, tokenizer, model, is_large=is_large), is_long=is_large)
+        dialogue = await apart(request, partial(Dialogue, body, tokenizer, model, is_large=is_large), is_long=is_large)
         completion_id = told_id = f"chatcmpl-{secrets.token_hex(12)}"
         if body.request_id is not None:
             name_request(request, body.request_id)
             told_id = f"chatcmpl-{body.request_id}"
         tier = granted_tier(body.service_tier, caller)
-        choices = at_tier(tier, await chat_requests(dialogue, completion_id, route, caller, engine))
+        choices = at_tier(tier, await chat_requests(request, dialogue, completion_id, route, engine))
         prompt = choices[0].prompt_token_ids
         wire = ChatWire(told_id, body, dialogue.tokenizer, tier, prompt)
         if not dialogue.is_plain:

@@ -23,7 +23,7 @@ from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, Echo
 from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs, described_prompt
 from loraplex.gateway.openai.routing import composed_route_of
 from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
-from loraplex.gateway.prompts import completion_requests, tokenizer_for
+from loraplex.gateway.prompts import checked, completion_requests, tokenizer_for
 from loraplex.gateway.request_adapters import RequestAdapters
 
 
@@ -96,8 +96,7 @@ def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answer
 
     @inference_post("/v1/completions")
     async def create_completion(request: Request[Any, Any, Any]) -> ASGIApp:
-        body = await _body.of(request)
-        body.check()
+        body, _ = await checked(_body, request)
         caller = caller_of(request)
         route = await composed_route_of(body, caller, adapters)
         completion_id = told_id = f"cmpl-{secrets.token_hex(12)}"
@@ -105,11 +104,11 @@ def completion_routes(engine: Engine, adapters: RequestAdapters, answers: Answer
             name_request(request, body.request_id)
             told_id = f"cmpl-{body.request_id}"
         choices = await completion_requests(
+            request,
             body,
             body.prompt,
             completion_id,
             route,
-            caller,
             engine,
             add_special_tokens=body.add_special_tokens is not False,
         )

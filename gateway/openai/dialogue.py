@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from loraplex.config.settings import Model
 from loraplex.engines.protocol import GenerateRequest, Grammar
 from loraplex.engines.stop_strings import StopStrings
-from loraplex.engines.tokenizer_protocol import Tokenizer
+from loraplex.engines.tokenizer_protocol import Room, Tokenizer
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.tool_wire import NamedTool
@@ -88,8 +88,8 @@ class Dialogue:
         is_long = self._is_large or len(self._messages) > MANY_MESSAGES or self.num_characters > LONG_TEXT
         return is_long or self.tokenizer.renders_apart
 
-    def encode(self) -> list[int]:
-        """The prompt's tokens. Raises InvalidRequest where the template refuses."""
+    def encode(self, room: Room) -> list[int]:
+        """The prompt's tokens. Raises InvalidRequest where the template refuses, or PromptTooLong."""
         continues = bool(self.body.continue_final_message)
         prompt = self.tokenizer.encode_chat(
             self._messages,
@@ -97,6 +97,7 @@ class Dialogue:
             continue_final_message=continues,
             tools=self._tools,
             variables=self._variables,
+            room=room,
         )
         if self._tags is not None:
             end = b"".join(self.tokenizer.token_bytes(token) for token in prompt[-_TAIL:])

@@ -17,7 +17,7 @@ from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import Truncation, refuse_what_matters
-from loraplex.gateway.prompts import last_of, prompts_of, tokenizer_for
+from loraplex.gateway.prompts import prompts_of, room_of, tokenizer_for
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
 
@@ -97,9 +97,8 @@ def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedd
             raise MalformedRequest(f"This model's embeddings have {width} dimensions.", "dimensions")
         if body.truncate_prompt_tokens == 0:
             raise MalformedRequest("It is -1, or a number of tokens from 1.", "truncate_prompt_tokens")
-        prompts = await prompts_of(body.input, await tokenizer_for(route, engine), engine, "input")
-        most, room = body.truncate_prompt_tokens, engine.info().max_model_len
-        prompts = [last_of(prompt, most, room) for prompt in prompts]
+        room = room_of(body.truncate_prompt_tokens, engine.info().max_model_len, 0)
+        prompts = await prompts_of(request, body.input, await tokenizer_for(route, engine), engine, "input", room)
         wanted = Wanted(
             embedding_id=f"embd-{secrets.token_hex(12)}",
             model=adapters.label(body.model, caller),

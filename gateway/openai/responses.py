@@ -1,6 +1,8 @@
 """POST /v1/responses, and what was stored of earlier ones."""
 
 import secrets
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -9,7 +11,6 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from loraplex.auth.caller import Caller
 from loraplex.config.settings import Model
 from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest
@@ -59,10 +60,13 @@ def response_routes(
 ) -> list[HTTPRouteHandler]:
     """The handlers of this resource."""
 
-    async def prepared(asked: "_Asked", response_id: str, caller: Caller) -> tuple[Dialogue, list[GenerateRequest]]:
+    async def prepared(
+        request: Request[Any, Any, Any], asked: "_Asked", response_id: str
+    ) -> tuple[Dialogue, list[GenerateRequest]]:
+        caller = caller_of(request)
         route = await route_of(asked.body, caller, adapters)
         earlier = await store.conversation(caller, asked.body.previous_response_id)
-        make = _Prompting(asked, response_id, route, caller, engine, model)
+        make = _Prompting(request, asked, response_id, route, engine, model)
         return await (make.cut(earlier) if asked.body.truncation == "auto" else make.whole(earlier))
 
     @inference_post("/v1/responses")
@@ -71,13 +75,14 @@ def response_routes(
         caller = caller_of(request)
         response_id = f"resp_{secrets.token_hex(24)}"
         with named_as_asked():
-            dialogue, choices = await prepared(asked, response_id, caller)
+            dialogue, choices = await prepared(request, asked, response_id)
             tier = granted_tier(body.service_tier, caller)
             wire = ResponseWire(begun_response(response_id, body, tier), dialogue.speech(), dialogue.tokenizer)
 
             async def keep() -> None:
                 if body.store is not False:
-                    items = await apart(lambda: [listed(item) for item in body.items], is_long=is_large)
+                    listing = partial(_listed, body.items)
+                    items = await apart(request, listing, is_long=is_large, is_counted=False)  # it is already
                     stored = StoredResponse(msgspec.json.encode(wire.response), items)
                     await store.save(caller, response_id, stored, body.previous_response_id)
 
@@ -92,7 +97,7 @@ def response_routes(
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
         asked = _Asked(*await checked(_body, request))
         with named_as_asked():
-            _, choices = await prepared(asked, "count", caller_of(request))
+            _, choices = await prepared(request, asked, "count")
         return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
 
     return [create_response, count_input_tokens, *_stored_routes(store)]
@@ -143,12 +148,18 @@ class _Prompting:
     """One response's prompt, of all that was said or of what the context holds of it."""
 
     def __init__(
-        self, asked: _Asked, response_id: str, route: Route, caller: Caller, engine: Engine, model: Model
+        self,
+        request: Request[Any, Any, Any],
+        asked: _Asked,
+        response_id: str,
+        route: Route,
+        engine: Engine,
+        model: Model,
     ) -> None:
+        self._request = request
         self._body, self._is_large = asked
         self._response_id = response_id
         self._route = route
-        self._caller = caller
         self._engine = engine
         self._model = model
 
@@ -160,8 +171,8 @@ class _Prompting:
         def made() -> Dialogue:
             return Dialogue(self._body.chat(earlier), tokenizer, self._model, is_large=is_large)
 
-        dialogue = await apart(made, is_long=is_large)
-        choices = await chat_requests(dialogue, self._response_id, self._route, self._caller, self._engine)
+        dialogue = await apart(self._request, made, is_long=is_large)
+        choices = await chat_requests(self._request, dialogue, self._response_id, self._route, self._engine)
         return dialogue, choices
 
     async def cut(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
@@ -187,14 +198,18 @@ class _Prompting:
 
     async def _from(self, items: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
         prompting = _Prompting(
+            self._request,
             _Asked(msgspec.structs.replace(self._body, input=items), self._is_large or len(items) > MANY_MESSAGES),
             self._response_id,
             self._route,
-            self._caller,
             self._engine,
             self._model,
         )
         return await prompting.whole([])
+
+
+def _listed(items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    return [listed(item) for item in items]
 
 
 def _page(items: list[dict[str, Any]], query: Any) -> ItemList:

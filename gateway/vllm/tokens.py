@@ -4,6 +4,7 @@ A conversation's tokens are those that /v1/chat/completions would compute, with 
 one.
 """
 
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -26,7 +27,7 @@ from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
 from loraplex.gateway.openai.routing import route_to
 from loraplex.gateway.openai.tool_wire import FunctionTool
 from loraplex.gateway.openai.wire import refuse_what_matters
-from loraplex.gateway.prompts import apart, tokenizer_for
+from loraplex.gateway.prompts import apart, tokenizer_for, told_room, too_long
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
 
@@ -117,14 +118,19 @@ def token_routes(engine: Engine, adapters: RequestAdapters, model: Model) -> lis
         body = _chat.decode(raw)
         tokenizer = await tokenizer_named(request, body.model)
         dialogue = Dialogue(body.as_chat(adapters.base), tokenizer, model)
-        tokens = await apart(dialogue.encode, is_long=dialogue.is_long)
+        with too_long("messages", engine.info().max_model_len):
+            work = partial(dialogue.encode, told_room(engine))
+            tokens = await apart(request, work, is_long=dialogue.is_long, is_counted=False)
         return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 
     async def tokenize_text(request: Request[Any, Any, Any], raw: bytes) -> Response[bytes]:
         body = _text.decode(raw)
         tokenizer = await tokenizer_named(request, body.model)
-        special, is_long = body.add_special_tokens, len(body.prompt) > LONG_TEXT
-        tokens = await apart(lambda: tokenizer.encode(body.prompt, add_special_tokens=special), is_long=is_long)
+        work = partial(
+            tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens, room=told_room(engine)
+        )
+        with too_long("prompt", engine.info().max_model_len):
+            tokens = await apart(request, work, is_long=len(body.prompt) > LONG_TEXT, is_counted=False)
         return told(tokens, tokenizer, with_names=bool(body.return_token_strs))
 
     @inference_post("/tokenize")
@@ -133,7 +139,7 @@ def token_routes(engine: Engine, adapters: RequestAdapters, model: Model) -> lis
         kind = _kind.told(request, raw)
         if kind.inputs is not UNSET:
             try:
-                return await lorax_tokens(raw, engine)
+                return await lorax_tokens(request, raw, engine)
             except Exception as error:  # noqa: BLE001  the route's edge: LoRAX's clients expect its own shape
                 return respond_flat(request, error)
         require_ready(engine)
@@ -149,8 +155,8 @@ def token_routes(engine: Engine, adapters: RequestAdapters, model: Model) -> lis
         vocab_size = engine.info().vocab_size
         if not all(0 <= token < vocab_size for token in body.tokens):
             raise MalformedRequest(f"Token ids run from 0 to {vocab_size - 1}.", "tokens")
-        is_long = len(body.tokens) > LONG_TEXT
-        text = await apart(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), is_long=is_long)
+        work = partial(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        text = await apart(request, work, is_long=len(body.tokens) > LONG_TEXT, is_counted=False)
         return json_reply(Text(text))
 
     return [tokenize, detokenize]

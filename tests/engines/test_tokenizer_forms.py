@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from loraplex.engines.codecs import _BYTE_OF
-from loraplex.engines.errors import ModelNotServable
+from loraplex.engines.errors import InvalidRequest, ModelNotServable
 from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.protocol import Grammar
 from loraplex.engines.tiktoken_codec import _FAMILIES
@@ -50,6 +50,24 @@ def _bytes_of(symbol: str) -> bytes:
 
 def added(first: int) -> dict[str, Any]:
     return {str(first + place): {"content": name, "special": place < 2} for place, name in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "a b" + " \n" * 600_000 + "  end"], ids=["spaces", "lines"])
+def test_whitespace_beyond_what_tiktoken_matches_at_once(tmp_path: Path, text: str) -> None:
+    write_tiktoken(tmp_path, "tokenizer.model")
+    tokenizer = HubTokenizer(tmp_path)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokens[-1] == tokenizer.encode(text[-10:])[-1]
+    assert [span.token_id for span in tokenizer.spans(text)] == tokens
+
+
+def test_text_that_no_pattern_matches_is_refused(tmp_path: Path) -> None:
+    write_tiktoken(tmp_path, "tokenizer.model", pat_str=r"[^z]+(?!\S)|.")
+    tokenizer = HubTokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("xxz y")) == "xxz y"
+    with pytest.raises(InvalidRequest, match="cannot take this text"):
+        tokenizer.encode("x" * 1_000_000 + "z")
 
 
 def converted(path: Path, kind: str, special: list[str]) -> Tokenizer:

@@ -8,12 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.asking import asked_by
 from support.gateway import BASE, Gateway, settings_in
 
 from loraplex.auth.caller import Caller
 from loraplex.config.settings import Model
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.protocol import GenerateRequest, Grammar
+from loraplex.engines.tokenizer_protocol import Room
 from loraplex.gateway.catalogue import Route
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.openai.chat_messages import Message
@@ -23,7 +25,7 @@ from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.responses_request import ResponseRequest
 from loraplex.gateway.prompts import chat_requests, completion_requests
 
-CALLER = Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference")
+ASKED = asked_by(Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference"))
 ROUTE = Route(base=BASE, adapter=None)
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -42,14 +44,14 @@ async def chat_asked(engine: EchoEngine, **fields: Any) -> GenerateRequest:
     body = msgspec.json.decode(json.dumps({"messages": MESSAGES, **fields}), type=ChatRequest)
     body.check()
     dialogue = Dialogue(body, engine.tokenizer, Model(path="", name=BASE))
-    return (await chat_requests(dialogue, "c", ROUTE, CALLER, engine))[0]
+    return (await chat_requests(ASKED, dialogue, "c", ROUTE, engine))[0]
 
 
 async def text_asked(engine: EchoEngine, **fields: Any) -> GenerateRequest:
     """What an engine is asked by a completion with these fields."""
     body = msgspec.json.decode(json.dumps({"prompt": "hi", **fields}), type=CompletionRequest)
     body.check()
-    return (await completion_requests(body, body.prompt, "c", ROUTE, CALLER, engine))[0]
+    return (await completion_requests(ASKED, body, body.prompt, "c", ROUTE, engine))[0]
 
 
 ASKING = pytest.mark.parametrize("asked", [chat_asked, text_asked], ids=["chat", "completion"])
@@ -138,7 +140,7 @@ def test_embedded_text_is_cut_from_its_beginning(gateway: Gateway) -> None:
 def test_completion_says_whether_its_prompt_gets_special_tokens(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, special: bool | None, num_tokens: int
 ) -> None:
-    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(text: str, *, add_special_tokens: bool = True, room: Room | None = None) -> list[int]:
         return [1] * add_special_tokens + [2]
 
     monkeypatch.setattr(gateway.services.engine.tokenizer, "encode", encode)

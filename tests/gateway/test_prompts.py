@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.asking import asked_by
 from support.gateway import BASE, settings_in
 
 from loraplex.auth.caller import Caller
@@ -21,7 +22,7 @@ from loraplex.gateway.openai.completions import CompletionRequest
 from loraplex.gateway.openai.dialogue import LONG_TEXT, Dialogue
 from loraplex.gateway.prompts import chat_requests, completion_requests, tokenizer_for
 
-CALLER = Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference")
+ASKED = asked_by(Caller(tenant_id="t", tenant_name="t", key_id="k", role="inference"))
 MODEL = Model(path="", name=BASE)
 ROUTE = Route(base=BASE, adapter=None)
 
@@ -31,7 +32,7 @@ async def test_engine_not_ready_raises_before_its_tokenizer_is_asked(tmp_path: P
     with pytest.raises(EngineUnavailable, match="starting"):
         await tokenizer_for(ROUTE, engine)
     with pytest.raises(EngineUnavailable, match="starting"):
-        await completion_requests(CompletionRequest(model=BASE, prompt="x"), "x", "c", ROUTE, CALLER, engine)
+        await completion_requests(ASKED, CompletionRequest(model=BASE, prompt="x"), "x", "c", ROUTE, engine)
 
 
 @pytest.mark.parametrize(("length", "is_in_loop"), [(10, True), (LONG_TEXT + 1, False)])
@@ -49,9 +50,9 @@ async def test_long_prompt_is_tokenised_beside_the_event_loop(
     monkeypatch.setattr(engine.tokenizer, "encode", tokenise)
     monkeypatch.setattr(engine.tokenizer, "encode_chat", tokenise)
     chat = ChatRequest(model=BASE, messages=[Message(role="user", content="x" * length)])
-    await chat_requests(Dialogue(chat, engine.tokenizer, MODEL), "c", ROUTE, CALLER, engine)
+    await chat_requests(ASKED, Dialogue(chat, engine.tokenizer, MODEL), "c", ROUTE, engine)
     completion = CompletionRequest(model=BASE, prompt="x")
-    await completion_requests(completion, ["x" * length], "c", ROUTE, CALLER, engine)
+    await completion_requests(ASKED, completion, ["x" * length], "c", ROUTE, engine)
     assert [place is threading.current_thread() for place in places] == [is_in_loop] * 2
 
 
@@ -66,7 +67,7 @@ async def test_what_a_request_leaves_open_is_as_the_model_recommends(
 
     async def sampled(**said: float) -> tuple[float, ...]:
         body = CompletionRequest(model=BASE, prompt="x", **said)  # type: ignore[arg-type]
-        [made] = await completion_requests(body, "x", "c", ROUTE, CALLER, engine)
+        [made] = await completion_requests(ASKED, body, "x", "c", ROUTE, engine)
         one = made.sampling
         return (one.temperature, one.top_p, one.top_k, one.min_p, one.typical_p, one.repetition_penalty)
 

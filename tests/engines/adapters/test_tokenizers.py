@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterUnsupported, InvalidRequest
 from loraplex.engines.protocol import Adapter
+from loraplex.engines.template_process import Rendered, TemplateProcesses, Work
 from loraplex.engines.tokenizer import HubTokenizer
 from loraplex.engines.tokenizer_protocol import ChatMessage
 
@@ -236,6 +238,32 @@ async def test_template_that_takes_too_much_is_ended_and_harms_no_neighbour(
         with pytest.raises(InvalidRequest, match=says):
             greedy.encode_chat(TALK)
     assert fair.encode_chat(TALK) == before
+
+
+async def test_slow_template_keeps_up_no_quick_one(
+    tokenizers: AdapterTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laborious = "{% for i in range(99999) %}{% for j in range(20) %}{% endfor %}{% endfor %}done"
+    slow = await tokenizers.of(shipped(tmp_path / "slow", None, chat_template__jinja=laborious))
+    quick = await tokenizers.of(shipped(tmp_path / "quick", None, chat_template__jinja=OWN_TEMPLATE))
+    ways: list[bool] = []
+    ask = TemplateProcesses.ask
+
+    def noted(processes: TemplateProcesses, work: Work, *, is_slow: bool) -> Rendered:
+        ways.append(is_slow)
+        return ask(processes, work, is_slow=is_slow)
+
+    monkeypatch.setattr(TemplateProcesses, "ask", noted)
+    for tokenizer in (quick, slow, quick, slow, quick):
+        tokenizer.encode_chat(TALK)
+    assert ways == [False, False, False, True, False]  # it is known once it was seen
+    rendering = asyncio.create_task(asyncio.to_thread(slow.encode_chat, TALK))
+    async with asyncio.timeout(10):
+        while len(ways) < 6:
+            await asyncio.sleep(0.001)
+    quick.encode_chat(TALK)
+    assert not rendering.done()
+    await rendering
 
 
 async def test_template_reaches_nothing_outside_its_sandbox(tokenizers: AdapterTokenizers, tmp_path: Path) -> None:
