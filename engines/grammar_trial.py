@@ -13,7 +13,7 @@ import threading
 import time
 
 import msgspec
-from llguidance import LLParserLimits, LLTokenizer
+from llguidance import LLTokenizer
 
 from loraplex.engines.bounded_process import BoundedProcess, ProcessExhausted, answer_lines
 from loraplex.engines.errors import InvalidRequest
@@ -54,7 +54,7 @@ class GrammarTrial:
 def _tried(grammar: Grammar, tokenizer: LLTokenizer) -> str:
     """What is wrong with it, or nothing."""
     try:
-        matcher = match(grammar, tokenizer, LLParserLimits(verbose_errors=False))
+        matcher = match(grammar, tokenizer)
         matcher.compute_bitmask()
         began = time.thread_time()
         matcher.deep_copy().compute_bitmask()

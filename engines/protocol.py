@@ -99,7 +99,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     are any, are all that may.
     With `seed`, the same request draws the same tokens whatever shares its batch.
     `stop` strings and `stop_token_ids` end generation behind the first `min_tokens`, and are no part of the text unless
-    it `includes_stop`. Special tokens leave no text unless `skip_special_tokens` is off.
+    it `includes_stop`; `end_token_ids` are ends of sequence beside the model's own. Where a `grammar` admits nothing
+    else, neither `min_tokens` nor `ignore_eos` puts an end off. Special tokens leave no text unless
+    `skip_special_tokens` is off.
     """
 
     max_tokens: int
@@ -120,6 +122,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
     includes_stop: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0

@@ -108,7 +108,7 @@ class EngineCore:
         sequence = Sequence(
             request=request,
             seed=random.SystemRandom().getrandbits(63) if seed is None else seed,
-            eos_token_ids=self._machine.eos_token_ids,
+            eos_token_ids=self._machine.eos_token_ids.union(request.sampling.end_token_ids),
             arrival=self._clock(),
             max_len=info.max_model_len,
             pool=pool,
@@ -272,7 +272,8 @@ class EngineCore:
             if grammar is None or not self._grammars.is_ready(grammar):
                 continue
             try:
-                sequence.constraint = self._grammars.constraint(grammar)
+                own_ends = sequence.request.sampling.end_token_ids
+                sequence.constraint = self._grammars.constraint(grammar, own_ends)
                 del self._unconstrained[sequence.request_id]
             except InvalidRequest as error:
                 self._fail(sequence, error)

@@ -124,7 +124,7 @@ class NativeEngine:
         detokenizer = Detokenizer(
             text, sampling.stop, includes_stop=sampling.includes_stop, min_tokens=sampling.min_tokens
         )
-        ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids)
+        ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids, sampling.end_token_ids)
         stop = partial(worker.send, End(request.request_id, aborted=False))
         answer = Answer(mailbox, detokenizer, ends, stop, includes_ends=sampling.includes_stop, named_ends=named)
         worker.answers[request.request_id] = answer
@@ -308,8 +308,7 @@ def _named_ends(sampling: SamplingParams, eos_token_ids: frozenset[int]) -> froz
 
 def _ended(request: GenerateRequest, tokenizer: TemplatedTokenizer) -> GenerateRequest:
     """The request, ended by the end-of-sequence token of its adapter's tokenizer too."""
-    sampling = request.sampling
-    if not tokenizer.own_ends or sampling.ignore_eos:
+    if not tokenizer.own_ends:
         return request
-    stops = (*sampling.stop_token_ids, *tokenizer.own_ends)
-    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, stop_token_ids=stops))
+    sampling = msgspec.structs.replace(request.sampling, end_token_ids=tuple(sorted(tokenizer.own_ends)))
+    return msgspec.structs.replace(request, sampling=sampling)

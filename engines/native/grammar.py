@@ -7,23 +7,27 @@ its request alone. So is every grammar where llguidance cannot take the model's 
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
-from loraplex.engines.errors import GenerationFailed, InvalidRequest
+from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.grammar_trial import GrammarTrial
 from loraplex.engines.matching import in_short, match, refusal
 from loraplex.engines.native.tokenizer_conversion import tokenizer_json
 from loraplex.engines.protocol import Grammar
 from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
+_MAX_SECONDS = 1.0  # of computing that one answer may be behind
+_MASK_SECONDS = 0.005  # that each search makes up for; usual ones take less than a millisecond
 _MAX_KEPT = 256  # grammars, and characters of their sources: what one takes grows with them
 _MAX_KEPT_CHARACTERS = 2**20
 
@@ -31,29 +35,51 @@ _MAX_KEPT_CHARACTERS = 2**20
 class Constraint:
     """Implements `sequence.Constraint`: one answer's place in its grammar.
 
-    A tokenizer may have tokens beyond the model's `vocab_size`: masks may have bits of them, which say nothing.
+    A tokenizer may have tokens beyond the model's `vocab_size`: masks may have bits of them, which say nothing. Where
+    one of `eos_token_ids` is admitted, so are `own_ends`, which the matcher does not know.
+
+    What an ambiguous grammar costs shows only while it is followed, so the computing is timed: a request that uses up
+    what a long answer takes many times over fails, and no neighbour's step waits for it again.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, eos_token_ids: Sequence[int] = (), own_ends: Sequence[int] = ()
+    ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._own_ends = own_ends
+        self._seconds_left = _MAX_SECONDS
 
     @property
     def is_over(self) -> bool:
         return self._matcher.is_stopped()
 
     def consume(self, token_id: int) -> None:
-        if not self._matcher.consume_token(token_id):  # it counts as stopped from then on, as at its proper end
-            raise self._failure()
+        with self._timed():
+            is_consumed = self._matcher.consume_token(token_id)
+        if not is_consumed:  # it counts as stopped from then on, as at its proper end
+            raise self._failure(self._matcher.get_error())
 
     def forced(self) -> list[int]:
-        return list(takewhile(lambda token_id: token_id < self._vocab_size, self._matcher.compute_ff_tokens()))
+        with self._timed():
+            found = self._matcher.compute_ff_tokens()
+        return list(takewhile(lambda token_id: token_id < self._vocab_size, found))
 
     def num_admitted(self, token_ids: Sequence[int]) -> int:
-        return self._matcher.validate_tokens(list(token_ids))
+        with self._timed():
+            return self._matcher.validate_tokens(list(token_ids))
 
     def masks(self, drafts: Sequence[int]) -> list[bytes]:
-        """Raises GenerationFailed where the grammar got out of hand."""
+        """Raises InvalidRequest where the grammar got out of hand."""
+        if self._seconds_left < 0:
+            raise self._failure(f"it took more than {_MAX_SECONDS:g} s to find what may come next")
+        with self._timed():
+            found = self._masks(drafts)
+        self._seconds_left = min(self._seconds_left + _MASK_SECONDS * len(found), _MAX_SECONDS)
+        return [self._ended(mask) for mask in found] if self._own_ends else found
+
+    def _masks(self, drafts: Sequence[int]) -> list[bytes]:
         matcher, found, num_consumed = self._matcher, [], 0
         for draft in drafts:
             found.append(matcher.compute_bitmask())
@@ -62,11 +88,27 @@ class Constraint:
                 num_consumed += 1
         found.append(matcher.compute_bitmask())
         if matcher.is_error() or not matcher.rollback(num_consumed):
-            raise self._failure()
+            raise self._failure(matcher.get_error())
         return found
 
-    def _failure(self) -> GenerationFailed:
-        return GenerationFailed(f"the grammar cannot be followed any further: {in_short(self._matcher.get_error())}")
+    def _ended(self, mask: bytes) -> bytes:
+        if not any(mask[end // 8] >> end % 8 & 1 for end in self._eos_token_ids):
+            return mask
+        ended = bytearray(mask)
+        for end in self._own_ends:
+            ended[end // 8] |= 1 << end % 8
+        return bytes(ended)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self._seconds_left -= time.thread_time() - began
+
+    def _failure(self, reason: str) -> InvalidRequest:
+        return InvalidRequest(f"the grammar cannot be followed any further: {in_short(reason)}", "grammar")
 
 
 class Grammars:
@@ -76,7 +118,6 @@ class Grammars:
         self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._limits = LLParserLimits(verbose_errors=False)
         self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
         self._trial = GrammarTrial()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
@@ -107,9 +148,13 @@ class Grammars:
         self.begin(grammar)
         return self._compiled[grammar].done()
 
-    def constraint(self, grammar: Grammar) -> Constraint:
-        """At the grammar's beginning. Raises InvalidRequest where it could not be compiled."""
-        return Constraint(self._compiled[grammar].result().deep_copy(), self._vocab_size)
+    def constraint(self, grammar: Grammar, own_ends: Sequence[int] = ()) -> Constraint:
+        """At the grammar's beginning; where it may end, so it may with `own_ends`, which are the answer's alone.
+
+        Raises InvalidRequest where it could not be compiled.
+        """
+        matcher = self._compiled[grammar].result().deep_copy()
+        return Constraint(matcher, self._vocab_size, self._eos_token_ids, own_ends)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -138,7 +183,7 @@ class Grammars:
             raise InvalidRequest(f"grammars are not served for this model: {reason}", "grammar") from error
         self._trial.check(grammar)
         try:
-            matcher = match(grammar, tokenizer, self._limits)
+            matcher = match(grammar, tokenizer)
             matcher.compute_bitmask()  # what a first mask computes is kept for all copies
         except InvalidRequest:
             raise

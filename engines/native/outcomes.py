@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from loraplex.engines.errors import EngineError, GenerationFailed
+from loraplex.engines.errors import EngineError, InvalidRequest
 from loraplex.engines.native.batch import Outcome, Sampled, Segment
 from loraplex.engines.native.sampler import Pick, Row, describe, sample, uniform
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
@@ -66,19 +66,24 @@ def _rows(segment: Segment) -> list[Row]:
         return [_row(segment, place) for place in range(segment.num_sampled)]
     try:
         masks = constraint.masks(segment.drafts)
-    except GenerationFailed as error:
+    except InvalidRequest as error:
         return [Row(SamplingParams(max_tokens=1, temperature=0.0), failure=error)] * segment.num_sampled
     return [_row(segment, place, mask) for place, mask in enumerate(masks)]
 
 
 def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
-    """Behind so many of its drafts. A grammar's end is not put off by `min_tokens`."""
+    """Behind so many of its drafts."""
     sequence, drafts = segment.sequence, segment.drafts[:place]
     sampling = sequence.request.sampling
     num_generated = sequence.num_generated + place
     token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
-    is_too_short = num_generated < sampling.min_tokens and mask is None
-    ends = sequence.eos_token_ids.union(sampling.stop_token_ids) if is_too_short else frozenset()
+    ends: frozenset[int] = frozenset()
+    if num_generated < sampling.min_tokens:
+        ends = sequence.eos_token_ids.union(sampling.stop_token_ids)
+    elif sampling.ignore_eos and mask is not None:  # without a mask it ends nothing
+        ends = sequence.eos_token_ids
+    if mask is not None and ends and not _admits_other(mask, ends):
+        ends = frozenset()  # a grammar's end is put off by nothing
     return Row(
         params=sampling,
         draw=uniform(sequence.seed, num_generated) if sampling.temperature > 0 else 0.0,
@@ -87,6 +92,11 @@ def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
         output_counts=sequence.output_counts + Counter(drafts) if drafts else sequence.output_counts,
         mask=mask,
     )
+
+
+def _admits_other(mask: bytes, token_ids: Iterable[int]) -> bool:
+    """Whether a mask has a bit of any other token."""
+    return bool(int.from_bytes(mask, "little") & ~sum(1 << token_id for token_id in token_ids))
 
 
 def _completing(words: Sequence[tuple[int, ...]], token_ids: list[int]) -> set[int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.engines.errors import EngineError, GenerationFailed
+from loraplex.engines.errors import EngineError, GenerationFailed, InvalidRequest
 from loraplex.engines.native.batch import Sampled
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
@@ -86,14 +86,15 @@ def sample(logits: Tensor, rows: Sequence[Row], pick: Pick) -> list[Sampled | En
         wanted = [(chosen[index], rows[index].params.num_logprobs or 0) for index in asking]
         logprobs = dict(zip(asking, describe(untouched, wanted), strict=True))
     return [
-        row.failure or (Sampled(token, logprobs.get(index)) if math.isfinite(value) else _failure(value))
+        row.failure or (Sampled(token, logprobs.get(index)) if math.isfinite(value) else _failure(value, row))
         for index, (row, token, value) in enumerate(zip(rows, chosen, largest, strict=True))
     ]
 
 
-def _failure(best: float) -> GenerationFailed:
-    if best == -math.inf:
-        return GenerationFailed("nothing can follow: what the request admits and excludes leaves no token")
+def _failure(best: float, row: Row) -> EngineError:
+    if best == -math.inf and (row.mask is not None or row.params.allowed_token_ids or row.banned):
+        field = None if row.mask is None else "grammar"
+        return InvalidRequest("nothing can follow: what the request admits and excludes leaves no token", field)
     return GenerationFailed("the model's output is not finite for this request")
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from loraplex.engines.errors import EngineError, GenerationFailed
+from loraplex.engines.errors import EngineError, GenerationFailed, InvalidRequest
 from loraplex.engines.figures import DurationCounts
 from loraplex.engines.native.batch import Batch, Outcome, Sampled, Segment
 from loraplex.engines.native.blocks import BlockPool
@@ -166,7 +166,7 @@ class Scheduler:
         told = () if sequence.num_generated else tuple(sequence.prompt_logprobs)
         try:
             finish_reason = sequence.append(one.token_id)
-        except GenerationFailed as error:
+        except InvalidRequest as error:
             return Emission(sequence=sequence, error=error)
         return Emission(sequence=sequence, sampled=one, prompt_logprobs=told, finish_reason=finish_reason)
 

@@ -21,7 +21,7 @@ class Constraint(Protocol):
         ...
 
     def consume(self, token_id: int) -> None:
-        """The answer has one more token, an admitted one. Raises GenerationFailed where nothing is known behind it."""
+        """The answer has one more token, an admitted one. Raises InvalidRequest where nothing is known behind it."""
         ...
 
     def forced(self) -> list[int]:
@@ -35,7 +35,7 @@ class Constraint(Protocol):
     def masks(self, drafts: SequenceOf[int]) -> list[bytes]:
         """One bit for each token id, lowest first, that may follow; then the same behind each draft.
 
-        Raises GenerationFailed.
+        Raises InvalidRequest.
         """
         ...
 

@@ -33,7 +33,7 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
     def grammar(self) -> Grammar | None:
         if self.type.lower() == "text":
             return None
-        schema = _ANY_OBJECT if self.schema is None else self.schema
+        schema = _ANY_OBJECT if self.schema is None or self.schema == {} else self.schema
         source = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         return Grammar(kind="json_schema", source=source)
 

@@ -13,15 +13,15 @@ from typing import Any
 import jsonschema
 import pytest
 from support.core import make_core, prompt_of, request, run, tokens
+from support.grammars import END, begin, ids_of, json_request, text_of
 from support.json_schemas import SCHEMAS
 from support.models import make_tokenizer
 from support.worlds import SmallWorld
 from tokenizers import Tokenizer, models
 
-from loraplex.engines.errors import GenerationFailed, InvalidRequest
+from loraplex.engines.errors import InvalidRequest
 from loraplex.engines.native.core import EngineCore
-from loraplex.engines.native.grammar import Constraint, Grammars
-from loraplex.engines.native.scheduler import Emission
+from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.protocol import Grammar
 
 ARITHMETIC_LARK = """
@@ -35,43 +35,11 @@ root ::= number (op number)?
 op ::= "+" | "-"
 number ::= [0-9] [0-9]?
 """
-END = 257
 
 
 @pytest.fixture(scope="module")
 def core(small: SmallWorld) -> EngineCore:
     return make_core(small)
-
-
-def closing_bias() -> dict[int, float]:
-    """Towards the characters that end strings, numbers, arrays and objects."""
-    tokenizer = make_tokenizer()
-    ids: Any = [tokenizer.convert_tokens_to_ids(symbol) for symbol in '"}],:']
-    return dict.fromkeys(ids, 5.0)
-
-
-def ids_of(text: str) -> list[int]:
-    ids: Any = make_tokenizer().convert_tokens_to_ids(list(text))
-    return [int(token_id) for token_id in ids]
-
-
-def begin(grammars: Grammars, regex: str) -> Constraint:
-    """At its beginning, once it is compiled."""
-    grammar = Grammar(kind="regex", source=regex)
-    while not grammars.is_ready(grammar):
-        pass
-    return grammars.constraint(grammar)
-
-
-def text_of(emissions: list[Emission]) -> str:
-    ids = [token for token in tokens(emissions) if token < 256]
-    return str(make_tokenizer().decode(ids))
-
-
-def json_request(name: str, schema: Any, **options: Any) -> Any:
-    grammar = Grammar(kind="json_schema", source=json.dumps(schema))
-    options = {"max_tokens": 600, "temperature": 1.0, "seed": 3, "logit_bias": closing_bias(), **options}
-    return request(name, prompt_of(len(name), 9), grammar=grammar, **options)
 
 
 def test_answers_to_fifty_schemas_at_once_are_of_their_schemas(core: EngineCore, small: SmallWorld) -> None:
@@ -165,13 +133,15 @@ def test_refused_drafts_beyond_the_grammars_end_change_nothing(small: SmallWorld
 
 
 def test_answer_that_ends_only_where_the_grammar_does_ignores_the_end_token(core: EngineCore) -> None:
-    """Neither `ignore_eos` nor `min_tokens` leads beyond the grammar's end."""
-    grammar = Grammar(kind="regex", source="abc")
+    """Neither `ignore_eos` nor `min_tokens` leads beyond the grammar's end, and either as far as that."""
+    grammar, pairs = Grammar(kind="regex", source="abc"), Grammar(kind="regex", source="(ab){0,20}")
+    ends_soon = {END: 50.0}
     core.submit(request("a", prompt_of(1, 5), grammar=grammar, ignore_eos=True, min_tokens=10))
-    core.submit(request("b", prompt_of(1, 5), grammar=Grammar(kind="regex", source="(ab)*"), min_tokens=4))
+    core.submit(request("b", prompt_of(1, 5), grammar=pairs, logit_bias=ends_soon))
+    core.submit(request("c", prompt_of(1, 5), grammar=pairs, logit_bias=ends_soon, min_tokens=3))
+    core.submit(request("d", prompt_of(1, 5), grammar=pairs, logit_bias=ends_soon, ignore_eos=True, max_tokens=100))
     emissions = run(core)
-    assert text_of(emissions["a"]) == "abc"
-    assert re.fullmatch("(ab)*", text_of(emissions["b"]))
+    assert [text_of(emissions[name]) for name in "abcd"] == ["abc", "", "abab", "ab" * 20]
 
 
 def test_preempted_answer_keeps_its_place_in_the_grammar(small: SmallWorld) -> None:
@@ -194,6 +164,9 @@ def test_preempted_answer_keeps_its_place_in_the_grammar(small: SmallWorld) -> N
         ("json_schema", '{"type": "integer", "minimum": 3, "maximum": 2}', "json schema"),
         ("regex", "(a", "unclosed group"),
         ("regex", "a(?=b)", "look-around"),
+        ("json_schema", "[1]", "a schema is an object"),
+        ("json_schema", "false", "a schema is an object"),
+        ("json_schema", '{"oneOf": [{"type": "string"}, {"maxLength": 3}]}', "not supported"),
         ("choice", "[]", "choices"),
         ("choice", '["a", 1]', "choices"),
         ("choice", '"a"', "choices"),
@@ -212,6 +185,7 @@ def test_bad_grammar_is_its_requests_error_alone(core: EngineCore, kind: Any, so
     assert error.param == "grammar"
     assert "cannot be used" in str(error)
     assert says in str(error)
+    assert "option" not in str(error)  # which only llguidance's callers have
     assert tokens(emissions["fine"])
     assert core.blocks.num_used == 0
 
@@ -222,7 +196,10 @@ def test_grammar_that_nothing_can_follow_fails_alone(core: EngineCore) -> None:
     core.submit(request("a", prompt_of(1, 5), grammar=Grammar(kind="regex", source="[ab]+"), bad_words_ids=words))
     core.submit(request("b", prompt_of(2, 5)))
     emissions = run(core)
-    assert "nothing can follow" in str(emissions["a"][-1].error)
+    error = emissions["a"][-1].error
+    assert isinstance(error, InvalidRequest)
+    assert error.param == "grammar"
+    assert "nothing can follow" in str(error)
     assert tokens(emissions["b"])
 
 
@@ -244,7 +221,8 @@ def test_grammar_that_breaks_while_it_is_followed_fails_alone(
     emissions = run(core)
     last = emissions["a"][-1]
     assert last.finish_reason is None
-    assert isinstance(last.error, GenerationFailed)
+    assert isinstance(last.error, InvalidRequest)
+    assert last.error.param == "grammar"
     assert "cannot be followed any further" in str(last.error)
     assert emissions["b"][-1].finish_reason is not None
     assert core.blocks.num_used == 0
