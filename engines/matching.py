@@ -16,7 +16,7 @@ from loraplex.engines.protocol import Grammar
 MAX_SOURCE_CHARACTERS = 256 * 1024
 # A model left to itself may add white space for ever; this is enough to print with indentation.
 # What one token's search may look at. Usual grammars stay far below; ambiguous ones, where every step doubles, do not.
-_LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000)
+_LIMITS = LLParserLimits(verbose_errors=False, step_max_items=10_000)
 _WHITESPACE = r"( |\n[ \t]{0,32})?"
 
 

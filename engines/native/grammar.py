@@ -67,6 +67,8 @@ class Constraint:
         return list(takewhile(lambda token_id: token_id < self._vocab_size, found))
 
     def num_admitted(self, token_ids: Sequence[int]) -> int:
+        if self._seconds_left < _MAX_SECONDS / 2:
+            return 0  # each would be one search more in the same step
         with self._timed():
             return self._matcher.validate_tokens(list(token_ids))
 
