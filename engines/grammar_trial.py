@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from queue import SimpleQueue
 
 import msgspec
 from llguidance import LLTokenizer
@@ -29,26 +30,33 @@ _STACK_BYTES = 2 * 2**20  # a quarter of a main thread's
 
 
 class GrammarTrial:
-    """The process, begun with the first grammar that is large."""
+    """So many processes, each begun when it is first needed. For as many threads."""
 
-    def __init__(self) -> None:
-        self._process = BoundedProcess("loraplex.engines.grammar_trial")
+    def __init__(self, num_processes: int = 1) -> None:
+        self._processes = [BoundedProcess("loraplex.engines.grammar_trial") for _ in range(num_processes)]
+        self._free: SimpleQueue[BoundedProcess] = SimpleQueue()
+        for process in self._processes:
+            self._free.put(process)
 
     def check(self, grammar: Grammar) -> None:
         """Raises InvalidRequest where it cannot be compiled, or breaks what compiles it. Blocks."""
         if len(grammar.source) <= _HARMLESS:
             return
+        process = self._free.get()
         try:
-            reason = self._process.ask(msgspec.json.encode(grammar)).decode()
+            reason = process.ask(msgspec.json.encode(grammar)).decode()
         except ProcessExhausted:
             raise refusal(
                 grammar, f"its rules go too deep, or it takes more than {_CPU_SECONDS:g} s to compile"
             ) from None
+        finally:
+            self._free.put(process)
         if reason:
             raise InvalidRequest(reason, "grammar")
 
     def close(self) -> None:
-        self._process.close()
+        for process in self._processes:
+            process.close()
 
 
 def _tried(grammar: Grammar, tokenizer: LLTokenizer) -> str:

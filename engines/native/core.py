@@ -120,7 +120,7 @@ class EngineCore:
         if request.parts:
             self._unsettled[request.request_id] = sequence
         if request.sampling.grammar is not None:
-            self._grammars.begin(request.sampling.grammar)
+            self._grammars.begin(request.sampling.grammar, request.tenant)
             self._unconstrained[request.request_id] = sequence
         self.scheduler.add(sequence)
         self._deadlines.add(sequence)
@@ -269,7 +269,7 @@ class EngineCore:
         """Give sequences their grammars, as soon as these are compiled."""
         for sequence in list(self._unconstrained.values()):
             grammar = sequence.request.sampling.grammar
-            if grammar is None or not self._grammars.is_ready(grammar):
+            if grammar is None or not self._grammars.is_ready(grammar, sequence.request.tenant):
                 continue
             try:
                 own_ends = sequence.request.sampling.end_token_ids

@@ -10,9 +10,9 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
 from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.fair_threads import FairThreads
 from loraplex.engines.grammar_trial import GrammarTrial
 from loraplex.engines.matching import in_short, match, refusal
 from loraplex.engines.native.tokenizer_conversion import tokenizer_json
@@ -28,6 +29,7 @@ from loraplex.engines.tiktoken_codec import TiktokenCodec, find_tiktoken_file
 
 _MAX_SECONDS = 1.0  # of computing that one answer may be behind
 _MASK_SECONDS = 0.005  # that each search makes up for; usual ones take less than a millisecond
+_NUM_THREADS = 2  # that compile; a tenant has one at a time
 _MAX_KEPT = 256  # grammars, and characters of their sources: what one takes grows with them
 _MAX_KEPT_CHARACTERS = 2**20
 
@@ -121,17 +123,17 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
-        self._trial = GrammarTrial()
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
+        self._trial = GrammarTrial(_NUM_THREADS)
+        self._threads = FairThreads(_NUM_THREADS, 1, "grammar")
 
     @property
     def is_compiling(self) -> bool:
         return any(not future.done() for future in self._compiled.values())
 
-    def begin(self, grammar: Grammar) -> None:
-        """Compile it, if that was not begun before."""
+    def begin(self, grammar: Grammar, tenant: str = "") -> None:
+        """Compile it when it is the tenant's turn, if that was not begun before."""
         if grammar not in self._compiled:
-            self._compiled[grammar] = self._executor.submit(self._compile, grammar)
+            self._compiled[grammar] = self._threads.submit(tenant, partial(self._compile, grammar))
         self._compiled.move_to_end(grammar)
         num_kept = num_characters = 0
         for known in [known for known, future in reversed(self._compiled.items()) if future.done()]:
@@ -146,8 +148,8 @@ class Grammars:
             if self._compiled[known].cancel():
                 del self._compiled[known]
 
-    def is_ready(self, grammar: Grammar) -> bool:
-        self.begin(grammar)
+    def is_ready(self, grammar: Grammar, tenant: str = "") -> bool:
+        self.begin(grammar, tenant)
         return self._compiled[grammar].done()
 
     def constraint(self, grammar: Grammar, own_ends: Sequence[int] = ()) -> Constraint:

@@ -85,4 +85,4 @@ def test_grammar_whose_tokens_take_long_to_find_is_refused(trial: GrammarTrial) 
 def test_small_grammars_need_no_process() -> None:
     trial = GrammarTrial()
     trial.check(Grammar(kind="lark", source="start: ("))  # whoever compiles it refuses it
-    assert trial._process._process is None
+    assert trial._processes[0]._process is None

@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 from support.asking import accounts, asked_by
@@ -17,7 +16,6 @@ from loraplex.auth.caller import Caller
 from loraplex.auth.errors import RequestsLimited
 from loraplex.auth.limits.policy import Limits, Policy
 from loraplex.auth.metering import Demand
-from loraplex.gateway.long_work import FairThreads
 from loraplex.gateway.openai.dialogue import LONG_TEXT
 from loraplex.gateway.prompts import apart
 
@@ -41,63 +39,10 @@ def caller(name: str, **limits: int) -> Caller:
     return Caller(tenant_id=name, tenant_name=name, key_id=name, role="inference", policy=policy)
 
 
-def noted(order: list[str], name: str) -> str:
-    order.append(name)
-    return name
-
-
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not holds():
             await asyncio.sleep(0.01)
-
-
-async def test_owner_with_much_work_leaves_threads_to_others() -> None:
-    threads = FairThreads(3, 2)
-    heavy = [Work() for _ in range(6)]
-    tasks = [asyncio.create_task(threads.do("heavy", work)) for work in heavy]
-    await until(lambda: sum(work.began.is_set() for work in heavy) == 2)
-    assert await threads.do("light", lambda: 7) == 7
-    assert [work.began.is_set() for work in heavy] == [True, True, False, False, False, False]
-    for work in heavy:
-        work.goes.set()
-    assert await asyncio.gather(*tasks) == ["done"] * 6
-
-
-async def test_owners_take_turns() -> None:
-    threads, first = FairThreads(1, 1), Work()
-    order: list[str] = []
-    tasks = [asyncio.create_task(threads.do("a", first))]
-    await until(first.began.is_set)
-    tasks += [asyncio.create_task(threads.do(name, partial(noted, order, name))) for name in "aaabbc"]
-    await asyncio.sleep(0)
-    first.goes.set()
-    await asyncio.gather(*tasks)
-    assert "".join(order) == "abcaba"
-
-
-async def test_thread_of_whom_left_is_free_when_its_work_is_over() -> None:
-    threads, work = FairThreads(1, 1), Work()
-    left = asyncio.create_task(threads.do("a", work))
-    await until(work.began.is_set)
-    waiting = [asyncio.create_task(threads.do("b", lambda: 1)) for _ in range(2)]
-    await asyncio.sleep(0)
-    left.cancel()
-    waiting[0].cancel()
-    await asyncio.wait([left, waiting[0]])
-    assert left.cancelled()
-    assert waiting[0].cancelled()
-    assert not waiting[1].done()
-    work.goes.set()
-    assert await waiting[1] == 1
-    assert await threads.do("a", lambda: 2) == 2
-
-
-async def test_work_that_fails_gives_its_thread_back() -> None:
-    threads = FairThreads(1, 1)
-    for _ in range(3):
-        with pytest.raises(ZeroDivisionError):
-            await threads.do("a", lambda: 1 // 0)
 
 
 async def test_long_work_holds_what_it_takes_of_the_limits_and_gives_it_back() -> None:
