@@ -28,6 +28,7 @@ from loraplex.gateway.console.routes import add_route_commands
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
 from loraplex.gateway.errors import CannotOpen
 from loraplex.gateway.launch import launch, listen
+from loraplex.gateway.printable import PrintableFormatter, printable_lines
 
 if TYPE_CHECKING:
     from loraplex.gateway.services import Services
@@ -120,7 +121,9 @@ def _run(
     on_open: Callable[[Services], None] = lambda services: None,
 ) -> None:
     """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 2 and the reason where it cannot start."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s gateway %(levelname)s %(message)s")
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(PrintableFormatter("%(asctime)s gateway %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     for noisy in ("uvicorn", "httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -167,5 +170,5 @@ def _load(config: Path) -> Settings:
 
 
 def _fail(message: str) -> NoReturn:
-    _screen.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+    _screen.print(f"[red]error:[/red] {escape(printable_lines(message))}", soft_wrap=True)
     raise typer.Exit(2)

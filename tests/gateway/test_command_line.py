@@ -214,6 +214,16 @@ def test_serve_log_of_a_run_holds_no_key(tmp_path: Path) -> None:
         assert secret not in out + error
 
 
+def test_serve_log_holds_no_escapes(tmp_path: Path) -> None:
+    files = f'[files]\ndirectory = "{tmp_path / "files"}"'
+    with serving_at(tmp_path, free_port(), f'preload = ["\\u001b[2J\\nforged"]\n{files}') as (process, _):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=20)
+    assert r"WARNING adapters.preload: \x1b[2J\nforged: " in error
+    assert "\x1b" not in error
+
+
 def test_serve_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, client, key):
         begun, received = threading.Event(), list[bytes]()
