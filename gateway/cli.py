@@ -33,7 +33,7 @@ from loraplex.gateway.printable import PrintableFormatter, printable_lines
 if TYPE_CHECKING:
     from loraplex.gateway.services import Services
 
-_screen = Console(stderr=True, highlight=False)
+_screen = Console(stderr=True, highlight=False, emoji=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 add_account_commands(app)
 add_adapter_commands(app)

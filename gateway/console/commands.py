@@ -34,7 +34,7 @@ class Session:
         self.client = client
         self.as_json = as_json
         # where lines are read by other programs, a row is one line, however long
-        self._screen = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+        self._screen = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
 
     def tenant(self, name_or_id: str) -> str:
         """The id. Raises CommandFailed where no tenant is called so."""
@@ -108,7 +108,8 @@ def group(app: typer.Typer, name: str, help: str) -> typer.Typer:
 
 
 def fail(error: CommandFailed) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {_shown(str(error))}", soft_wrap=True)
+    screen = Console(stderr=True, highlight=False, emoji=False)
+    screen.print(f"[red]error:[/red] {_shown(str(error))}", soft_wrap=True)
     raise typer.Exit(error.exit_code)
 
 

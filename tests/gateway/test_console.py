@@ -205,10 +205,12 @@ def test_failure_is_one_line_and_an_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_names_with_markup_are_shown_as_they_are(gateway: Gateway) -> None:
-    name = f"[red]{uuid.uuid4().hex[:8]}[/red]"
+@pytest.mark.parametrize("around", ["[red]{}[/red]", ":cat:{}:1234:"], ids=["markup", "emoji"])
+def test_names_are_shown_as_they_are(gateway: Gateway, around: str) -> None:
+    name = around.format(uuid.uuid4().hex[:8])
     assert run(gateway, "tenants", "create", name).exit_code == 0
     assert name in run(gateway, "tenants", "list").stdout
+    assert name in run(gateway, "tenants", "show", f"{name}?").stderr
 
 
 def test_no_escape_of_a_name_reaches_the_terminal(gateway: Gateway) -> None:
