@@ -9,6 +9,8 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from errno import EADDRINUSE
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -41,6 +43,21 @@ add_route_commands(app)
 add_report_commands(app)
 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"loraplex {version('loraplex')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    shows_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """One base model, thousands of LoRA adapters, many tenants, one OpenAI-compatible address."""
 
 
 @app.command("demo")
@@ -132,7 +149,7 @@ def _run(
     except SettingsError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}")
+        _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {_why(error)}")
     with listener:
         try:
             uvloop.run(_serve(settings, listener, present, on_open))
@@ -160,6 +177,13 @@ async def _serve(
                 _screen.print(f"{progress.stage} ({progress.fraction:.0%})")
 
         await launch(settings, listener, on_progress, on_open, on_ready)
+
+
+def _why(error: OSError) -> str:
+    """Of a socket: its own text, without the address that `socket.create_server` puts behind it."""
+    if error.errno == EADDRINUSE:
+        return "another program listens there; stop it, or choose another port"
+    return (error.strerror or str(error)).partition(" (while ")[0]
 
 
 def _load(config: Path) -> Settings:
