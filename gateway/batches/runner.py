@@ -71,7 +71,8 @@ class BatchRunner:
             except Exception:  # noqa: BLE001  an edge of the process: it is logged, and tried again
                 _log.exception("batches wait: the database or the disk is in trouble")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._settings.lease_seconds / 3)
+                async with asyncio.timeout(self._settings.lease_seconds / 3):  # Python 3.11's wait_for loses a cancel
+                    await self._news.wait()
 
     def _num_free(self) -> int:
         return self._settings.max_running - len(self._running)

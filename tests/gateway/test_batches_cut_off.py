@@ -203,6 +203,17 @@ async def test_batch_that_kills_gateways_before_its_first_line_fails(tmp_path: P
     assert batch.errors[0].code == "gateway_died"
 
 
+async def test_runner_ends_though_there_is_news_in_the_same_moment(tmp_path: Path) -> None:
+    async with open_services(settings_in(tmp_path)) as services:
+        runner = BatchRunner(services.batches, services.files, BatchSettings(), 2**20)
+        runner.start(Fatal())
+        await asyncio.sleep(0.3)
+        runner.notice()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await runner.close()
+
+
 class Fatal(Answerer):
     """Answers by itself, but for the line that its gateway dies of."""
 
