@@ -9,6 +9,8 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from errno import EADDRINUSE
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -28,11 +30,12 @@ from loraplex.gateway.console.routes import add_route_commands
 from loraplex.gateway.demo import DemoAccess, demo_settings, furnish, greeting
 from loraplex.gateway.errors import CannotOpen
 from loraplex.gateway.launch import launch, listen
+from loraplex.gateway.printable import PrintableFormatter, printable_lines
 
 if TYPE_CHECKING:
     from loraplex.gateway.services import Services
 
-_screen = Console(stderr=True, highlight=False)
+_screen = Console(stderr=True, highlight=False, emoji=False)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 add_account_commands(app)
 add_adapter_commands(app)
@@ -40,6 +43,21 @@ add_route_commands(app)
 add_report_commands(app)
 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"loraplex {version('loraplex')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    shows_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """One base model, thousands of LoRA adapters, many tenants, one OpenAI-compatible address."""
 
 
 @app.command("demo")
@@ -120,7 +138,9 @@ def _run(
     on_open: Callable[[Services], None] = lambda services: None,
 ) -> None:
     """Listen, start, serve; ends with status 0 on SIGTERM or Ctrl-C, with 2 and the reason where it cannot start."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s gateway %(levelname)s %(message)s")
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(PrintableFormatter("%(asctime)s gateway %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     for noisy in ("uvicorn", "httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -129,7 +149,7 @@ def _run(
     except SettingsError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {error.strerror}")
+        _fail(f"cannot listen on {settings.server.host}:{settings.server.port}: {_why(error)}")
     with listener:
         try:
             uvloop.run(_serve(settings, listener, present, on_open))
@@ -159,6 +179,13 @@ async def _serve(
         await launch(settings, listener, on_progress, on_open, on_ready)
 
 
+def _why(error: OSError) -> str:
+    """Of a socket: its own text, without the address that `socket.create_server` puts behind it."""
+    if error.errno == EADDRINUSE:
+        return "another program listens there; stop it, or choose another port"
+    return (error.strerror or str(error)).partition(" (while ")[0]
+
+
 def _load(config: Path) -> Settings:
     try:
         return load_settings(config)
@@ -167,5 +194,5 @@ def _load(config: Path) -> Settings:
 
 
 def _fail(message: str) -> NoReturn:
-    _screen.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+    _screen.print(f"[red]error:[/red] {escape(printable_lines(message))}", soft_wrap=True)
     raise typer.Exit(2)

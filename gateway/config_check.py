@@ -11,6 +11,7 @@ from loraplex.auth.store.database import create_engine
 from loraplex.config.settings import Settings, SettingsError, require_long_admin_key
 from loraplex.engines.adapters.sources.https import HttpsSource
 from loraplex.engines.build import build_engine
+from loraplex.engines.context_length import context_length, stated_positions
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.tokenizer import require_tokenizer
 
@@ -36,6 +37,8 @@ def _model(settings: Settings) -> None:
         raise SettingsError(f"model.path = {settings.model.path!r} holds no config.json")
     if not settings.model.random_weights:
         require_tokenizer(directory)
+    if (num_positions := stated_positions(directory)) is not None:
+        context_length(settings.model.max_model_len, num_positions)
 
 
 def _database(settings: Settings) -> None:

@@ -178,7 +178,8 @@ def metric_routes(metrics: Metrics, engine: Engine, store: DiskTier, *, is_open:
         if "application/json" in request.headers.get("accept", ""):
             return Response(_as_json(registries), media_type="application/json")
         shown = b"".join(generate_latest(registry) for registry in registries)
-        return Response(shown, media_type=CONTENT_TYPE_LATEST)
+        # not as a media type, to which Litestar would add a charset that is in it
+        return Response(shown, headers={"content-type": CONTENT_TYPE_LATEST})
 
     return [get_metrics]
 

@@ -113,6 +113,9 @@ class Problem(NamedTuple):
         return msgspec.json.encode({"error": error})
 
 
+UNFORESEEN = Problem(Row(500, _SERVER, "internal_error"), "The server had an error; it has been logged.", None)
+
+
 def problem_of(error: Exception) -> Problem:
     """What to tell a client of this exception; an unforeseen one tells nothing of its insides."""
     if isinstance(error, HTTPException) and error.status_code < 500:
@@ -120,7 +123,7 @@ def problem_of(error: Exception) -> Problem:
         return Problem(Row(error.status_code, _INVALID, code), error.detail, None)
     row = TABLE.get(type(error))
     if row is None:
-        return Problem(Row(500, _SERVER, "internal_error"), "The server had an error; it has been logged.", None)
+        return UNFORESEEN
     message, param = str(error), getattr(error, "param", None)
     return Problem(row, _in_short(message), param if param is None else _in_short(param))
 

@@ -2,6 +2,7 @@
 
 Nothing of anybody else is ever written here, nor any key. The file is its owner's alone (mode 0600) and opened anew
 for every line, so that it may be moved away at any time; a line is one write at its end, so that gateways may share it.
+One that was cut short, by a full disk or a process that was killed, spoils no other.
 """
 
 import logging
@@ -66,15 +67,23 @@ class PromptLog:
         """A file that cannot be written to is told in the server's log; the request has its answer all the same."""
         encoded = msgspec.json.encode(line) + b"\n"
         try:
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.fchmod(file, 0o600)  # whoever made it
+                if _is_cut_short(file):
+                    encoded = b"\n" + encoded
                 if os.write(file, encoded) < len(encoded):
                     _log.error("the disk has no room for the log of prompts, request %s is cut short", line.request_id)
             finally:
                 os.close(file)
         except OSError as error:
             _log.error("the log of prompts lacks request %s: %s", line.request_id, error)
+
+
+def _is_cut_short(file: int) -> bool:
+    """Whether its last line has no end; a pipe has none and no size either."""
+    size = os.fstat(file).st_size
+    return size > 0 and os.pread(file, 1, size - 1) != b"\n"
 
 
 class Record:

@@ -214,6 +214,7 @@ batches = Table(
     Column("num_reasoning_tokens", BigInteger, nullable=False, server_default="0"),
     Column("owner", String(32), nullable=True),
     Column("leased_until", Float, nullable=True),
+    Column("num_deaths", Integer, nullable=False, server_default="0"),
 )
 
 # The answers of a batch that is not over, one a line of its input; the key is why none is answered twice.

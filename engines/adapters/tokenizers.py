@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import json
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from loraplex.engines.tokenizer_protocol import ChatMessage
 
 _MAX_BYTES = 256 * 2**20  # of tokenizers held, as their files count
 _LEAST_BYTES = 1024  # what one without files counts
+_COMPILED = 20  # a template that runs here takes so many times its source
 _REST_SECONDS = 30.0  # before a template that used up its process is tried again
 _QUICK_SECONDS = 0.1  # of computing; what takes longer is slow, and for a while renders where it keeps up nobody else
 _SLOW_SECONDS = 60.0
@@ -135,7 +137,10 @@ class AdapterTokenizers:
                 raise AdapterNotFound("the adapter's files left the cache just now; try again") from error
             raise error if isinstance(error, AdapterError) else AdapterInvalid(f"its tokenizer: {error}") from error
         is_own = found is not None and found.codec is not self._base.codec
-        self._keep(adapter.id, found, self._own_bytes if is_own else _LEAST_BYTES)
+        num_bytes = self._own_bytes if is_own else _LEAST_BYTES
+        if found is not None and found.template is not self._base.template:
+            num_bytes += _template_bytes(found.template)
+        self._keep(adapter.id, found, num_bytes)
         return found
 
     def _keep(self, adapter_id: str, found: AdapterTokenizer | None, num_bytes: int) -> None:
@@ -195,6 +200,12 @@ class AdapterTokenizers:
         if token_id is None:
             raise AdapterInvalid(f"its eos_token {ascii(text)[:80]} is no token of its vocabulary")
         return frozenset({token_id})
+
+
+def _template_bytes(template: Template | None) -> int:
+    if isinstance(template, BroughtTemplate):
+        return sum(sys.getsizeof(source) for source in template._work.sources.values())
+    return 0 if template is None else _COMPILED * sys.getsizeof(template.source)
 
 
 def _are_same(one: Path, other: Path) -> bool:

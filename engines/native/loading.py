@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from loraplex.config.settings import EngineSettings, Settings
 from loraplex.engines.adapters.arena import Arena
 from loraplex.engines.adapters.peft import Base
+from loraplex.engines.context_length import context_length
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.attention import PagedAttention
 from loraplex.engines.native.defaults import sampling_defaults
@@ -76,7 +77,8 @@ def load_machine(settings: Settings, on_progress: Callable[[Progress], None]) ->
     use_rotary_kernel(model, uses_kernels=uses_kernels)
     if settings.engine.num_threads is None:
         choose_num_threads(model, replays=not settings.engine.enforce_eager and not settings.engine.deterministic)
-    max_len = _max_model_len(settings, model)
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_len = context_length(settings.model.max_model_len, num_positions)
     refuse_long_context(model, attention, max_len)
     block_size = settings.engine.kv_block_size
     free = free_bytes(model.device)
@@ -125,16 +127,6 @@ def _uses_kernels(engine: EngineSettings, device: torch.device) -> bool:
     return engine.kernels == "triton" or (
         engine.kernels == "auto" and device.type == "cuda" and not engine.deterministic
     )
-
-
-def _max_model_len(settings: Settings, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    wanted = settings.model.max_model_len
-    if limit is None and wanted is None:
-        raise ModelNotServable("the checkpoint names no max_position_embeddings; set model.max_model_len")
-    if limit is not None and wanted is not None and wanted > limit:
-        raise ModelNotServable(f"model.max_model_len = {wanted} exceeds the checkpoint's {limit} positions")
-    return wanted if wanted is not None else int(limit or 0)
 
 
 def _num_kv_blocks(

@@ -1,6 +1,7 @@
 """One line of a batch -> one line of its output: sent through the application's own routes until it has an answer."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from loraplex.auth.tenants import Tenants
 from loraplex.gateway.batches.lines import Line
 from loraplex.gateway.batches.records import Answer, Batch
 from loraplex.gateway.inner import Reply, post
-from loraplex.gateway.problems import problem_of
+from loraplex.gateway.problems import UNFORESEEN, problem_of
+
+_log = logging.getLogger("loraplex.gateway")
 
 _LONGEST_PAUSE = 30.0  # seconds between two tries of a line
 # JSON may hold them as they are; readers of lines that split texts, such as the SDK's, end a line at each.
@@ -73,8 +76,18 @@ class Answerer:
         return max(min([most, *(limit // 2 for limit in limits if limit is not None)]), 1)
 
     async def answer(self, batch: Batch, line: Line) -> Answer:
-        """The line's answer, good or bad; what passes is waited for: a limit, an absent engine or database."""
+        """The line's answer, good or bad, whatever asking raises, but for what ends this task or the process."""
         request_id = _request_id(batch, line)
+        try:
+            return await self._answered(batch, line, request_id)
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  an edge; in Rust it may panic, which is no Exception
+            _log.error("request %s failed", request_id, exc_info=error)
+            return _answer(line, request_id, Reply(UNFORESEEN.row.status, {}, UNFORESEEN.body()))
+
+    async def _answered(self, batch: Batch, line: Line, request_id: str) -> Answer:
+        """What passes is waited for: a limit, an absent engine or database."""
         num_tries = num_crashes = 0
         while True:
             reply = await self._ask(batch, line, request_id)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, and_, delete, false, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, false, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -29,7 +29,7 @@ WINDOW_SECONDS = 86400.0  # the 24 hours of the only completion window there is
 _ID = re.compile(r"batch_[0-9a-f]{24}")
 _PAGE = 500
 _COUNTED = frozenset({"num_completed", "num_failed", "num_prompt_tokens", "num_cached_tokens",
-                      "num_completion_tokens", "num_reasoning_tokens"})  # fmt: skip
+                      "num_completion_tokens", "num_reasoning_tokens", "num_deaths"})  # fmt: skip
 
 
 class BatchProblem(msgspec.Struct, frozen=True):
@@ -67,6 +67,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     num_reasoning_tokens: int = 0
     owner: str | None = None
     leased_until: float | None = None
+    num_deaths: int = 0  # of gateways that worked on it, since its last answer
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,13 +156,14 @@ class BatchRecords:
         """Up to so many batches that nobody works on, oldest first, one of each tenant before a second of any."""
         now, claimed = time.time(), []
         free = or_(table.c.leased_until.is_(None), table.c.leased_until < now)
+        num_deaths = table.c.num_deaths + case((table.c.owner != self.owner, 1), else_=0)  # NULL where it was let go
         turn = func.row_number().over(partition_by=table.c.tenant_id, order_by=table.c.created_at)
         query = select(table.c.id, turn.label("turn"), table.c.created_at).where(table.c.status.in_(UNFINISHED), free)
         ranked = query.subquery()
         order = select(ranked.c.id).order_by(ranked.c.turn, ranked.c.created_at).limit(most)
         async with self._database.begin() as connection:
             for (batch_id,) in (await connection.execute(order)).all():
-                mine = {"owner": self.owner, "leased_until": now + lease_seconds}
+                mine = {"owner": self.owner, "leased_until": now + lease_seconds, "num_deaths": num_deaths}
                 taken = await connection.execute(update(table).where(table.c.id == batch_id, free).values(**mine))
                 if taken.rowcount:
                     row = (await connection.execute(select(table).where(table.c.id == batch_id))).one()
@@ -211,7 +213,7 @@ class BatchRecords:
             async with self._recording, self._database.begin() as connection:
                 await connection.execute(insert(answers).values(**row))
                 more = {column.name: column + number for column, number in counted.items()}
-                await connection.execute(update(table).where(table.c.id == batch_id).values(**more))
+                await connection.execute(update(table).where(table.c.id == batch_id).values(**more, num_deaths=0))
         except IntegrityError:
             return
 

@@ -22,6 +22,8 @@ _log = logging.getLogger("loraplex.gateway")
 _SWEEP_SECONDS = 3600.0
 _FIRST_PAUSE_SECONDS = 0.1  # between two tries to write down an answer
 _LONGEST_PAUSE_SECONDS = 5.0
+_MAX_DEATHS = 3  # of gateways in a row, before what they had begun is told so: it may be what kills them
+_DIED = ("gateway_died", f"The gateway died {_MAX_DEATHS} times while it worked on this.")
 _EXPIRED = ("batch_expired", "The batch's completion window ended before this request was answered.")
 _CANCELLED = ("batch_cancelled", "The batch was cancelled before this request was answered.")
 
@@ -69,7 +71,8 @@ class BatchRunner:
             except Exception:  # noqa: BLE001  an edge of the process: it is logged, and tried again
                 _log.exception("batches wait: the database or the disk is in trouble")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._settings.lease_seconds / 3)
+                async with asyncio.timeout(self._settings.lease_seconds / 3):  # Python 3.11's wait_for loses a cancel
+                    await self._news.wait()
 
     def _num_free(self) -> int:
         return self._settings.max_running - len(self._running)
@@ -112,6 +115,8 @@ class BatchRunner:
             self._news.set()
 
     async def _check(self, batch: Batch) -> Batch:
+        if batch.num_deaths >= _MAX_DEATHS:
+            return await self._records.move(batch, "failed", errors=[BatchProblem(*_DIED)])
         path = self._files.path(batch.tenant_id, batch.input_file_id)
         problems = [BatchProblem("file_not_found", "The input file is gone.")]
         try:
@@ -139,8 +144,11 @@ class BatchRunner:
             await asyncio.gather(work, cancelled, return_exceptions=True)
 
     async def _answer_all(self, batch: Batch, answerer: Answerer) -> None:
+        """After a gateway's death, as many lines as it may have been at go one by one, so that a killer is found."""
         answered = await self._records.answered(batch.id)
-        room = asyncio.Semaphore(await answerer.width(batch, self._settings.max_requests))
+        width = await answerer.width(batch, self._settings.max_requests)
+        room = asyncio.Semaphore(width)
+        is_killer, num_suspects = batch.num_deaths >= _MAX_DEATHS, width if batch.num_deaths else 0
 
         async def answer(line: Line) -> None:
             try:
@@ -150,9 +158,17 @@ class BatchRunner:
 
         async with asyncio.TaskGroup() as group:
             async for line in requests(self._files.path(batch.tenant_id, batch.input_file_id)):
-                if line.number not in answered:
-                    await room.acquire()
-                    group.create_task(answer(line))
+                if line.number in answered:
+                    continue
+                if is_killer:
+                    is_killer = False
+                    await self._record(batch, unanswered(batch, line, *_DIED))
+                    continue
+                await room.acquire()
+                task = group.create_task(answer(line))
+                if num_suspects:
+                    num_suspects -= 1
+                    await asyncio.wait({task})
 
     async def _record(self, batch: Batch, answer: Answer) -> None:
         """As soon as the database takes it: the answer is paid for, and raising would cut off all other lines."""

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraplex.gateway.console.client import MISUSED, AdminClient, CommandFailed
+from loraplex.gateway.printable import printable, printable_json
 
 Url = Annotated[str, typer.Option("--url", envvar="LORAPLEX_URL", help="Where the server is.")]
 Key = Annotated[
@@ -33,7 +34,7 @@ class Session:
         self.client = client
         self.as_json = as_json
         # where lines are read by other programs, a row is one line, however long
-        self._screen = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+        self._screen = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
 
     def tenant(self, name_or_id: str) -> str:
         """The id. Raises CommandFailed where no tenant is called so."""
@@ -47,31 +48,31 @@ class Session:
     def show(self, answer: Any, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:
         """The answer as JSON, or the rows as a table of some of their columns."""
         if self.as_json:
-            print(json.dumps(answer, indent=2, ensure_ascii=False))
+            _print_json(answer)
             return
         table = Table(box=None, header_style="bold", pad_edge=False)
         names = list(columns)
         for name in names:
             table.add_column(name.replace("_", " "), overflow="fold")
         for row in rows:
-            table.add_row(*(escape(_cell(name, row.get(name))) for name in names))
+            table.add_row(*(_shown(_cell(name, row.get(name))) for name in names))
         self._screen.print(table)
 
     def show_one(self, answer: Mapping[str, Any]) -> None:
         """One object: a line for each of its fields that is set."""
         if self.as_json:
-            print(json.dumps(answer, indent=2, ensure_ascii=False))
+            _print_json(answer)
             return
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in answer.items():
             if value is not None:
-                table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(_cell(name, value)))
+                table.add_row(f"[bold]{_shown(name.replace('_', ' '))}[/]", _shown(_cell(name, value)))
         self._screen.print(table)
 
     def say(self, text: str) -> None:
         """Something was done; scripts that want JSON read the exit code."""
         if not self.as_json:
-            self._screen.print(escape(text))
+            self._screen.print(_shown(text))
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -107,7 +108,8 @@ def group(app: typer.Typer, name: str, help: str) -> typer.Typer:
 
 
 def fail(error: CommandFailed) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+    screen = Console(stderr=True, highlight=False, emoji=False)
+    screen.print(f"[red]error:[/red] {_shown(str(error))}", soft_wrap=True)
     raise typer.Exit(error.exit_code)
 
 
@@ -121,6 +123,15 @@ def seconds_since_1970(text: str | None) -> float | None:
         message = f"{text!r} is no date or time: write 2027-01-31, or 2027-01-31T12:00:00+01:00."
         raise CommandFailed(message, MISUSED) from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+
+
+def _print_json(answer: Any) -> None:
+    print(printable_json(json.dumps(answer, indent=2, ensure_ascii=False)))
+
+
+def _shown(text: str) -> str:
+    """As rich's markup of what the screen shows as it is."""
+    return escape(printable(text))
 
 
 def _cell(name: str, value: Any) -> str:

@@ -103,7 +103,8 @@ class ResponseRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    # nothing is encrypted: reasoning is told in the open, and read so where it comes back
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     metadata: Metadata | None = None
     tools: Annotated[list[ResponseTool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: ResponseToolChoice | None = None

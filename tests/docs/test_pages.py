@@ -48,6 +48,11 @@ def test_every_limit_is_in_the_page_of_tenants() -> None:
     assert [name for name in Limits.__struct_fields__ if f"`{name}`" not in page] == []
 
 
+def test_every_module_of_the_engine_is_in_the_page_of_architecture() -> None:
+    named = set(re.findall(r"`(?:engines/native/)?(\w+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+    assert sorted({path.name for path in (ROOT / "engines" / "native").glob("*.py")} - named) == []
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     """Directly, or by a page that is."""
     reached, left = {PAGES[0]}, [PAGES[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -16,10 +17,20 @@ from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 from support.batching import begin, jsonl, lines_of, request_line, show, text_of, wait
 from support.command_line import free_port, serving_at
-from support.gateway import Gateway, wait_running
+from support.gateway import Gateway, settings_in, wait_running
 
+from loraplex.auth.caller import Caller
 from loraplex.auth.store.tables import batches
+from loraplex.config.settings import BatchSettings
 from loraplex.engines.protocol import GenerateRequest, TokenEvent
+from loraplex.gateway.batches import answering
+from loraplex.gateway.batches.answering import Answerer
+from loraplex.gateway.batches.lines import Line
+from loraplex.gateway.batches.records import Answer, Batch, BatchRecords
+from loraplex.gateway.batches.runner import BatchRunner
+from loraplex.gateway.files.store import UNFINISHED
+from loraplex.gateway.inner import post
+from loraplex.gateway.services import Services, open_services
 
 SLOW = "<slow>" + "x" * 12  # most of a second
 
@@ -128,6 +139,123 @@ def test_database_that_fails_for_a_moment_has_no_line_asked_twice(
     assert batch["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
     assert sorted(asked) == sorted(texts)
     assert [row["outcome"] for row in rows] == ["completed"] * 4
+
+
+class Panic(BaseException):
+    """As Rust's are: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic, KeyError])
+def test_line_that_nobody_foresaw_has_an_error_and_the_batch_goes_on(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    ask = post
+
+    async def fails(app: Any, path: str, body: bytes, *others: Any) -> Any:
+        if b"poison" in body:
+            raise error("a detail of the insides")
+        return await ask(app, path, body, *others)
+
+    monkeypatch.setattr(answering, "post", fails)
+    with gateway.client() as client:
+        batch = wait(client, begin(client, jsonl(*(request_line(text, text) for text in ("a", "poison", "b")))))
+        good, bad = lines_of(client, batch["output_file_id"]), lines_of(client, batch["error_file_id"])
+    assert (batch["status"], [line["custom_id"] for line in good]) == ("completed", ["a", "b"])
+    (line,) = bad
+    assert (line["custom_id"], line["response"]["status_code"]) == ("poison", 500)
+    assert line["response"]["body"]["error"]["code"] == "internal_error"
+    assert "insides" not in json.dumps(bad)
+    assert "insides" in caplog.text
+
+
+@pytest.mark.parametrize("num_innocent", [0, 20])
+async def test_line_that_kills_gateways_is_told_so_and_the_batch_goes_on(tmp_path: Path, num_innocent: int) -> None:
+    """Each takes the batch up from one that died; what runs beside the killer when they die is not blamed."""
+    texts = [*(f"before {number}" for number in range(num_innocent)), "killer", "after"]
+    async with open_services(settings_in(tmp_path)) as services:
+        batch_id = await batch_of(services, jsonl(*(request_line(text, text) for text in texts)))
+        for _ in range(8):  # five, unless an answer of a life that is over is still written in the next
+            await live(services, batch_id)
+        batch = await services.batches.get("", batch_id)
+        told = {}
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            assert file_id is not None
+            for line in services.files.path("", file_id).read_text().splitlines():
+                told[json.loads(line)["custom_id"]] = json.loads(line)["error"]
+    assert batch.status == "completed"
+    assert told.pop("killer") == {
+        "code": "gateway_died",
+        "message": "The gateway died 3 times while it worked on this.",
+    }
+    assert set(told.values()) == {None}
+    assert set(told) == set(texts) - {"killer"}
+
+
+async def test_batch_that_kills_gateways_before_its_first_line_fails(tmp_path: Path) -> None:
+    async with open_services(settings_in(tmp_path)) as services:
+        batch_id = await batch_of(services, jsonl(request_line("a")))
+        for _ in range(3):  # and no more comes of it
+            await BatchRecords(services.batches._database, services.files).claim(1, 0.0)
+        await live(services, batch_id)
+        batch = await services.batches.get("", batch_id)
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert batch.errors[0].code == "gateway_died"
+
+
+async def test_runner_ends_though_there_is_news_in_the_same_moment(tmp_path: Path) -> None:
+    async with open_services(settings_in(tmp_path)) as services:
+        runner = BatchRunner(services.batches, services.files, BatchSettings(), 2**20)
+        runner.start(Fatal())
+        await asyncio.sleep(0.3)
+        runner.notice()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await runner.close()
+
+
+class Fatal(Answerer):
+    """Answers by itself, but for the line that its gateway dies of."""
+
+    def __init__(self) -> None:
+        self.died = asyncio.Event()
+
+    async def width(self, batch: Batch, most: int) -> int:
+        return most
+
+    async def answer(self, batch: Batch, line: Line) -> Answer:
+        if line.custom_id == "killer":
+            self.died.set()
+        if self.died.is_set():
+            await asyncio.Event().wait()
+        return Answer(line=line.number, text=json.dumps({"custom_id": line.custom_id, "error": None}), is_error=False)
+
+
+class Mortal(BatchRecords):
+    """Of a gateway that does not let go of what it worked on."""
+
+    async def release(self, batch_id: str) -> None:
+        pass
+
+
+async def live(services: Services, batch_id: str) -> None:
+    """A gateway's life, until the batch is over or it dies of it."""
+    records = Mortal(services.batches._database, services.files)
+    runner, answerer = BatchRunner(records, services.files, BatchSettings(lease_seconds=0.3), 2**20), Fatal()
+    runner.start(answerer)
+    while not answerer.died.is_set() and (await records.get("", batch_id)).status in UNFINISHED:
+        await asyncio.sleep(0.02)
+    await runner.close()
+
+
+async def batch_of(services: Services, content: bytes) -> str:
+    """The id of an admin's batch over this input, which no gateway works on."""
+    draft = await services.files.open_draft("")
+    await draft.write(content)
+    file = await services.files.keep(draft, "", "in.jsonl", "batch", None)
+    await draft.close()
+    admin = Caller(tenant_id="", tenant_name="", key_id="", role="admin")
+    return (await services.batches.create(admin, "/v1/chat/completions", file.id, None, None)).id
 
 
 async def take_lease(gateway: Gateway, batch_id: str, seconds: float) -> None:

@@ -68,6 +68,32 @@ def test_faults_tell_of_a_model_that_is_not_there_and_of_one_without_tokenizer(
     assert list(faults(settings)) == []
 
 
+POSITIONS: dict[str, tuple[str, str | None]] = {
+    "as many": ('{"max_position_embeddings": 64}', None),
+    "fewer": ('{"max_position_embeddings": 63}', "model.max_model_len = 64 exceeds the checkpoint's 63 positions"),
+    "of its text": (
+        '{"max_position_embeddings": 64, "text_config": {"max_position_embeddings": 7}}',
+        "model.max_model_len = 64 exceeds the checkpoint's 7 positions",
+    ),
+    "left to the kind of model": ('{"max_position_embeddings": null}', None),
+    "no JSON": ("{", "config.json cannot be read: "),
+    "no object": ("[]", "config.json describes no model"),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_faults_tell_of_more_tokens_than_the_checkpoint_has_positions(
+    settings: Settings, tmp_path: Path, case: str
+) -> None:
+    config, says = POSITIONS[case]
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "tokenizer.model").touch()
+    model = Model(path=str(tmp_path), name="m", max_model_len=64)
+    found = list(faults(replace(settings, model=model, engine=EngineSettings())))
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
+
+
 @pytest.mark.parametrize("key", ["k", "x" * 19])
 def test_faults_tell_of_an_admin_key_that_could_be_guessed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, key: str

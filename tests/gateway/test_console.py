@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from support.adapter_files import adapter_files, write_files
 from support.gateway import BASE, Gateway, write_adapter
+from typer import Exit
 from typer.testing import CliRunner, Result
 
 from loraplex.gateway.cli import app
+from loraplex.gateway.console.client import AdminClient, CommandFailed
+from loraplex.gateway.console.commands import Session, fail
 
 
 def run(gateway: Gateway, *arguments: str, key: str | None = None, stdin: str = "") -> Result:
@@ -202,10 +205,33 @@ def test_failure_is_one_line_and_an_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_names_with_markup_are_shown_as_they_are(gateway: Gateway) -> None:
-    name = f"[red]{uuid.uuid4().hex[:8]}[/red]"
+@pytest.mark.parametrize("around", ["[red]{}[/red]", ":cat:{}:1234:"], ids=["markup", "emoji"])
+def test_names_are_shown_as_they_are(gateway: Gateway, around: str) -> None:
+    name = around.format(uuid.uuid4().hex[:8])
     assert run(gateway, "tenants", "create", name).exit_code == 0
     assert name in run(gateway, "tenants", "list").stdout
+    assert name in run(gateway, "tenants", "show", f"{name}?").stderr
+
+
+def test_no_escape_of_a_name_reaches_the_terminal(gateway: Gateway) -> None:
+    name = f"\x9b2J\u202e{uuid.uuid4().hex[:8]}"
+    made, taken = (run(gateway, "tenants", "create", name) for _ in range(2))
+    listed, as_json = run(gateway, "tenants", "list"), run(gateway, "tenants", "show", name, "--json")
+    nobody = run(gateway, "tenants", "show", "tenant_\x1b[2J")
+    for done in (made, listed):
+        assert r"\x9b2J\u202e" + name[-8:] in done.stdout
+    assert json.loads(as_json.stdout)["name"] == name
+    assert (taken.exit_code, nobody.exit_code) == (1, 1)
+    for done in (made, taken, listed, as_json, nobody):
+        assert not set(done.output) & set("\x1b\x9b\u202e"), done.output
+
+
+def test_no_escape_of_what_a_server_says_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exit):
+        fail(CommandFailed("\x1b[2J\nAll is well. 🐢 ü", 1))
+    assert capsys.readouterr().err == "error: \\x1b[2J\\nAll is well. 🐢 ü\n"
+    Session(AdminClient("http://localhost", "k"), as_json=False).say("Deleted \x1b[2J.")
+    assert capsys.readouterr().out == "Deleted \\x1b[2J.\n"
 
 
 def test_command_works_in_a_process_of_its_own(gateway: Gateway) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
@@ -45,6 +45,13 @@ def test_metrics_count_requests_tokens_and_outcomes(gateway: Gateway) -> None:
     assert found["loraplex_generated_tokens_total"] == [({"model": BASE, "adapter": ""}, 5.0 + 4.0)]
     assert found["loraplex_time_to_first_token_seconds_count"] == [({"model": BASE, "adapter": ""}, 2.0)]
     assert found["loraplex_inter_token_seconds_count"] == [({"model": BASE, "adapter": ""}, 4.0 + 3.0)]
+
+
+def test_metrics_say_what_they_are_as_prometheus_does(gateway: Gateway) -> None:
+    """Prometheus 3 refuses a type that it cannot parse, such as one that says something twice."""
+    with gateway.admin() as admin:
+        told = [ask("/metrics").headers.get_list("content-type") for ask in (admin.get, admin.head)]
+    assert told == [[CONTENT_TYPE_LATEST]] * 2
 
 
 def test_metrics_show_what_routers_route_by(gateway: Gateway) -> None:

@@ -177,3 +177,22 @@ def test_create_conversation_goes_on_with_the_sdks_own_message(client: OpenAI) -
         messages: Any = [*user("one"), said, *user("two")]
         answer = client.chat.completions.create(model=BASE, messages=messages)
         assert answer.choices[0].message.content == "one\none\ntwo"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_reasoning_that_is_asked_for_encrypted_comes_open_and_is_read_where_it_comes_back(
+    thinking: Gateway, stream: bool
+) -> None:
+    """As agents ask that keep their conversations themselves."""
+    stateless: Any = {"model": BASE, "store": False, "include": ["reasoning.encrypted_content"]}
+    said: Any = user("<think>\nWarm?\n</think>\n\nYes.")
+    with OpenAI(base_url=f"{thinking.url}/v1", api_key=thinking.api_key, max_retries=0) as client:
+        if stream:
+            with client.responses.stream(input=said, **stateless) as events:
+                answer: Any = events.get_final_response()
+        else:
+            answer = client.responses.create(input=said, **stateless)
+        thought = answer.output[0]
+        assert (thought.content[0].text, thought.encrypted_content) == ("Warm?", None)
+        again = client.responses.create(input=[*said, *answer.output, *user("And now?")], **stateless)
+    assert again.output_text == "Yes.\nYes.\nAnd now?"

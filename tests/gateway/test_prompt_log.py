@@ -141,6 +141,19 @@ def test_what_failed_or_was_left_is_kept_as_far_as_it_came(log: Log) -> None:
     assert 0 < len(left["answers"][0]["text"]) < 206
 
 
+def test_line_that_was_cut_short_spoils_no_other(log: Log) -> None:
+    _, key_id, key = log.tenant(log_prompts=True)
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + b'{"at": 1, "prom')
+    for text in ("one", "two"):
+        assert log.chat(key, text).status_code == 200
+    cut, *lines = log.path.read_bytes().removeprefix(whole).splitlines()
+    log.path.write_bytes(whole + b"".join(line + b"\n" for line in lines))
+    assert cut == b'{"at": 1, "prom'
+    assert [line["prompts"] for line in log.lines(key_id)] == [["one"], ["two"]]
+    assert len(lines) == 2
+
+
 def test_file_that_cannot_be_written_to_costs_no_answer(log: Log, caplog: pytest.LogCaptureFixture) -> None:
     _, _, key = log.tenant(log_prompts=True)
     moved = log.path.rename(log.path.with_suffix(".moved"))

@@ -328,7 +328,7 @@ def test_background_is_refused_and_cancelling_explained(client: OpenAI) -> None:
         ({"tools": [{"type": "function", "name": "a", "parameters": {"type": "array"}}]}, "invalid_request",
          "tools[0].parameters"),
         ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
-        ({"include": ["reasoning.encrypted_content"]}, "invalid_request", "include[0]"),
+        ({"include": ["file_search_call.results"]}, "invalid_request", "include[0]"),
         ({"top_logprobs": 3}, "unsupported_parameter", "top_logprobs"),
         (
             {"stream": True, "stream_options": {"continuous_usage_stats": True}},

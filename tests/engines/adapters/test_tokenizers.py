@@ -15,6 +15,7 @@ from support.models import make_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loraplex.engines.adapters import tokenizers as module
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
 from loraplex.engines.errors import AdapterError, AdapterInvalid, AdapterMismatch, AdapterUnsupported, InvalidRequest
 from loraplex.engines.protocol import Adapter
@@ -88,6 +89,27 @@ async def test_what_is_shipped_as_the_base_has_it_is_the_bases(
 ) -> None:
     assert await tokenizers.of(shipped(tmp_path / "same", make_tokenizer())) is base
     assert await tokenizers.of(shipped(tmp_path / "nothing")) is base
+
+
+@pytest.mark.parametrize("form", ["brought", "named", "compiled"])
+async def test_what_is_held_of_templates_counts_as_large_as_it_is(
+    tokenizers: AdapterTokenizers, base: HubTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    large = OWN_TEMPLATE + "{# " + "x" * 60_000 + " #}"
+    monkeypatch.setattr(module, "_MAX_BYTES", 100_000)
+    if form == "compiled":  # the base's, with tokens of the adapter's
+        (base.directory / "chat_template.jinja").write_text(large)
+    named = [{"name": "default", "template": OWN_TEMPLATE}, {"name": "tool_use", "template": large}]
+    files: dict[str, dict[str, object]] = {
+        "brought": {"chat_template__jinja": large},
+        "named": {"tokenizer_config__json": {"chat_template": named}},
+        "compiled": {"tokenizer_config__json": {"bos_token": "<|user|>"}},
+    }
+    first, second = (shipped(tmp_path / name, None, **files[form]) for name in ("first", "second"))
+    held = await tokenizers.of(first)
+    assert await tokenizers.of(first) is held
+    await tokenizers.of(second)
+    assert await tokenizers.of(first) is not held
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens.json", "tokenizer_config.json"])

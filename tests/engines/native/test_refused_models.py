@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.models import llama_config, make_model
 from transformers import FalconConfig
 
 from loraplex.config.settings import EngineSettings, Model, Settings
+from loraplex.engines.context_length import context_length, stated_positions
 from loraplex.engines.errors import ModelNotServable
 from loraplex.engines.native.loading import load_machine
 
@@ -55,6 +57,17 @@ def test_attention_in_chunks_is_refused_beyond_one_and_served_within(tmp_path: P
     make_base(config, tmp_path / "beyond")
     with pytest.raises(ModelNotServable, match="attention in chunks of 63 tokens is not served; set model"):
         load(tmp_path / "beyond")
+
+
+def test_more_tokens_than_positions_are_refused_as_check_config_does(tmp_path: Path) -> None:
+    make_model(llama_config(num_hidden_layers=1, max_position_embeddings=63), tmp_path)
+    with pytest.raises(
+        ModelNotServable, match=r"^model.max_model_len = 64 exceeds the checkpoint's 63 positions$"
+    ) as told:
+        load(tmp_path)
+    positions = stated_positions(tmp_path)
+    with pytest.raises(ModelNotServable, match=re.escape(str(told.value))):
+        context_length(64, positions)
 
 
 # what the checkpoint says, what transformers says it lacks, and where it asks whether that is there
