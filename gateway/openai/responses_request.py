@@ -67,8 +67,8 @@ class ReasoningConfig(Struct, forbid_unknown_fields=True):
     mode: Raw | UnsetType = UNSET
 
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "summary": (),
-        "generate_summary": (),
+        "summary": ("auto",),  # as much as there is, which is none: the reasoning itself is told
+        "generate_summary": ("auto",),
         "context": ("auto",),
         "mode": ("standard",),
     }

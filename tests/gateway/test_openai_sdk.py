@@ -184,7 +184,9 @@ def test_reasoning_that_is_asked_for_encrypted_comes_open_and_is_read_where_it_c
     thinking: Gateway, stream: bool
 ) -> None:
     """As agents ask that keep their conversations themselves."""
-    stateless: Any = {"model": BASE, "store": False, "include": ["reasoning.encrypted_content"]}
+    stateless: Any = {"model": BASE, "store": False, "include": ["reasoning.encrypted_content"],
+                      "reasoning": {"summary": "auto"}}  # fmt: skip
+
     said: Any = user("<think>\nWarm?\n</think>\n\nYes.")
     with OpenAI(base_url=f"{thinking.url}/v1", api_key=thinking.api_key, max_retries=0) as client:
         if stream:

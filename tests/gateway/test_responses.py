@@ -335,7 +335,7 @@ def test_background_is_refused_and_cancelling_explained(client: OpenAI) -> None:
             "unsupported_parameter",
             "stream_options.continuous_usage_stats",
         ),
-        ({"reasoning": {"summary": "auto"}}, "unsupported_parameter", "reasoning.summary"),
+        ({"reasoning": {"summary": "detailed"}}, "unsupported_parameter", "reasoning.summary"),
         ({"text": {"format": {"type": "xml"}}}, "invalid_request", "text.format.type"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
         ({"max_output_tokens": 600}, "context_length_exceeded", "max_output_tokens"),
