@@ -1,8 +1,11 @@
-"""LoRAX's shape of an error, asserted in one place."""
+"""LoRAX's wire in one place: a request, and the shape of an error."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
+from support.gateway import Gateway
 
 
 def assert_flat(response: httpx.Response, status: int, error_type: str) -> str:
@@ -15,3 +18,9 @@ def assert_flat(response: httpx.Response, status: int, error_type: str) -> str:
     assert body["error_type"] == error_type, body
     assert body["error"]
     return body["error"]
+
+
+def post(gateway: Gateway, path: str, inputs: str, stream: bool | None = None, **parameters: Any) -> httpx.Response:
+    with gateway.client() as client:
+        body: dict[str, Any] = {"inputs": inputs, "parameters": parameters}
+        return client.post(path, json=body if stream is None else {**body, "stream": stream})

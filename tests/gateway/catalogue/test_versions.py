@@ -1,261 +1,34 @@
-"""The catalogue on its own: concurrent changes, files that come back different, names that hide others."""
+"""Versions of an adapter: addressed, changed, rolled back; what other gateways and a start make of them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
-from sqlalchemy import delete, insert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncEngine
 from support.gateway import BASE, settings_in, write_adapter
+from support.shelf import ACME, Shelf, once_ready
 
-from loraplex.auth.caller import Caller
 from loraplex.auth.store.changes import CATALOGUE, ChangeWatch
-from loraplex.auth.store.database import open_database
-from loraplex.auth.store.tables import adapter_versions, adapters, tenants
+from loraplex.auth.store.tables import adapter_versions, adapters
 from loraplex.engines.echo import EchoEngine
 from loraplex.engines.errors import (
-    AdapterChanged,
-    AdapterError,
     AdapterInUse,
     AdapterNotFound,
-    AdapterSourceUnavailable,
-    AdapterTooLarge,
-    DiskCacheFull,
 )
-from loraplex.engines.protocol import Adapter
 from loraplex.gateway.adapter_records import Target
-from loraplex.gateway.catalogue import Catalogue, Route
+from loraplex.gateway.catalogue import Catalogue
 from loraplex.gateway.errors import (
     AdapterFailed,
     AdapterNameTaken,
     AdapterNotReady,
-    AdapterNotRegistered,
     MalformedRequest,
     ModelNotFound,
 )
-
-ADMIN = Caller(tenant_id="", tenant_name="", key_id="admin", role="admin")
-ACME = Caller(tenant_id="t1", tenant_name="acme", key_id="k", role="inference")
-OTHER = Caller(tenant_id="t2", tenant_name="other", key_id="k", role="inference")
-
-
-class Fetched(msgspec.Struct, frozen=True):
-    adapter: Adapter
-    source: str
-    revision: str = "1"
-    num_bytes: int = 10
-
-
-class Shelf:
-    """A store whose source is a directory and whose identity of it is what `version` says; `gate` holds fetches up."""
-
-    def __init__(self, version: str = "v1") -> None:
-        self.version = version
-        self.places: dict[str, Path] = {}
-        self.num_fetches = 0
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    async def address(self, uri: str) -> str:
-        return uri
-
-    async def drop_uploads(self, kept: Any, *, older_than_seconds: float = 0.0) -> None: ...
-
-    def place(self, adapter_id: str) -> Path:
-        return self.places.get(adapter_id, Path("/of/nothing"))
-
-    def hold(self, adapter: Adapter) -> Any:
-        return nullcontext(Path())
-
-    def receive(self) -> Any:
-        raise NotImplementedError
-
-    async def merge(self, recipe: Any, name: str) -> Fetched:
-        raise NotImplementedError
-
-    async def fetch(
-        self, uri: str, name: str, *, token: str | None = None, content: str = "", revision: str = ""
-    ) -> Fetched:
-        self.num_fetches += 1
-        await asyncio.sleep(0)
-        await self.gate.wait()
-        if not Path(uri).is_dir():  # noqa: ASYNC240  a stat of a local disk
-            raise AdapterNotFound("there is no such directory")
-        if content not in ("", self.version):
-            raise AdapterChanged("the source has other files by now")
-        self.places[self.version] = Path(uri)
-        return Fetched(Adapter(id=self.version, name=name, path=uri), uri, revision=self.version)
-
-
-@pytest_asyncio.fixture
-async def database(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    engine = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
-    async with engine.begin() as connection:
-        for id, name in (("t1", "acme"), ("t2", "other")):
-            await connection.execute(insert(tenants).values(id=id, name=name, created_at=0.0))
-    yield engine
-    await engine.dispose()
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf()
-
-
-@pytest.fixture
-def catalogue(database: AsyncEngine, shelf: Shelf, tmp_path: Path) -> Catalogue:
-    return Catalogue(database, shelf, EchoEngine(settings_in(tmp_path)), BASE)
-
-
-async def test_reload_that_read_first_never_replaces_one_that_read_later(
-    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first reading of the table is held until a registration after it is complete, or as good as."""
-    source = str(write_adapter(tmp_path / "a"))
-    read, go_on = asyncio.Event(), asyncio.Event()
-    stream = AsyncConnection.stream
-
-    async def slow_stream(self: AsyncConnection, *arguments: Any) -> Any:
-        result = await stream(self, *arguments)
-        if not read.is_set():
-            read.set()
-            await go_on.wait()
-        return result
-
-    monkeypatch.setattr(AsyncConnection, "stream", slow_stream)
-    early = asyncio.create_task(catalogue.reload())
-    await read.wait()
-    registering = asyncio.create_task(catalogue.register("late", source))
-    await asyncio.wait({registering}, timeout=0.3)
-    go_on.set()
-    await asyncio.gather(early, registering)
-    assert (await catalogue.route("late", ACME)).adapter is not None
-
-
-async def test_registrations_of_one_name_at_once_let_one_win(catalogue: Catalogue, tmp_path: Path) -> None:
-    source = str(write_adapter(tmp_path / "a"))
-    results = await asyncio.gather(*(catalogue.register("one", source) for _ in range(5)), return_exceptions=True)
-    assert sum(isinstance(result, AdapterNameTaken) for result in results) == 4
-    assert [entry.name for entry in catalogue.visible(ADMIN)] == ["one"]
-
-
-async def test_own_adapter_hides_the_shared_one_of_its_name(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
-    shared, own = str(write_adapter(tmp_path / "a")), str(write_adapter(tmp_path / "b"))
-    await catalogue.register("same", shared)
-    shelf.version = "v2"
-    await catalogue.register("same", own, "t1")
-    for caller, source in ((ACME, own), (OTHER, shared)):
-        adapter = (await catalogue.route("same", caller)).adapter
-        assert adapter is not None
-        assert adapter.path == source
-        assert [entry.source for entry in catalogue.visible(caller)] == [source]
-    assert [entry.source for entry in catalogue.visible(ADMIN)] == [shared]
-    assert [entry.source for entry in catalogue.everything()] == [shared, own]
-
-
-async def test_adapter_of_a_tenant_is_another_tenants_unknown_model(catalogue: Catalogue, tmp_path: Path) -> None:
-    await catalogue.register("private", str(write_adapter(tmp_path / "a")), "t1")
-    with pytest.raises(ModelNotFound) as foreign:
-        await catalogue.route("private", OTHER)
-    with pytest.raises(ModelNotFound) as unknown:
-        await catalogue.route("nothing!", OTHER)
-    assert str(foreign.value) == str(unknown.value).replace("nothing!", "private")
-
-
-async def test_files_that_come_back_different_make_the_version_failed(
-    catalogue: Catalogue, shelf: Shelf, tmp_path: Path
-) -> None:
-    source = write_adapter(tmp_path / "a")
-    await catalogue.register("one", str(source))
-    shelf.places.clear()
-    shelf.version = "v2"
-    with pytest.raises(AdapterChanged):
-        await catalogue.route("one", ACME)
-    with pytest.raises(AdapterFailed, match="other files by now"):
-        await catalogue.route("one", ACME)
-    shelf.version = "v1"
-    await catalogue.retry(("", "one"))
-    adapter = (await _once_ready(catalogue, "one")).adapter
-    assert adapter == Adapter(id="v1", name="one", path=str(source))
-
-
-@pytest.mark.parametrize(
-    "kind", [AdapterSourceUnavailable, AdapterNotFound, AdapterTooLarge, DiskCacheFull], ids=lambda kind: kind.__name__
-)
-async def test_files_that_are_away_for_a_moment_change_nothing(
-    catalogue: Catalogue, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[AdapterError]
-) -> None:
-    """Whatever keeps one gateway from them: a source's silence, a token of yesterday, a full disk or another's."""
-    await catalogue.register("one", str(write_adapter(tmp_path / "a")))
-    shelf.places.clear()
-    fetch = shelf.fetch
-
-    async def fetch_nothing(*arguments: Any, **options: Any) -> Fetched:
-        raise kind("not now")
-
-    monkeypatch.setattr(shelf, "fetch", fetch_nothing)
-    with pytest.raises(kind):
-        await catalogue.route("one", ACME)
-    monkeypatch.setattr(shelf, "fetch", fetch)
-    assert (await catalogue.route("one", ACME)).adapter is not None
-
-
-async def test_files_that_are_there_are_not_fetched_again(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
-    await catalogue.register("one", str(write_adapter(tmp_path / "a")))
-    await catalogue.route("one", ACME)
-    assert shelf.num_fetches == 1
-
-
-async def test_remove_keeps_an_adapter_loaded_while_another_name_leads_to_it(
-    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unloaded: list[str] = []
-
-    async def unload(adapter_id: str) -> None:
-        unloaded.append(adapter_id)
-
-    monkeypatch.setattr(catalogue._engine, "unload", unload)
-    source = str(write_adapter(tmp_path / "a"))
-    for name in ("one", "two"):
-        await catalogue.register(name, source)
-    await catalogue.remove("", "one")
-    assert unloaded == []
-    await catalogue.remove("", "two")
-    assert unloaded == ["v1"]
-
-
-async def test_tenant_deleted_during_the_fetch_gets_no_adapter(
-    catalogue: Catalogue, database: AsyncEngine, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetch = shelf.fetch
-
-    async def fetch_meanwhile(uri: str, name: str, **options: str | None) -> Fetched:
-        async with database.begin() as connection:
-            await connection.execute(delete(tenants).where(tenants.c.id == "t1"))
-            await connection.execute(delete(adapters).where(adapters.c.tenant_id == "t1"))  # as delete_tenant does
-        return await fetch(uri, name)
-
-    monkeypatch.setattr(shelf, "fetch", fetch_meanwhile)
-    with pytest.raises(AdapterNotRegistered):
-        await catalogue.register("late", str(write_adapter(tmp_path / "a")), "t1")
-    await catalogue.reload()
-    assert catalogue.everything() == []
-
-
-async def _once_ready(catalogue: Catalogue, model: str) -> Route:
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                return await catalogue.route(model, ACME)
-            except AdapterNotReady:
-                await asyncio.sleep(0.01)
 
 
 async def test_version_is_addressed_by_number_and_by_hash(catalogue: Catalogue, shelf: Shelf, tmp_path: Path) -> None:
@@ -366,18 +139,18 @@ async def test_registration_that_waits_for_nothing_tells_its_state(
         await catalogue.route("one", ACME)
     assert catalogue.visible(ACME) == []
     shelf.gate.set()
-    assert (await _once_ready(catalogue, "one")).adapter is not None
+    assert (await once_ready(catalogue, "one")).adapter is not None
 
 
 async def test_failure_explains_itself_and_can_be_retried(catalogue: Catalogue, tmp_path: Path) -> None:
     await catalogue.register("one", str(tmp_path / "a"), waits=False)
     with pytest.raises(AdapterFailed, match="there is no such directory"):
-        await _once_ready(catalogue, "one")
+        await once_ready(catalogue, "one")
     assert (entry := catalogue.get("", "one")).shown.state == "failed"
     assert entry.shown.reason == "there is no such directory"
     write_adapter(tmp_path / "a")
     await catalogue.retry(("", "one"))
-    assert (await _once_ready(catalogue, "one")).adapter is not None
+    assert (await once_ready(catalogue, "one")).adapter is not None
     with pytest.raises(MalformedRequest):
         await catalogue.retry(("", "one"))
 
@@ -392,7 +165,7 @@ async def test_start_takes_up_what_a_stopped_process_left(
     await catalogue.__aexit__()
     shelf.gate.set()
     async with Catalogue(database, shelf, EchoEngine(settings_in(tmp_path)), BASE) as later:
-        assert (await _once_ready(later, "one")).adapter is not None
+        assert (await once_ready(later, "one")).adapter is not None
 
 
 async def test_change_by_another_gateway_is_seen(
