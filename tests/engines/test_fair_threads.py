@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
+from support.work import Work
 
 from loraplex.engines.fair_threads import FairThreads
-
-
-class Work:
-    """Lasts until it is let go."""
-
-    def __init__(self) -> None:
-        self.goes, self.began = threading.Event(), threading.Event()
-
-    def __call__(self) -> str:
-        self.began.set()
-        assert self.goes.wait(20)
-        return "done"
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable
 
 import pytest
 from support.asking import accounts, asked_by
 from support.gateway import BASE, Gateway
 from support.problems import assert_problem
+from support.work import Work
 
 from loraplex.auth.caller import Caller
 from loraplex.auth.errors import RequestsLimited
@@ -20,18 +20,6 @@ from loraplex.gateway.openai.dialogue import LONG_TEXT
 from loraplex.gateway.prompts import apart
 
 LONG = "x" * (LONG_TEXT + 1)
-
-
-class Work:
-    """Lasts until it is let go."""
-
-    def __init__(self) -> None:
-        self.goes, self.began = threading.Event(), threading.Event()
-
-    def __call__(self) -> str:
-        self.began.set()
-        assert self.goes.wait(20)
-        return "done"
 
 
 def caller(name: str, **limits: int) -> Caller:
