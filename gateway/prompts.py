@@ -24,6 +24,8 @@ from loraplex.gateway.openai.wire import GenerationFields
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 MAX_ANSWERS = 2048  # as many prompts as OpenAI takes in one request
 _MOST_TOLD = 2**18  # tokens, or a whole context of them, of a text that nothing is generated for
+_MOST_NAMED = 2**20  # tokens that a request's answers may allow, exclude and prefer, each by itself
+_MANY_NAMED = 4096  # take some milliseconds
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")  # int() refuses thousands of digits with an error of its own
 
 T = TypeVar("T")
@@ -71,7 +73,8 @@ async def chat_requests(
         prompt = await apart(request, partial(dialogue.encode, room), is_long=dialogue.is_long)
     limit = _limit(len(prompt), "messages", wanted, field, max_model_len)
     tenant_id = caller_of(request).tenant_id
-    made = _choices(body, [(prompt, limit)], completion_id, route, tenant_id, engine, dialogue.tokenizer)
+    sampling = await _sampling_of(request, body, engine, dialogue.tokenizer, 1)
+    made = _choices(body, sampling, [(prompt, limit)], completion_id, route, tenant_id)
     return dialogue.hold(made)
 
 
@@ -99,7 +102,8 @@ async def completion_requests(
     if len(prompts) * body.num_choices > MAX_ANSWERS:
         raise MalformedRequest(f"One request has at most {MAX_ANSWERS} answers, all prompts together.", "prompt")
     limited = [(tokens, _limit(len(tokens), "prompt", wanted, "max_tokens", info.max_model_len)) for tokens in prompts]
-    return _choices(body, limited, completion_id, route, caller_of(request).tenant_id, engine, tokenizer)
+    sampling = await _sampling_of(request, body, engine, tokenizer, len(prompts))
+    return _choices(body, sampling, limited, completion_id, route, caller_of(request).tenant_id)
 
 
 async def tokenizer_for(route: Route, engine: Engine) -> Tokenizer:
@@ -214,19 +218,18 @@ def _limit(num_prompt: int, prompt_field: str, wanted: int | None, field: str, m
 
 def _choices(
     body: GenerationFields,
+    sampling: SamplingParams,
     prompts: list[tuple[list[int], int]],
     completion_id: str,
     route: Route,
     tenant_id: str,
-    engine: Engine,
-    tokenizer: Tokenizer,
 ) -> list[GenerateRequest]:
-    """(prompt, token limit) pairs -> `n` requests for each."""
+    """(prompt, token limit) pairs -> `n` requests for each, sampled alike. Raises MalformedRequest."""
     return [
         GenerateRequest(
             request_id=f"{completion_id}-{place}-{number}",
             prompt_token_ids=tuple(prompt),
-            sampling=_reseeded(_sampling(body, limit, engine, tokenizer), number),
+            sampling=_reseeded(_limited(sampling, limit), number),
             adapter=route.adapter,
             composition=route.composition,
             tenant=tenant_id,
@@ -236,6 +239,29 @@ def _choices(
         for place, (prompt, limit) in enumerate(prompts)
         for number in range(body.num_choices)
     ]
+
+
+async def _sampling_of(
+    request: Request[Any, Any, Any], body: GenerationFields, engine: Engine, tokenizer: Tokenizer, num_prompts: int
+) -> SamplingParams:
+    """That of all answers, but for their limits. Raises MalformedRequest, and what `apart` raises."""
+    sizes = {
+        "allowed_token_ids": len(body.allowed_token_ids or ()),
+        "logit_bias": len(body.logit_bias or ()),
+        "stop_token_ids": len(body.stop_token_ids or ()),
+        "bad_words": sum(map(len, body.bad_words or ())),
+    }
+    field = max(sizes, key=lambda name: sizes[name])
+    if sizes[field] * num_prompts * body.num_choices > _MOST_NAMED:
+        raise MalformedRequest(f"All answers together name at most {_MOST_NAMED} tokens there.", field)
+    work = partial(_sampling, body, engine, tokenizer)
+    return await apart(request, work, is_long=sizes[field] > _MANY_NAMED)
+
+
+def _limited(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
+    if sampling.min_tokens > max_tokens:
+        raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
+    return msgspec.structs.replace(sampling, max_tokens=max_tokens)
 
 
 def _reseeded(sampling: SamplingParams, number: int) -> SamplingParams:
@@ -248,7 +274,7 @@ def _either(said: T | None, default: T) -> T:
     return default if said is None else said
 
 
-def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer: Tokenizer) -> SamplingParams:
+def _sampling(body: GenerationFields, engine: Engine, tokenizer: Tokenizer) -> SamplingParams:
     vocab_size = engine.info().vocab_size
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if "" in stops:
@@ -262,13 +288,10 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
     bias = body.logit_bias or {}
     if not all(_TOKEN_ID.fullmatch(token) and int(token) < vocab_size for token in bias):
         raise MalformedRequest(f"Its keys are token ids, from 0 to {vocab_size - 1}.", "logit_bias")
-    min_tokens = body.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise MalformedRequest(f"At most {max_tokens} tokens will be generated.", "min_tokens")
     form, defaults = body.form(), engine.info().sampling_defaults
     top_k = min(max(_either(body.top_k, defaults.top_k), 0), vocab_size)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=0,  # each prompt has its own
         temperature=_either(body.temperature, defaults.temperature),
         top_p=_either(body.top_p, defaults.top_p) or 1.0,
         top_k=1 if body.top_p == 0 else top_k,  # the likeliest token, which is all that a share of 0 leaves
@@ -281,14 +304,14 @@ def _sampling(body: GenerationFields, max_tokens: int, engine: Engine, tokenizer
         num_logprobs=body.num_logprobs(),
         num_prompt_logprobs=body.num_prompt_logprobs(),
         grammar=form[1] if form else None,
-        allowed_token_ids=tuple(allowed),
+        allowed_token_ids=tuple(dict.fromkeys(allowed)),
         bad_words_ids=_words(body.bad_words or [], tokenizer),
         seed=body.seed,
         stop=tuple(stops),
-        stop_token_ids=tuple(stop_token_ids),
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
         includes_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos or body.ignore_eos_token),
-        min_tokens=min_tokens,
+        min_tokens=body.min_tokens or 0,
         skip_special_tokens=body.skip_special_tokens is not False,
     )
 

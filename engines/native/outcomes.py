@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex.engines.errors import EngineError, InvalidRequest
 from loraplex.engines.native.batch import Outcome, Sampled, Segment
+from loraplex.engines.native.controls import controls_of
 from loraplex.engines.native.sampler import Pick, Row, describe, sample, uniform
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
@@ -79,7 +80,7 @@ def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
     token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
     ends: frozenset[int] = frozenset()
     if num_generated < sampling.min_tokens:
-        ends = sequence.eos_token_ids.union(sampling.stop_token_ids)
+        ends = sequence.end_token_ids
     elif sampling.ignore_eos and mask is not None:  # without a mask it ends nothing
         ends = sequence.eos_token_ids
     if mask is not None and ends and not _admits_other(mask, ends):
@@ -87,7 +88,7 @@ def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
     return Row(
         params=sampling,
         draw=uniform(sequence.seed, num_generated) if sampling.temperature > 0 else 0.0,
-        banned=ends.union(_completing(sampling.bad_words_ids, token_ids)) if sampling.bad_words_ids else ends,
+        banned=ends.union(controls_of(sampling).completing(token_ids)) if sampling.bad_words_ids else ends,
         token_ids=token_ids,
         output_counts=sequence.output_counts + Counter(drafts) if drafts else sequence.output_counts,
         mask=mask,
@@ -97,8 +98,3 @@ def _row(segment: Segment, place: int, mask: bytes | None = None) -> Row:
 def _admits_other(mask: bytes, token_ids: Iterable[int]) -> bool:
     """Whether a mask has a bit of any other token."""
     return bool(int.from_bytes(mask, "little") & ~sum(1 << token_id for token_id in token_ids))
-
-
-def _completing(words: Sequence[tuple[int, ...]], token_ids: list[int]) -> set[int]:
-    """The tokens that would complete one of the words, as transformers' NoBadWordsLogitsProcessor has it."""
-    return {word[-1] for word in words if len(word) == 1 or tuple(token_ids[1 - len(word) :]) == word[:-1]}

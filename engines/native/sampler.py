@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loraplex.engines.errors import EngineError, GenerationFailed, InvalidRequest
 from loraplex.engines.native.batch import Sampled
+from loraplex.engines.native.controls import controls_of
 from loraplex.engines.protocol import SamplingParams, TokenLogprobs
 
 
@@ -121,12 +122,10 @@ def _control(logits: Tensor, row: Row) -> None:
         counts = torch.tensor(list(row.output_counts.values()), device=logits.device, dtype=logits.dtype)
         logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
-        biased = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[biased] += torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+        biased, values = controls_of(params).bias(logits)
+        logits[biased] += values
     if params.allowed_token_ids:
-        others = torch.ones_like(logits, dtype=torch.bool)
-        others[torch.tensor(params.allowed_token_ids, device=logits.device)] = False
-        logits.masked_fill_(others, float("-inf"))
+        logits.masked_fill_(controls_of(params).others(logits), float("-inf"))
     if row.banned:
         logits[torch.tensor(sorted(row.banned), device=logits.device)] = float("-inf")
 

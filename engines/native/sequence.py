@@ -48,6 +48,7 @@ class Sequence:
     passed since its arrival; None before. Its adapters, `adapter_ids`, are active from the positions `starts` on (an
     activated LoRA from its invocation); what lies before is the base's. `prompt_logprobs`, where asked for, are those
     of the prompt's tokens from the second on, as far as computed.
+    `end_token_ids` are all that may end it.
     With a grammar it waits for its `constraint`. With a `pool` it is there for an embedding: it never samples, and is
     over when the pool has all it needs.
     A preempted sequence keeps its tokens and loses its blocks: it is prefilled again, and nothing is emitted twice.
@@ -70,6 +71,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     constraint: Constraint | None = None
     pool: Pool | None = None
+    end_token_ids: frozenset[int] = field(init=False)
+    _stop_token_ids: frozenset[int] = field(init=False)
     _keys: list[bytes] = field(default_factory=list)
     _parts: tuple[tuple[str, float], ...] = field(init=False)
 
@@ -79,6 +82,8 @@ class Sequence:
         self._parts = tuple((part.adapter.id, part.weight) for part in self.request.parts)
         self.adapter_ids = tuple(adapter_id for adapter_id, _ in self._parts)
         self.starts = (0,) * len(self._parts)
+        self._stop_token_ids = frozenset(self.request.sampling.stop_token_ids)
+        self.end_token_ids = self.eos_token_ids | self._stop_token_ids
 
     @property
     def was_admitted(self) -> bool:
@@ -136,7 +141,7 @@ class Sequence:
         self.output_counts[token_id] += 1
         sampling = self.request.sampling
         is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
-        if is_eos or token_id in sampling.stop_token_ids:
+        if is_eos or token_id in self._stop_token_ids:
             return "stop"
         if self.constraint is not None:
             self.constraint.consume(token_id)

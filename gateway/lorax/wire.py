@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from loraplex.engines.protocol import Grammar
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
+from loraplex.gateway.openai.wire import MAX_STOP_CHARACTERS
 from loraplex.gateway.request_adapters import MergedAdapters
 
 MAX_BEST_OF = 16
@@ -124,6 +125,8 @@ class Parameters(Struct, forbid_unknown_fields=True, kw_only=True):
         many = f"supports up to {MAX_STOP_SEQUENCES} stop sequences. Given: {len(stop)}"
         yield "stop", len(stop) <= MAX_STOP_SEQUENCES, many
         yield "stop", "" not in stop, "must not hold an empty text"
+        long = f"supports stop sequences of up to {MAX_STOP_CHARACTERS} characters"
+        yield "stop", all(len(one) <= MAX_STOP_CHARACTERS for one in stop), long
         yield "seed", 0 <= seed < 2**64, "must be >= 0 and < 2^64"
         alternatives = f"must be > 0 and <= {MAX_ALTERNATIVES}"
         yield "return_k_alternatives", 0 < (self.return_k_alternatives or 0) <= MAX_ALTERNATIVES, alternatives

@@ -18,7 +18,10 @@ Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-Stops = str | Annotated[list[str], msgspec.Meta(max_length=16)]
+MAX_STOP_CHARACTERS = 1000
+_Stop = Annotated[str, msgspec.Meta(max_length=MAX_STOP_CHARACTERS)]
+Stops = _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=16)]
+_Word = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 # So many tokens of a prompt, the last ones; -1: what there is room for.
 Truncation = Annotated[int, msgspec.Meta(ge=-1)]
 
@@ -102,7 +105,7 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: bool | None = None
     min_tokens: Natural | None = None
     allowed_token_ids: Annotated[list[int], msgspec.Meta(min_length=1)] | None = None
-    bad_words: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=256)] | None = None
+    bad_words: Annotated[list[_Word], msgspec.Meta(max_length=256)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     request_id: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,9 +14,10 @@ from support.gateway import BASE, settings_in
 from loraplex.auth.caller import Caller
 from loraplex.config.settings import Model
 from loraplex.engines.echo import EchoEngine
-from loraplex.engines.errors import EngineUnavailable
+from loraplex.engines.errors import EngineUnavailable, PromptTooLong
 from loraplex.engines.protocol import SamplingDefaults
 from loraplex.gateway.catalogue import Route
+from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.openai.chat_messages import Message
 from loraplex.gateway.openai.chat_wire import ChatRequest
 from loraplex.gateway.openai.completions import CompletionRequest
@@ -54,6 +56,35 @@ async def test_long_prompt_is_tokenised_beside_the_event_loop(
     completion = CompletionRequest(model=BASE, prompt="x")
     await completion_requests(ASKED, completion, ["x" * length], "c", ROUTE, engine)
     assert [place is threading.current_thread() for place in places] == [is_in_loop] * 2
+
+
+async def test_words_are_made_tokens_once_for_all_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EchoEngine(settings_in(tmp_path))
+    await engine.start(lambda progress: None)
+    encode, seen = engine.tokenizer.encode, []
+
+    def noted(text: str, **named: Any) -> list[int]:
+        seen.append(text)
+        return encode(text, **named)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", noted)
+    body = CompletionRequest(model=BASE, prompt="", n=3, seed=7, bad_words=["no", "never"], max_tokens=2)
+    made = await completion_requests(ASKED, body, ["a", "bc"], "c", ROUTE, engine)
+    assert sorted(seen) == [" never", " no", "a", "bc", "never", "no"]
+    assert [one.sampling.seed for one in made] == [7, 8, 9] * 2
+    assert all(one.sampling.bad_words_ids == made[0].sampling.bad_words_ids for one in made)
+    assert len(made[0].sampling.bad_words_ids) == 4
+
+
+async def test_answers_of_one_request_have_the_limits_of_their_prompts(tmp_path: Path) -> None:
+    engine = EchoEngine(settings_in(tmp_path))
+    await engine.start(lambda progress: None)
+    body = CompletionRequest(model=BASE, prompt="", max_tokens=510, min_tokens=3)
+    with pytest.raises(PromptTooLong):
+        await completion_requests(ASKED, body, ["ab", "abc"], "c", ROUTE, engine)
+    chat = ChatRequest(model=BASE, messages=[Message(role="user", content="x" * 510)], min_tokens=3)
+    with pytest.raises(MalformedRequest, match="At most 2 tokens"):
+        await chat_requests(ASKED, Dialogue(chat, engine.tokenizer, MODEL), "c", ROUTE, engine)
 
 
 async def test_what_a_request_leaves_open_is_as_the_model_recommends(

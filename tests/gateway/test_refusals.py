@@ -196,9 +196,14 @@ def test_fields_not_offered_are_harmless_at_their_defaults(gateway: Gateway) -> 
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
         ({"guided_choice": "a"}, "guided_choice"),
         ({"bad_words": [""]}, None),
+        ({"bad_words": ["x" * 257]}, "bad_words[0]"),
+        ({"stop": "x" * 1001}, "stop"),
+        ({"stop": ["x", "y" * 1001]}, "stop[1]"),
+        ({"allowed_token_ids": [5] * 10_000, "n": 128}, "allowed_token_ids"),
+        ({"bad_words": ["x" * 256] * 200, "n": 64}, "bad_words"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_form_that_cannot_be_is_refused_by_name(gateway: Gateway, fields: dict[str, Any], param: str | None) -> None:
     answer = post(gateway, {**GOOD, **fields})

@@ -35,6 +35,7 @@ DEEP = b'{"inputs":"a","parameters":{"response_format":{"type":"json_object","sc
         ({"truncate": 0}, "`truncate` must be strictly positive"),
         ({"truncate": 512}, "`truncate` must be <= 511. Given: 512"),
         ({"stop": [""]}, "`stop` must not hold an empty text"),
+        ({"stop": ["x" * 1001]}, "`stop` supports stop sequences of up to 1000 characters"),
         ({"stop": ["x"] * 17}, "`stop` supports up to 16 stop sequences. Given: 17"),
         ({"seed": -1}, "`seed` must be >= 0 and < 2^64"),
         ({"seed": 2**64}, "`seed` must be >= 0 and < 2^64"),
@@ -60,7 +61,7 @@ DEEP = b'{"inputs":"a","parameters":{"response_format":{"type":"json_object","sc
         ({"temprature": 1}, "parameters.temprature"),
         ({"details": "yes"}, "parameters.details"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_value_out_of_bounds_is_named(gateway: Gateway, parameters: dict[str, Any], message: str) -> None:
     told = assert_flat(post(gateway, "/generate", "a", **parameters), 422, "validation")
