@@ -22,6 +22,7 @@ from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooL
 Shape = tuple[int, ...]
 TYING = "ensure_weight_tying = True is not supported with a base that ties its embeddings"
 _BASE_LAYER = ".base_layer"
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _NEW, _REPLACED = ".modules_to_save.", ".original_module."
 _HALVES = (torch.bfloat16, torch.float16)  # the coarser one first
 _SMALLEST = 2.0**-24  # above nought, in float16
@@ -199,11 +200,13 @@ class ExtraPlanner:
         if max(token_ids) >= shape[0]:
             raise AdapterMismatch(f"trainable_token_indices names token {max(token_ids)}; {module} has {shape[0]}")
         rows = (len(token_ids), shape[1])
-        sources = {"rows": self._take(f"{module}.token_adapter.trainable_tokens_delta", rows)}
+        sources = {"rows": self._take(f"{module}.{_TOKENS}", rows)}
         spans = {"rows": self._span(rows)}
         self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
         if is_input and self._base.tied_head is not None:
             self._require_plain(self._base.tied_head, adapted)
+            if (twin := f"{self._base.tied_head}.{_TOKENS}") in self._left:  # in a whole state dict
+                self._twins[self._take(twin, rows)] = sources["rows"]
             self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
 
     def _require_plain(self, head: str, adapted: frozenset[str]) -> None:

@@ -19,7 +19,7 @@ from loraplex.engines.adapters.config import LoraConfig, read_config
 from loraplex.engines.adapters.extras import TYING, ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
-from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
+from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part, names_of_peft
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 from loraplex.kernels.lora.table import ALIGNMENT_BYTES
@@ -72,7 +72,7 @@ class ModuleEntry:
 class AdapterPlan:
     """A valid adapter's layout: entries by module index, what else it brings, and the extent's `size` in elements.
 
-    `tensors` are those of its file.
+    `tensors` are those of its file, by PEFT's names.
     """
 
     adapter: Adapter
@@ -210,6 +210,7 @@ def _weights(adapter: Adapter) -> Path:
 
 
 def _tensors(path: Path) -> dict[str, TensorInfo]:
+    """By PEFT's names, whatever the file calls them."""
     try:
         tensors = read_header(path)
     except (AdapterInvalid, OSError) as error:
@@ -217,7 +218,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(DTYPES)}")
-    return tensors
+    return {name: tensors[key] for name, key in names_of_peft(tensors).items()}
 
 
 class _WeightsFile:
