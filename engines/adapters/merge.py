@@ -173,6 +173,8 @@ def _read(directory: Path, adapter_id: str) -> dict[str, _Factors]:
 
 def _unmergeable(config: LoraConfig) -> str | None:
     """What it does beside adding B·A to linear layers, by the field that says so."""
+    if config.is_adalora:
+        return "is an AdaLoRA, which PEFT does not merge"
     if config.use_dora:
         return "is a DoRA, whose change is not a sum of B·A"
     if config.invocation:

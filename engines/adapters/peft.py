@@ -1,7 +1,7 @@
 """A PEFT LoRA directory -> LoadedAdapter: one flat tensor in the arena's layout, and a table of what lies where.
 
-Whatever the config says about scales (`alpha / r`, rsLoRA, patterns) and DoRA's magnitudes is settled here, once;
-after this no code knows PEFT. Every tensor of the file is used or the adapter is refused.
+Whatever the config says about scales (`alpha / r`, rsLoRA, patterns), DoRA's magnitudes and AdaLoRA's singular values
+is settled here, once; after this no code knows PEFT. Every tensor of the file is used or the adapter is refused.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     for name, module in base.modules.items():
         if name in parts:
             entry, size = _plan_module(config, module, parts[name], size, base)
-            entries[module.index] = entry
+            if entry.rank:  # AdaLoRA may leave nothing of a module
+                entries[module.index] = entry
         elif config.targets(name):
             raise AdapterInvalid(f"target_modules names {name}, for which the file has no weights")
     unit = ALIGNMENT_BYTES // base.dtype.itemsize
@@ -180,7 +181,9 @@ def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
     file = _WeightsFile(plan)
     halves = [(entry, *file.halves(entry.module.name)) for entry in plan.entries.values()]
     yield from pieces.copy_each(
-        pair for entry, a, b in halves for pair in ((entry.a_of(flat), a), (entry.b_of(flat), b.t()))
+        pair
+        for entry, a, b in halves
+        for pair in ((entry.a_of(flat), file.with_singular_values(entry.module.name, a)), (entry.b_of(flat), b.t()))
     )
     for entry, a, b in halves:
         if (gain := entry.gain_of(flat)) is not None:
@@ -227,6 +230,7 @@ class _WeightsFile:
     def __init__(self, plan: AdapterPlan) -> None:
         path = _weights(plan.adapter)
         self._tensors = plan.tensors
+        self._is_adalora = plan.config.is_adalora
         try:
             self._bytes = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
         except (OSError, RuntimeError) as error:
@@ -239,12 +243,16 @@ class _WeightsFile:
         return aligned.view(dtype).view(info.shape)
 
     def part(self, module: str, part: str) -> Tensor:
-        """Of a module's LoRA: its `lora_A`, `lora_B` or `lora_magnitude_vector`."""
+        """Of a module's LoRA: its `lora_A`, `lora_B`, `lora_E` or `lora_magnitude_vector`."""
         name = f"{PREFIX}{module}.{part}"
         return self.tensor(name if name in self._tensors else f"{name}.weight")
 
     def halves(self, module: str) -> tuple[Tensor, Tensor]:
         return self.part(module, "lora_A"), self.part(module, "lora_B")
+
+    def with_singular_values(self, module: str, a: Tensor) -> Tensor:
+        """AdaLoRA's E·A, for B·(E·A) is a LoRA as any other (arXiv 2303.10512, eq. 3); A without an E."""
+        return a.float() * self.part(module, "lora_E").float() if self._is_adalora else a
 
 
 def _group_by_module(
@@ -311,8 +319,11 @@ def _plan_module(
     expected: dict[str, tuple[int, ...]] = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
     if config.use_dora:
         expected["lora_magnitude_vector"] = (module.out_features,)
+    if config.is_adalora:
+        expected["lora_E"] = (rank, 1)
     if surplus := sorted(shapes.keys() - expected.keys()):
-        raise AdapterInvalid(f"{module.name} has {surplus[0]}, but use_dora is not set")
+        why = "peft_type is not ADALORA" if surplus[0] == "lora_E" else "use_dora is not set"
+        raise AdapterInvalid(f"{module.name} has {surplus[0]}, but {why}")
     for part, shape in expected.items():
         if part not in shapes:
             raise AdapterInvalid(f"{module.name} lacks {part}")

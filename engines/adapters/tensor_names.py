@@ -14,9 +14,10 @@ from loraplex.engines.adapters.safetensors_header import shown
 from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 
 PREFIX = "base_model.model."
-_LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
+_PARTS = "lora_A|lora_B|lora_E|lora_magnitude_vector"
+_LORA = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<part>{_PARTS})(\.weight)?")
 _NAMED = re.compile(
-    r"(?P<part>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta))"
+    rf"(?P<part>.+\.(?:{_PARTS}|lora_embedding_A|lora_embedding_B|trainable_tokens_delta))"
     r"\.(?!(?:weight|bias)$)(?P<name>[^.]+)(?P<ending>(?:\.weight|\.bias)?)"
 )
 # torch.compile's, FSDP's and checkpointing's; around any module, and no module of a model is called so.
@@ -28,7 +29,7 @@ Thing = TypeVar("Thing")
 
 
 def lora_part(key: str) -> tuple[str, str] | None:
-    """(module, part) of a tensor's name; None for what is no A, B or magnitude."""
+    """(module, part) of a tensor's name; None for what is no A, B, E or magnitude."""
     match = _LORA.fullmatch(key)
     return (match["module"], match["part"]) if match else None
 

@@ -183,6 +183,7 @@ def test_chance_is_the_recipes_own() -> None:
     ("config", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "ADALORA", "rank_pattern": None}, "bbbb is an AdaLoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "invocation"),
         ({"modules_to_save": ["lm_head"]}, "bbbb has modules_to_save"),  # though the file has no such tensor
         ({"trainable_token_indices": [3]}, "bbbb has trainable_token_indices"),
