@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraplex.engines.adapters import patterns
 from loraplex.engines.adapters.safetensors_header import shown
@@ -39,6 +39,7 @@ _OF_ADALORA = frozenset(
 )
 _NOT_WITH_ADALORA = ("use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens")
 _SINGULAR_VALUES = re.compile(r"(?P<module>.+)\.lora_E(?:\.[^.]+)?")
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT looks for what to tie
 _LARGEST = 2**31  # of ranks and alphas
 # Initialisations that leave the base model as it was; the others subtract something from it before training.
 _HARMLESS_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
@@ -100,6 +101,17 @@ class LoraConfig:
         parents = module.split(".")
         names = (".".join(parents[: length + 1]) for length in range(len(parents)))
         return any(name.endswith(saved) for name in names for saved in self.modules_to_save)
+
+    @property
+    def tied(self) -> Literal["", "lora", "saved"]:
+        """What of a head that shares the embeddings' weight is theirs as well, by `ensure_weight_tying`."""
+        if not self.ties_weights:
+            return ""
+        if any(name.rpartition(".")[2] in _EMBEDDINGS for name in self.modules_to_save):
+            return "saved"
+        if isinstance(self.target_modules, str):
+            return "lora" if any(_names(self.target_modules, name) for name in _EMBEDDINGS) else ""
+        return "lora" if any(name.rpartition(".")[2] in _EMBEDDINGS for name in self.target_modules) else ""
 
     def token_ids_of(self, embedding: str, *, is_input: bool) -> tuple[int, ...]:
         """The tokens of an embedding whose rows were trained; a plain list means the input embedding's."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
-from loraplex.engines.adapters.extras import TYING, ExtraPlan, ExtraPlanner, Shape, read_extras
+from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
 from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part, names_of_peft
@@ -107,8 +107,7 @@ class AdapterPlan:
             variant=variant,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
             num_modules=len(modules),
-            num_parameters=sum(_num_parameters(entry) for entry in entries)
-            + sum(extra.num_parameters for extra in self.extra.extras),
+            num_parameters=sum(_num_parameters(entry) for entry in entries) + self.extra.num_parameters,
             num_bytes=self.size * element_bytes,
         )
 
@@ -189,7 +188,7 @@ def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
         if (gain := entry.gain_of(flat)) is not None:
             magnitude = file.part(entry.module.name, "lora_magnitude_vector").float().flatten()
             yield from _read_gain(gain, base.weight(entry.module.index), a, b, entry.scale, magnitude)
-    yield from read_extras(plan.extra, flat, lambda name: file.tensor(PREFIX + name), base.parameter)
+    yield from read_extras(plan.extra, flat, file.find, base.parameter)
     if not (yield from pieces.are_finite(flat)):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
@@ -242,10 +241,14 @@ class _WeightsFile:
         aligned = own if info.begin % dtype.itemsize == 0 else own.clone()
         return aligned.view(dtype).view(info.shape)
 
+    def find(self, name: str) -> Tensor:
+        """By its name without PEFT's prefix, and with or without `.weight` at its end."""
+        name = PREFIX + name
+        return self.tensor(name if name in self._tensors else f"{name}.weight")
+
     def part(self, module: str, part: str) -> Tensor:
         """Of a module's LoRA: its `lora_A`, `lora_B`, `lora_E` or `lora_magnitude_vector`."""
-        name = f"{PREFIX}{module}.{part}"
-        return self.tensor(name if name in self._tensors else f"{name}.weight")
+        return self.find(f"{module}.{part}")
 
     def halves(self, module: str) -> tuple[Tensor, Tensor]:
         return self.part(module, "lora_A"), self.part(module, "lora_B")
@@ -299,9 +302,10 @@ def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
             )
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
-        if config.ties_weights and name == base.tied_head:  # PEFT took it out of the targets
-            raise AdapterUnsupported(TYING)
-        if not config.targets(name):
+        if name == base.tied_head and config.tied == "saved":
+            raise AdapterUnsupported(f"LoRA on {name}, which ensure_weight_tying has replaced, is not supported")
+        is_tied = name == base.tied_head and config.tied == "lora"  # PEFT took it out of the targets
+        if not config.targets(base.input_embedding if is_tied else name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
 
 

@@ -23,7 +23,7 @@ _NAMED = re.compile(
 # torch.compile's, FSDP's and checkpointing's; around any module, and no module of a model is called so.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = "module."  # DistributedDataParallel's and DeepSpeed's, around the whole model
-_TOKENS_BASE = ".token_adapter.base_layer."
+_TOKENS_BASE = ".token_adapter.base_layer."  # the base's own, below a wrapper
 
 Thing = TypeVar("Thing")
 
@@ -68,8 +68,9 @@ def _adapter_in(names: list[str]) -> str | None:
 
 
 def _without_adapter(name: str, adapter: str | None) -> str:
+    name = name.replace(_TOKENS_BASE, ".")
     if adapter is None:
         return name
     if match := _NAMED.fullmatch(name):
         return match["part"] + match["ending"]
-    return name.replace(f".modules_to_save.{adapter}.", ".").replace(_TOKENS_BASE, ".")
+    return name.replace(f".modules_to_save.{adapter}.", ".")

@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.cells import (
-    TOLERANCE,
-    Asked,
-    expected_logprobs,
-    make_base,
-    make_core,
-    num_different,
-    prompts,
-    relative_error,
-    serve,
-)
+from conformance.cells import make_base, make_core, run_few
 from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import Oracle, llama_config
@@ -85,16 +75,9 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_adalora_is_served_as_peft_computes_it(base: Path, core: EngineCore, tmp_path: Path, form: str) -> None:
     adapter = make_adalora(base, tmp_path / form, **FORMS[form])
-    asked = [Asked(f"{who}-{number}", text, adapter if who else None)
-             for number, text in enumerate(prompts(1)[1:3]) for who in (True, False)]  # fmt: skip
-    answers = serve(core, asked)
-    model = Oracle(base).model(adapter)
-    for number, one in enumerate(asked[::2]):
-        answer = answers[one.name]
-        expected = expected_logprobs(model, one, answer.tokens)
-        assert relative_error(answer, expected) <= TOLERANCE
-        assert num_different(answer, expected) == 0
-        assert not torch.equal(answer.logprobs[0], answers[f"False-{number}"].logprobs[0])
+    outcome = run_few(core, adapter, Oracle(base).model(adapter))
+    assert outcome.is_exact
+    assert outcome.changed
 
 
 # fields of the config, the shape of a part of q's, and what is said

@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.cells import (
-    TOLERANCE,
-    Asked,
-    expected_logprobs,
-    make_base,
-    make_core,
-    num_different,
-    prompts,
-    relative_error,
-    serve,
-)
+from conformance.cells import make_base, make_core, run_few
 from conformance.features import Feature, make_feature_adapter
 from safetensors.torch import save_file
 from support.models import llama_config
@@ -100,12 +90,6 @@ def test_state_dict_is_served_as_the_model_computes_it(served: Served, tmp_path:
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in way(trained.model).items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     adapter = Adapter(id=case, name=case, path=trained.adapter.path)
-    asked = [Asked(f"{who}-{number}", text, adapter if who else None)
-             for number, text in enumerate(prompts(1)[1:3]) for who in (True, False)]  # fmt: skip
-    answers = serve(served.core, asked)
-    for number, one in enumerate(asked[::2]):
-        answer = answers[one.name]
-        expected = expected_logprobs(trained.model, one, answer.tokens)
-        assert relative_error(answer, expected) <= TOLERANCE
-        assert num_different(answer, expected) == 0
-        assert not torch.equal(answer.logprobs[0], answers[f"False-{number}"].logprobs[0])
+    outcome = run_few(served.core, adapter, trained.model)
+    assert outcome.is_exact
+    assert outcome.changed
