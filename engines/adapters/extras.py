@@ -126,6 +126,7 @@ class ExtraPlanner:
                 if module == self._base.input_embedding and self._base.tied_head is not None:
                     self._tie_lora(module, self._base.tied_head, adapted)
             self._tokens(module, shape, adapted)
+        self._head_tokens(adapted)
         for module in adapted:
             if f"{module}.lora_B.bias" in self._left:
                 self._lora_bias(module)
@@ -136,7 +137,6 @@ class ExtraPlanner:
         for name in list(self._left):
             self._saved(name, adapted)
         self._require_saved()
-        self._require_embeddings()
         extras, sources = tuple(self._extras), tuple(self._sources)
         return ExtraPlan(extras, sources, self._copies, self._twins, self._turned, self._size)
 
@@ -206,29 +206,56 @@ class ExtraPlanner:
         is_input = module == self._base.input_embedding
         if not (token_ids := self._config.token_ids_of(module, is_input=is_input)):
             return
-        if max(token_ids) >= shape[0]:
-            raise AdapterMismatch(f"trainable_token_indices names token {max(token_ids)}; {module} has {shape[0]}")
-        rows = (len(token_ids), shape[1])
-        sources = {"rows": self._take(f"{module}.{_TOKENS}", rows)}
-        spans = {"rows": self._span(rows)}
+        rows, spans, sources = self._rows(module, shape, token_ids)
         self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
-        if is_input and self._base.tied_head is not None:
+        if is_input and self._base.tied_head is not None and self._is_tied(self._base.tied_head, token_ids):
             self._require_plain(self._base.tied_head, adapted)
             if (twin := f"{self._base.tied_head}.{_TOKENS}") in self._left:  # in a whole state dict
                 self._twins[self._take(twin, rows)] = sources["rows"]
             self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
 
-    def _require_embeddings(self) -> None:
-        """Raises AdapterUnsupported where other modules have trained tokens; a tied head may have its embeddings'."""
-        names = self._base.embeddings.keys() | {name.rpartition(".")[2] for name in self._base.embeddings} | {""}
-        tokens = self._config.token_ids_of(self._base.input_embedding, is_input=True)
-        for name, own in sorted(self._config.token_ids.items()):
-            is_tied = f".{self._base.tied_head}".endswith(f".{name}") and own == tokens
-            if name not in names and not is_tied:
-                raise AdapterUnsupported(f"trainable_token_indices names {name}, which is no embedding")
+    def _rows(
+        self, module: str, shape: Shape, token_ids: tuple[int, ...]
+    ) -> tuple[Shape, dict[str, Span], dict[str, str]]:
+        """Trained rows of a weight: their shape, where they go and where they come from."""
+        if max(token_ids) >= shape[0]:
+            raise AdapterMismatch(f"trainable_token_indices names token {max(token_ids)}; {module} has {shape[0]}")
+        rows = (len(token_ids), shape[1])
+        sources = {"rows": self._take(f"{module}.{_TOKENS}", rows)}
+        return rows, {"rows": self._span(rows)}, sources
+
+    def _is_tied(self, head: str, token_ids: tuple[int, ...]) -> bool:
+        """Whether the rows of a tied head are the embeddings', which they are not where it is told other tokens."""
+        own = [ids for name, ids in self._config.token_ids.items() if name and f".{head}".endswith(f".{name}")]
+        if own in ([], [token_ids]):
+            return True
+        if self._config.ties_weights:
+            raise AdapterInvalid(
+                f"trainable_token_indices names other tokens for {head}, which ensure_weight_tying ties"
+            )
+        return False
+
+    def _head_tokens(self, adapted: frozenset[str]) -> None:
+        """Trained rows of a head's own, which PEFT has beside no LoRA. Raises AdapterError."""
+        embedding = self._base.input_embedding
+        shape, theirs = self._base.embeddings.get(embedding), self._config.token_ids_of(embedding, is_input=True)
+        embeddings = self._base.embeddings.keys() | {name.rpartition(".")[2] for name in self._base.embeddings} | {""}
+        for name in sorted(self._config.token_ids.keys() - embeddings):
+            heads = [module for module in self._base.modules if f".{module}".endswith(f".{name}")
+                     and self._base.parameters.get(f"{module}.weight") == shape]  # fmt: skip
+            if shape is None or not heads:
+                raise AdapterUnsupported(f"trainable_token_indices names {name}, which is no embedding and no head")
+            token_ids = self._config.token_ids[name]
+            for head in heads:
+                if token_ids and not (head == self._base.tied_head and theirs == token_ids):
+                    self._require_plain(head, adapted)
+                    if head in adapted:
+                        raise AdapterUnsupported(f"trainable_token_indices names {head}, which has a LoRA as well")
+                    _, spans, sources = self._rows(head, shape, token_ids)
+                    self._add(Extra("head", head, spans, token_ids=token_ids), sources)
 
     def _require_plain(self, head: str, adapted: frozenset[str]) -> None:
-        """Raises AdapterUnsupported where a tied head with trained rows has more than B·A beside it."""
+        """Raises AdapterUnsupported where a head with trained rows has more than B·A beside it."""
         if self._config.use_dora and head in adapted:
             raise AdapterUnsupported(f"use_dora = True on {head}, which trainable_token_indices changes as well")
         if self._config.targets_parameter(f"{head}.weight"):

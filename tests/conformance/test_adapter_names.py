@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "saved": {"target_modules": QV, "modules_to_save": ["lm_head", "norm"]},
     "saved-parents": {"target_modules": QV, "modules_to_save": ["mlp"]},
     "tokens": {"target_modules": QV, "trainable_token_indices": [50, 3]},
+    "tokens-of-head": {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [50, 3]}},
 }
 
 

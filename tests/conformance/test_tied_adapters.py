@@ -32,8 +32,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "saved-head": {"target_modules": QV, "modules_to_save": ["lm_head", "norm"], **TIED},
     "tokens": {"target_modules": QV, "trainable_token_indices": [50, 3], **TIED},
     "tokens-of-both": {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [50, 3]}},
+    "tokens-of-the-head": {"target_modules": QV, "trainable_token_indices": {"lm_head": [50, 3]}},
+    "other-tokens-of-the-head": {
+        "target_modules": QV, "trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [7, 50, 3]},
+    },
     "biases": {"target_modules": QV, "bias": "all", **TIED},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +98,20 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], type[AdapterError], str]] = {
     ),
     "other tokens of the head": (
         "tokens-of-both", lambda tensors: None, {"trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [3]}},
-        AdapterUnsupported, "trainable_token_indices names lm_head",
+        AdapterInvalid, "the file lacks lm_head.token_adapter.trainable_tokens_delta",
+    ),
+    "other tokens of the head, tied": (
+        "tokens-of-both", lambda tensors: None,
+        {"trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [3]}, **TIED},
+        AdapterInvalid, "names other tokens for lm_head, which ensure_weight_tying ties",
     ),
     "a LoRA on a saved head": (
         "embeddings", lambda tensors: None, {"modules_to_save": ["embed_tokens"]}, AdapterUnsupported,
         "LoRA on lm_head, which ensure_weight_tying has replaced",
+    ),
+    "other tokens beside a LoRA": (
+        "embeddings", lambda tensors: None, {"trainable_token_indices": {"lm_head": [1]}}, AdapterUnsupported,
+        "trainable_token_indices names lm_head, which has a LoRA as well",
     ),
     "tokens and a LoRA": (
         "embeddings", lambda tensors: None, {"trainable_token_indices": [1]}, AdapterUnsupported,
