@@ -139,7 +139,7 @@ def _plan(number: int, rank: int, trial: Trial) -> AdapterPlan:
             entries[module.index] = ModuleEntry(module, rank, 1.0, end, b, None)
             end = b + rank * module.out_features
     adapter = Adapter(id=str(number), name=str(number), path="")
-    return AdapterPlan(adapter, _config(rank), entries, ExtraPlan((), (), {}, {}, 0), end, tensors={})
+    return AdapterPlan(adapter, _config(rank), entries, ExtraPlan((), (), {}, {}, {}, 0), end, tensors={})
 
 
 @cache

@@ -24,7 +24,7 @@ class Incoming(Protocol):
     """An upload under way; leaving its context without `keep` leaves nothing behind. All of it blocks."""
 
     def open(self, name: str) -> None:
-        """What comes next is of this file. Raises AdapterInvalid for one that is no adapter's, or comes twice."""
+        """What comes next is of this file. Raises AdapterError for one that is no adapter's, or comes twice."""
         ...
 
     def write(self, data: bytes) -> None:

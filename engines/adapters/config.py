@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraplex.engines.adapters import patterns
 from loraplex.engines.adapters.safetensors_header import shown
 from loraplex.engines.errors import AdapterInvalid, AdapterUnsupported
 
+METHODS = ("LORA", "ADALORA")
 # Fields that do not change what a trained adapter computes.
 _WITHOUT_MEANING = frozenset(
     {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "task_type"}
@@ -31,6 +33,13 @@ _UNDERSTOOD = frozenset(
         "ensure_weight_tying",
     }
 )
+# AdaLoRA's (arXiv 2303.10512), which say how the ranks were found, and the two that say which they are.
+_OF_ADALORA = frozenset(
+    {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"} | {"init_r"}
+)
+_NOT_WITH_ADALORA = ("use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens")
+_SINGULAR_VALUES = re.compile(r"(?P<module>.+)\.lora_E(?:\.[^.]+)?")
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT looks for what to tie
 _LARGEST = 2**31  # of ranks and alphas
 # Initialisations that leave the base model as it was; the others subtract something from it before training.
 _HARMLESS_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
@@ -57,6 +66,8 @@ class LoraConfig:
     lora_bias: bool
     invocation: tuple[int, ...]
     ties_weights: bool
+    is_adalora: bool
+    kept_ranks: dict[str, int]
 
     def targets(self, module: str) -> bool:
         """Whether the config's patterns name this module, as PEFT's `check_target_module_exists` decides it."""
@@ -91,6 +102,17 @@ class LoraConfig:
         names = (".".join(parents[: length + 1]) for length in range(len(parents)))
         return any(name.endswith(saved) for name in names for saved in self.modules_to_save)
 
+    @property
+    def tied(self) -> Literal["", "lora", "saved"]:
+        """What of a head that shares the embeddings' weight is theirs as well, by `ensure_weight_tying`."""
+        if not self.ties_weights:
+            return ""
+        if any(name.rpartition(".")[2] in _EMBEDDINGS for name in self.modules_to_save):
+            return "saved"
+        if isinstance(self.target_modules, str):
+            return "lora" if any(_names(self.target_modules, name) for name in _EMBEDDINGS) else ""
+        return "lora" if any(name.rpartition(".")[2] in _EMBEDDINGS for name in self.target_modules) else ""
+
     def token_ids_of(self, embedding: str, *, is_input: bool) -> tuple[int, ...]:
         """The tokens of an embedding whose rows were trained; a plain list means the input embedding's."""
         if is_input and "" in self.token_ids:
@@ -99,10 +121,17 @@ class LoraConfig:
         return next(found, ())
 
     def rank_of(self, module: str) -> int:
+        if module in self.kept_ranks:
+            return self.kept_ranks[module]
         return int(_pattern_value(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / √r with rank-stabilised LoRA (arXiv 2312.03732)."""
+        """alpha / r, or alpha / √r with rank-stabilised LoRA (arXiv 2312.03732).
+
+        AdaLoRA's is PEFT's: alpha / (r + 1e-5), where r is the rank before any was pruned.
+        """
+        if self.is_adalora:
+            return self.alpha / (self.rank + 1e-5)
         rank = self.rank_of(module)
         alpha = _pattern_value(self.alpha_pattern, module, self.alpha)
         return float(alpha) / (rank**0.5 if self.use_rslora else rank)
@@ -127,12 +156,13 @@ def read_config(directory: Path) -> LoraConfig:
     if not isinstance(raw, dict):
         raise AdapterInvalid("adapter_config.json is not a JSON object")
     _refuse_unsupported(raw)
+    is_adalora = raw["peft_type"] == "ADALORA"
     return LoraConfig(
-        rank=_typed(raw, "r", int, 8),
+        rank=_typed(raw, "init_r", int, 12) if is_adalora else _typed(raw, "r", int, 8),
         alpha=float(_typed(raw, "lora_alpha", (int, float), 8)),
         use_rslora=_typed(raw, "use_rslora", bool, False),
         use_dora=_typed(raw, "use_dora", bool, False),
-        rank_pattern=_pattern(raw, "rank_pattern", int),
+        rank_pattern={} if is_adalora else _pattern(raw, "rank_pattern", int),
         alpha_pattern=_pattern(raw, "alpha_pattern", (int, float)),
         target_modules=_module_names(raw, "target_modules"),
         exclude_modules=_module_names(raw, "exclude_modules"),
@@ -145,13 +175,19 @@ def read_config(directory: Path) -> LoraConfig:
         invocation=_invocation(raw),
         lora_bias=_typed(raw, "lora_bias", bool, False),
         ties_weights=_typed(raw, "ensure_weight_tying", bool, False),
+        is_adalora=is_adalora,
+        kept_ranks=_kept_ranks(raw) if is_adalora else {},
     )
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise AdapterUnsupported(f"peft_type is {shown(kind)}; only LORA adapters can be served")
+    if kind not in METHODS:
+        raise AdapterUnsupported(f"peft_type is {shown(kind)}; only {' and '.join(METHODS)} adapters can be served")
+    understood = _WITHOUT_MEANING | _UNDERSTOOD | (_OF_ADALORA if kind == "ADALORA" else frozenset())
+    for field in _NOT_WITH_ADALORA if kind == "ADALORA" else ():
+        if raw.get(field):
+            raise AdapterUnsupported(f"{field} = {shown(raw[field])} is not supported with peft_type ADALORA")
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterInvalid(f"bias = {shown(raw['bias'])} is not one of none, all, lora_only")
     init = raw.get("init_lora_weights", True)
@@ -163,7 +199,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
             "when saving it (path_initial_model_for_weight_conversion)"
         )
     for field, value in raw.items():
-        if field not in _WITHOUT_MEANING | _UNDERSTOOD and value not in (None, False, {}, [], 0):
+        if field not in understood and value not in (None, False, {}, [], 0):
             name = field if field.isidentifier() and len(field) <= 80 else shown(field)
             raise AdapterUnsupported(f"{name} = {shown(value)} is not supported")
 
@@ -187,6 +223,22 @@ def _pattern(raw: dict[str, Any], field: str, kind: Any) -> dict[str, Any]:
     for pattern in value:
         patterns.check(field, pattern, patterns.ENDING)
     return value
+
+
+def _kept_ranks(raw: dict[str, Any]) -> dict[str, int]:
+    """AdaLoRA's `rank_pattern`: for the singular values of each module, which of the `init_r` were kept."""
+    value, before = raw.get("rank_pattern") or {}, raw.get("init_r", 12)
+    if not isinstance(value, dict):
+        raise AdapterInvalid(f"rank_pattern = {shown(value)} is not a map of names to lists")
+    ranks: dict[str, int] = {}
+    for name, kept in value.items():
+        match = _SINGULAR_VALUES.fullmatch(name)
+        if match is None or match["module"] in ranks:
+            raise AdapterInvalid(f"rank_pattern: {shown(name)} does not name the lora_E of a module, or one twice")
+        if not isinstance(kept, list) or len(kept) != before or not all(isinstance(one, bool) for one in kept):
+            raise AdapterInvalid(f"rank_pattern: {shown(name)} is not a list of init_r = {shown(before)} booleans")
+        ranks[match["module"]] = sum(kept)
+    return ranks
 
 
 def _module_names(raw: dict[str, Any], field: str) -> str | tuple[str, ...]:

@@ -10,21 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig
+from loraplex.engines.adapters.copies import are_equal, are_same
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.tensor_names import claim
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 
 Shape = tuple[int, ...]
-TYING = "ensure_weight_tying = True is not supported with a base that ties its embeddings"
 _BASE_LAYER = ".base_layer"
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _NEW, _REPLACED = ".modules_to_save.", ".original_module."
-_HALVES = (torch.bfloat16, torch.float16)  # the coarser one first
-_SMALLEST = 2.0**-24  # above nought, in float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +54,27 @@ class Extra:
     scale: float = 1.0
     token_ids: tuple[int, ...] = ()
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(_numel(span.shape) for span in self.spans.values()) if self.kind != "head" else 0
-
 
 @dataclass(frozen=True, slots=True)
 class ExtraPlan:
     """The extras, and where each comes from: `sources[i]` has span name -> tensor name.
 
-    `copies` are tensors that must equal the base's: tensor name -> the base's parameter; `twins` must equal another of
-    the file's.
+    What a tied head takes from the embeddings has no source of its own. `copies` are tensors that must equal the
+    base's: tensor name -> the base's parameter; `twins` must equal another of the file's, `turned` another's transpose.
     """
 
     extras: tuple[Extra, ...]
     sources: tuple[dict[str, str], ...]
     copies: dict[str, str]
     twins: dict[str, str]
+    turned: dict[str, str]
     size: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Of what the file has."""
+        own = (extra for extra, sources in zip(self.extras, self.sources, strict=True) if sources)
+        return sum(_numel(span.shape) for extra in own for span in extra.spans.values())
 
 
 class ExtraBase(Protocol):
@@ -111,6 +112,7 @@ class ExtraPlanner:
         self._sources: list[dict[str, str]] = []
         self._copies: dict[str, str] = {}
         self._twins: dict[str, str] = {}
+        self._turned: dict[str, str] = {}
         self._whole: dict[str, str] = {}
 
     def plan(self, adapted: frozenset[str]) -> ExtraPlan:
@@ -121,25 +123,22 @@ class ExtraPlanner:
             if self._config.targets(module):
                 adapted |= {module}
                 self._embedding(module, shape)
+                if module == self._base.input_embedding and self._base.tied_head is not None:
+                    self._tie_lora(module, self._base.tied_head, adapted)
             self._tokens(module, shape, adapted)
+        self._head_tokens(adapted)
         for module in adapted:
             if f"{module}.lora_B.bias" in self._left:
                 self._lora_bias(module)
         for name in list(self._left):
             self._told_twice(name)
+        if self._base.tied_head is not None and self._config.tied == "saved":
+            self._saved_and_tied(self._base.tied_head)
         for name in list(self._left):
             self._saved(name, adapted)
         self._require_saved()
-        if (
-            unused := set(self._config.token_ids)
-            - {""}
-            - {m.rpartition(".")[2] for m in self._base.embeddings}
-            - set(self._base.embeddings)
-        ):
-            raise AdapterUnsupported(f"trainable_token_indices names {sorted(unused)[0]}, which is no embedding")
-        if self._config.ties_weights and self._base.tied_head is not None and self._extras:
-            raise AdapterUnsupported(TYING)
-        return ExtraPlan(tuple(self._extras), tuple(self._sources), self._copies, self._twins, self._size)
+        extras, sources = tuple(self._extras), tuple(self._sources)
+        return ExtraPlan(extras, sources, self._copies, self._twins, self._turned, self._size)
 
     def _add(self, extra: Extra, sources: dict[str, str]) -> None:
         self._extras.append(extra)
@@ -192,22 +191,71 @@ class ExtraPlanner:
         spans = {"a": self._span((shape[0], rank)), "b": self._span((rank, shape[1]))}
         self._add(Extra("embedding", module, spans, scale=self._config.scale_of(module)), sources)
 
+    def _tie_lora(self, embedding: str, head: str, adapted: frozenset[str]) -> None:
+        """With `ensure_weight_tying` the head's A is the embedding's Bᵀ, its B the embedding's Aᵀ, told twice."""
+        if self._config.tied != "lora":
+            return
+        if head not in adapted:
+            raise AdapterInvalid(f"ensure_weight_tying ties {head}, for which the file has no weights")
+        if self._config.token_ids_of(embedding, is_input=True):
+            raise AdapterUnsupported(f"trainable_token_indices beside a LoRA on {embedding}, tied, is not supported")
+        self._turned[f"{head}.lora_A"] = f"{embedding}.lora_embedding_B"
+        self._turned[f"{head}.lora_B"] = f"{embedding}.lora_embedding_A"
+
     def _tokens(self, module: str, shape: Shape, adapted: frozenset[str]) -> None:
         is_input = module == self._base.input_embedding
         if not (token_ids := self._config.token_ids_of(module, is_input=is_input)):
             return
+        rows, spans, sources = self._rows(module, shape, token_ids)
+        self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
+        if is_input and self._base.tied_head is not None and self._is_tied(self._base.tied_head, token_ids):
+            self._require_plain(self._base.tied_head, adapted)
+            if (twin := f"{self._base.tied_head}.{_TOKENS}") in self._left:  # in a whole state dict
+                self._twins[self._take(twin, rows)] = sources["rows"]
+            self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
+
+    def _rows(
+        self, module: str, shape: Shape, token_ids: tuple[int, ...]
+    ) -> tuple[Shape, dict[str, Span], dict[str, str]]:
+        """Trained rows of a weight: their shape, where they go and where they come from."""
         if max(token_ids) >= shape[0]:
             raise AdapterMismatch(f"trainable_token_indices names token {max(token_ids)}; {module} has {shape[0]}")
         rows = (len(token_ids), shape[1])
-        sources = {"rows": self._take(f"{module}.token_adapter.trainable_tokens_delta", rows)}
-        spans = {"rows": self._span(rows)}
-        self._add(Extra("tokens", module, spans, token_ids=token_ids), sources)
-        if is_input and self._base.tied_head is not None:
-            self._require_plain(self._base.tied_head, adapted)
-            self._add(Extra("head", self._base.tied_head, spans, token_ids=token_ids), {})
+        sources = {"rows": self._take(f"{module}.{_TOKENS}", rows)}
+        return rows, {"rows": self._span(rows)}, sources
+
+    def _is_tied(self, head: str, token_ids: tuple[int, ...]) -> bool:
+        """Whether the rows of a tied head are the embeddings', which they are not where it is told other tokens."""
+        own = [ids for name, ids in self._config.token_ids.items() if name and f".{head}".endswith(f".{name}")]
+        if own in ([], [token_ids]):
+            return True
+        if self._config.ties_weights:
+            raise AdapterInvalid(
+                f"trainable_token_indices names other tokens for {head}, which ensure_weight_tying ties"
+            )
+        return False
+
+    def _head_tokens(self, adapted: frozenset[str]) -> None:
+        """Trained rows of a head's own, which PEFT has beside no LoRA. Raises AdapterError."""
+        embedding = self._base.input_embedding
+        shape, theirs = self._base.embeddings.get(embedding), self._config.token_ids_of(embedding, is_input=True)
+        embeddings = self._base.embeddings.keys() | {name.rpartition(".")[2] for name in self._base.embeddings} | {""}
+        for name in sorted(self._config.token_ids.keys() - embeddings):
+            heads = [module for module in self._base.modules if f".{module}".endswith(f".{name}")
+                     and self._base.parameters.get(f"{module}.weight") == shape]  # fmt: skip
+            if shape is None or not heads:
+                raise AdapterUnsupported(f"trainable_token_indices names {name}, which is no embedding and no head")
+            token_ids = self._config.token_ids[name]
+            for head in heads:
+                if token_ids and not (head == self._base.tied_head and theirs == token_ids):
+                    self._require_plain(head, adapted)
+                    if head in adapted:
+                        raise AdapterUnsupported(f"trainable_token_indices names {head}, which has a LoRA as well")
+                    _, spans, sources = self._rows(head, shape, token_ids)
+                    self._add(Extra("head", head, spans, token_ids=token_ids), sources)
 
     def _require_plain(self, head: str, adapted: frozenset[str]) -> None:
-        """Raises AdapterUnsupported where a tied head with trained rows has more than B·A beside it."""
+        """Raises AdapterUnsupported where a head with trained rows has more than B·A beside it."""
         if self._config.use_dora and head in adapted:
             raise AdapterUnsupported(f"use_dora = True on {head}, which trainable_token_indices changes as well")
         if self._config.targets_parameter(f"{head}.weight"):
@@ -228,10 +276,25 @@ class ExtraPlanner:
         for infix, others in ((_NEW, self._left), (_REPLACED, self._base.parameters)):
             module, found, own = tensor.partition(infix)
             name = f"{module}.{own}"
-            if not (found and name in others and name in self._base.parameters and self._config.saves(module)):
+            if not (found and name in others and name in self._base.parameters and self._saves(module)):
                 continue
             self._require_vocabulary(tensor, module, name)
             (self._twins if infix == _NEW else self._copies)[self._take(tensor, others[name])] = name
+
+    def _saves(self, module: str) -> bool:
+        return self._config.saves(module) or (self._config.tied == "saved" and module == self._base.tied_head)
+
+    def _saved_and_tied(self, head: str) -> None:
+        """Embeddings of `modules_to_save` whose weight is the head's as well, by `ensure_weight_tying`."""
+        name, tied = f"{self._base.input_embedding}.weight", f"{head}.weight"
+        shape = self._base.parameters[name]
+        for tensor in {name, tied} & self._left.keys():
+            self._require_vocabulary(tensor, self._base.input_embedding, name)
+        source = self._take(name, shape)
+        self._twins[self._take(tied, shape)] = source
+        new = {"new": self._span(shape)}
+        self._add(Extra("swap", self._base.input_embedding, new, "weight"), {"new": source})
+        self._add(Extra("swap", head, new, "weight"), {})
 
     def _require_vocabulary(self, tensor: str, module: str, name: str) -> None:
         """Raises AdapterUnsupported where it has a row for each token, and there are other tokens."""
@@ -294,62 +357,16 @@ def read_extras(
                 value = value.float() * extra.scale
             yield from pieces.copy(extra.spans[part].of(flat), value)
     for source, name in plan.copies.items():
-        if not (yield from _are_same(tensor(source), base(name))):
+        if not (yield from are_same(tensor(source), base(name))):
             raise AdapterUnsupported(
                 f"{source} differs from the base's: an adapter over other weights is not supported"
             )
     for source, other in plan.twins.items():
-        if not (yield from _are_equal(tensor(source), tensor(other))):
+        if not (yield from are_equal(tensor(source), tensor(other))):
             raise AdapterInvalid(f"{source} differs from {other}, which says the same weights")
-
-
-def _are_equal(one: Tensor, other: Tensor) -> Pieces[bool]:
-    """NaN equals NaN: what is not finite is refused elsewhere."""
-    for rows in pieces.slices(one):
-        if not torch.equal(one[rows], other[rows]) and not torch.allclose(one[rows], other[rows], 0, 0, equal_nan=True):
-            return False
-        yield
-    return True
-
-
-def _are_same(own: Tensor, ours: Tensor) -> Pieces[bool]:
-    """Whether the file's tensor is a copy of the base's, as far as the coarser of their two formats can tell.
-
-    One of the two was rounded once more than the other, so rounding that one to the coarser format gives the other.
-    Only between the two half formats is it otherwise, as either may have been rounded from float32 by itself: those
-    copies are a unit in bfloat16's last place apart at most. What is too small for float16 may be nought in it.
-    """
-    own_format = yield from _format_of(own)
-    formats = {own_format, ours.dtype}
-    coarse = next((dtype for dtype in _HALVES if dtype in formats), torch.float32)
-    num_units = 1 if formats == {*_HALVES} else 0
-    may_differ = num_units > 0 or own_format != own.dtype
-    for rows in pieces.slices(ours):
-        one, other = own[rows].to(coarse), ours[rows].float().cpu().to(coarse)
-        if not (torch.equal(one, other) or (may_differ and _are_near(one, other, num_units))):
-            return False
-        yield
-    return True
-
-
-def _format_of(tensor: Tensor) -> Pieces[torch.dtype]:
-    """What the numbers were rounded to: files of float32 are also written from models in half precision."""
-    if tensor.dtype != torch.float32:
-        return tensor.dtype
-    for dtype in _HALVES:
-        for rows in pieces.slices(tensor):
-            if not torch.equal(tensor[rows].to(dtype).float(), tensor[rows]):
-                break
-            yield
-        else:
-            return dtype
-    return torch.float32
-
-
-def _are_near(one: Tensor, other: Tensor, num_units: int) -> bool:
-    """Of two tensors in half precision: numbers of one sign are as many units apart as their bits, read as integers."""
-    apart = (one.view(torch.int16).int() - other.view(torch.int16).int()).abs()
-    return bool(((apart <= num_units) | ((one.float() - other.float()).abs() <= _SMALLEST)).all())
+    for source, other in plan.turned.items():
+        if not (yield from are_equal(tensor(source), tensor(other).t())):
+            raise AdapterInvalid(f"{source} differs from {other}, which ensure_weight_tying says it is")
 
 
 def _numel(shape: Shape) -> int:

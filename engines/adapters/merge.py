@@ -25,7 +25,7 @@ from torch import Tensor
 from loraplex.engines.adapters.config import LoraConfig, read_config
 from loraplex.engines.adapters.peft import DTYPES
 from loraplex.engines.adapters.recipe import MergeRecipe, SignMethod
-from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
+from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part, names_of_peft
 from loraplex.engines.errors import (
     AdapterInvalid,
     AdapterMismatch,
@@ -160,8 +160,8 @@ def _read(directory: Path, adapter_id: str) -> dict[str, _Factors]:
     halves: dict[str, dict[str, Tensor]] = {}
     names: dict[tuple[str, str], str] = {}
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a dict
-            part = lora_part(key)
+        for name, key in names_of_peft(file.keys()).items():
+            part = lora_part(name)
             if part is None or part[1] not in _HALVES:
                 raise AdapterUnsupported(f"{shown} has {key}, no A or B of a linear layer, so it cannot be merged")
             claim(names, part, key)
@@ -173,6 +173,8 @@ def _read(directory: Path, adapter_id: str) -> dict[str, _Factors]:
 
 def _unmergeable(config: LoraConfig) -> str | None:
     """What it does beside adding B·A to linear layers, by the field that says so."""
+    if config.is_adalora:
+        return "is an AdaLoRA, which PEFT does not merge"
     if config.use_dora:
         return "is a DoRA, whose change is not a sum of B·A"
     if config.invocation:

@@ -1,7 +1,7 @@
 """A PEFT LoRA directory -> LoadedAdapter: one flat tensor in the arena's layout, and a table of what lies where.
 
-Whatever the config says about scales (`alpha / r`, rsLoRA, patterns) and DoRA's magnitudes is settled here, once;
-after this no code knows PEFT. Every tensor of the file is used or the adapter is refused.
+Whatever the config says about scales (`alpha / r`, rsLoRA, patterns), DoRA's magnitudes and AdaLoRA's singular values
+is settled here, once; after this no code knows PEFT. Every tensor of the file is used or the adapter is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from loraplex.engines.adapters import pieces
 from loraplex.engines.adapters.config import LoraConfig, read_config
-from loraplex.engines.adapters.extras import TYING, ExtraPlan, ExtraPlanner, Shape, read_extras
+from loraplex.engines.adapters.extras import ExtraPlan, ExtraPlanner, Shape, read_extras
 from loraplex.engines.adapters.pieces import Pieces
 from loraplex.engines.adapters.safetensors_header import TensorInfo, read_header
-from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part
+from loraplex.engines.adapters.tensor_names import PREFIX, claim, lora_part, names_of_peft
 from loraplex.engines.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 from loraplex.kernels.lora.table import ALIGNMENT_BYTES
@@ -72,7 +72,7 @@ class ModuleEntry:
 class AdapterPlan:
     """A valid adapter's layout: entries by module index, what else it brings, and the extent's `size` in elements.
 
-    `tensors` are those of its file.
+    `tensors` are those of its file, by PEFT's names.
     """
 
     adapter: Adapter
@@ -107,8 +107,7 @@ class AdapterPlan:
             variant=variant,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
             num_modules=len(modules),
-            num_parameters=sum(_num_parameters(entry) for entry in entries)
-            + sum(extra.num_parameters for extra in self.extra.extras),
+            num_parameters=sum(_num_parameters(entry) for entry in entries) + self.extra.num_parameters,
             num_bytes=self.size * element_bytes,
         )
 
@@ -157,7 +156,8 @@ def plan_adapter(adapter: Adapter, base: Base) -> AdapterPlan:
     for name, module in base.modules.items():
         if name in parts:
             entry, size = _plan_module(config, module, parts[name], size, base)
-            entries[module.index] = entry
+            if entry.rank:  # AdaLoRA may leave nothing of a module
+                entries[module.index] = entry
         elif config.targets(name):
             raise AdapterInvalid(f"target_modules names {name}, for which the file has no weights")
     unit = ALIGNMENT_BYTES // base.dtype.itemsize
@@ -180,13 +180,15 @@ def read_adapter(plan: AdapterPlan, base: Base) -> Pieces[LoadedAdapter]:
     file = _WeightsFile(plan)
     halves = [(entry, *file.halves(entry.module.name)) for entry in plan.entries.values()]
     yield from pieces.copy_each(
-        pair for entry, a, b in halves for pair in ((entry.a_of(flat), a), (entry.b_of(flat), b.t()))
+        pair
+        for entry, a, b in halves
+        for pair in ((entry.a_of(flat), file.with_singular_values(entry.module.name, a)), (entry.b_of(flat), b.t()))
     )
     for entry, a, b in halves:
         if (gain := entry.gain_of(flat)) is not None:
             magnitude = file.part(entry.module.name, "lora_magnitude_vector").float().flatten()
             yield from _read_gain(gain, base.weight(entry.module.index), a, b, entry.scale, magnitude)
-    yield from read_extras(plan.extra, flat, lambda name: file.tensor(PREFIX + name), base.parameter)
+    yield from read_extras(plan.extra, flat, file.find, base.parameter)
     if not (yield from pieces.are_finite(flat)):
         raise AdapterInvalid(f"the weights are not all finite in {base.dtype}")
     return LoadedAdapter(plan=plan, flat=flat)
@@ -210,6 +212,7 @@ def _weights(adapter: Adapter) -> Path:
 
 
 def _tensors(path: Path) -> dict[str, TensorInfo]:
+    """By PEFT's names, whatever the file calls them."""
     try:
         tensors = read_header(path)
     except (AdapterInvalid, OSError) as error:
@@ -217,7 +220,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise AdapterUnsupported(f"tensor {name} is {tensor.dtype}; there are {sorted(DTYPES)}")
-    return tensors
+    return {name: tensors[key] for name, key in names_of_peft(tensors).items()}
 
 
 class _WeightsFile:
@@ -226,6 +229,7 @@ class _WeightsFile:
     def __init__(self, plan: AdapterPlan) -> None:
         path = _weights(plan.adapter)
         self._tensors = plan.tensors
+        self._is_adalora = plan.config.is_adalora
         try:
             self._bytes = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
         except (OSError, RuntimeError) as error:
@@ -237,13 +241,21 @@ class _WeightsFile:
         aligned = own if info.begin % dtype.itemsize == 0 else own.clone()
         return aligned.view(dtype).view(info.shape)
 
-    def part(self, module: str, part: str) -> Tensor:
-        """Of a module's LoRA: its `lora_A`, `lora_B` or `lora_magnitude_vector`."""
-        name = f"{PREFIX}{module}.{part}"
+    def find(self, name: str) -> Tensor:
+        """By its name without PEFT's prefix, and with or without `.weight` at its end."""
+        name = PREFIX + name
         return self.tensor(name if name in self._tensors else f"{name}.weight")
+
+    def part(self, module: str, part: str) -> Tensor:
+        """Of a module's LoRA: its `lora_A`, `lora_B`, `lora_E` or `lora_magnitude_vector`."""
+        return self.find(f"{module}.{part}")
 
     def halves(self, module: str) -> tuple[Tensor, Tensor]:
         return self.part(module, "lora_A"), self.part(module, "lora_B")
+
+    def with_singular_values(self, module: str, a: Tensor) -> Tensor:
+        """AdaLoRA's E·A, for B·(E·A) is a LoRA as any other (arXiv 2303.10512, eq. 3); A without an E."""
+        return a.float() * self.part(module, "lora_E").float() if self._is_adalora else a
 
 
 def _group_by_module(
@@ -290,9 +302,10 @@ def _check_names(config: LoraConfig, parts: Iterable[str], base: Base) -> None:
             )
         if name not in base.modules:
             raise AdapterMismatch(f"the base model has no linear layer {name}")
-        if config.ties_weights and name == base.tied_head:  # PEFT took it out of the targets
-            raise AdapterUnsupported(TYING)
-        if not config.targets(name):
+        if name == base.tied_head and config.tied == "saved":
+            raise AdapterUnsupported(f"LoRA on {name}, which ensure_weight_tying has replaced, is not supported")
+        is_tied = name == base.tied_head and config.tied == "lora"  # PEFT took it out of the targets
+        if not config.targets(base.input_embedding if is_tied else name):
             raise AdapterInvalid(f"the file has weights for {name}, which target_modules does not name")
 
 
@@ -310,8 +323,11 @@ def _plan_module(
     expected: dict[str, tuple[int, ...]] = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
     if config.use_dora:
         expected["lora_magnitude_vector"] = (module.out_features,)
+    if config.is_adalora:
+        expected["lora_E"] = (rank, 1)
     if surplus := sorted(shapes.keys() - expected.keys()):
-        raise AdapterInvalid(f"{module.name} has {surplus[0]}, but use_dora is not set")
+        why = "peft_type is not ADALORA" if surplus[0] == "lora_E" else "use_dora is not set"
+        raise AdapterInvalid(f"{module.name} has {surplus[0]}, but {why}")
     for part, shape in expected.items():
         if part not in shapes:
             raise AdapterInvalid(f"{module.name} lacks {part}")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loraplex.engines.adapters.config import METHODS
 from loraplex.engines.adapters.finite import check_finite
 from loraplex.engines.adapters.safetensors_header import read_header
 from loraplex.engines.adapters.sources.base import RemoteFile
@@ -35,5 +36,7 @@ def check_config(path: Path) -> None:
         raise AdapterInvalid(f"{CONFIG} is not a JSON object")
     if "peft_type" not in config:
         raise AdapterInvalid(f"{CONFIG} has no peft_type")
-    if (kind := config["peft_type"]) != "LORA":
-        raise AdapterUnsupported(f"peft_type is {ascii(kind)[:80]}; only LORA adapters can be served")
+    if (kind := config["peft_type"]) not in METHODS:
+        raise AdapterUnsupported(
+            f"peft_type is {ascii(kind)[:80]}; only {' and '.join(METHODS)} adapters can be served"
+        )

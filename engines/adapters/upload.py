@@ -8,7 +8,7 @@ from typing import BinaryIO
 from loraplex.engines.adapters.disk import DiskCache, writing
 from loraplex.engines.adapters.screening import screen
 from loraplex.engines.adapters.sources.base import Workspace
-from loraplex.engines.adapters.sources.selection import WANTED
+from loraplex.engines.adapters.sources.selection import WANTED, refuse_shards
 from loraplex.engines.errors import AdapterInvalid, AdapterTooLarge
 
 
@@ -26,8 +26,9 @@ class Upload:
         self._held = ExitStack()
 
     def open(self, name: str) -> None:
-        """What comes next is of this file. Raises AdapterInvalid for one that is no adapter's, or comes twice."""
+        """What comes next is of this file. Raises AdapterError for one that is no adapter's, or comes twice."""
         if name not in WANTED:
+            refuse_shards([name])
             raise AdapterInvalid(f"{name[:200]!r} is no file of an adapter; those are {', '.join(WANTED)}")
         with writing("the upload"):
             self._close()

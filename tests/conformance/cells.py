@@ -197,6 +197,20 @@ def run_cell(directory: Path, feature: Feature, *, dtype: str = "float32") -> Ou
     return Outcome(error, different, stats.total_preemptions, stats.total_cached_prompt_tokens, changed)
 
 
+def run_few(core: EngineCore, adapter: Adapter, model: Any) -> Outcome:
+    """Two prompts beside the base's, held against `model`; nothing is forced."""
+    asked = [Asked(f"{who}-{number}", text, adapter if who == "own" else None)
+             for number, text in enumerate(prompts(1)[1:3]) for who in ("own", "base")]  # fmt: skip
+    answers = serve(core, asked)
+    error, different, changed = 0.0, 0, True
+    for number, one in enumerate(asked[::2]):
+        expected = expected_logprobs(model, one, answers[one.name].tokens)
+        error = max(error, relative_error(answers[one.name], expected))
+        different += num_different(answers[one.name], expected)
+        changed &= not torch.equal(answers[one.name].logprobs[0], answers[f"base-{number}"].logprobs[0])
+    return Outcome(error, different, 0, 0, changed)
+
+
 def make_core(directory: Path, dtype: str = "float32", num_blocks: int | None = 26, **engine: Any) -> EngineCore:
     """A core with so few blocks that the cells' requests preempt each other."""
     roomy = load_machine(settings(directory, dtype=dtype, **engine), lambda progress: None)

@@ -24,6 +24,9 @@ FORMS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "tokens-and-biased-lora-of-tied-head": (
         TIED, {"target_modules": [*QV, "lm_head"], "trainable_token_indices": [50, 3], "lora_bias": True},
     ),
+    "other-tokens-of-head": (
+        UNTIED, {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [50, 3], "lm_head": [7, 50, 3]}},
+    ),
     "saved-head-that-is-a-target": (UNTIED, {"target_modules": [*QV, "lm_head"], "modules_to_save": ["lm_head"]}),
     "saved-embeddings-that-are-a-target": (
         UNTIED, {"target_modules": [*QV, "embed_tokens"], "modules_to_save": ["embed_tokens"]},

@@ -69,6 +69,7 @@ def _without(name: str) -> dict[str, bytes]:
         (_without(CONFIG_NAME), {}, 400, "adapter_invalid"),
         (_without(WEIGHTS_NAME), {}, 400, "adapter_invalid"),
         ({**_without(WEIGHTS_NAME), "adapter_model.bin": b"x"}, {}, 400, "adapter_invalid"),
+        ({"adapter_model-00001-of-00002.safetensors": b"x"}, {}, 400, "adapter_unsupported"),
         ({**adapter_files(), "../escape.json": b"{}"}, {}, 400, "adapter_invalid"),
         ({**adapter_files(), "/etc/passwd": b"{}"}, {}, 400, "adapter_invalid"),
         ({**adapter_files(), CONFIG_NAME: b"{"}, {}, 400, "adapter_invalid"),

@@ -163,6 +163,11 @@ FILES: dict[str, tuple[dict[str, bytes], type[AdapterError], str]] = {
     "no config": (only(WEIGHTS_NAME), AdapterInvalid, "no adapter_config.json"),
     "no weights": (only(CONFIG_NAME), AdapterInvalid, "no adapter_model.safetensors"),
     "a pickle": (only(CONFIG_NAME, "adapter_model.bin"), AdapterInvalid, "pickle.*never read.*convert"),
+    "shards": (
+        only(CONFIG_NAME, "adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"),
+        AdapterUnsupported,
+        r"several files \(adapter_model-00001-of-00002.safetensors\); save them in one.*max_shard_size",
+    ),
     "a .pt": (only(CONFIG_NAME, "adapter.pt"), AdapterInvalid, r"pickle \(adapter.pt\)"),
     "a .pkl": (only(CONFIG_NAME, "adapter.pkl"), AdapterInvalid, r"pickle \(adapter.pkl\)"),
     "an empty config": (configured(b""), AdapterInvalid, "not valid JSON"),

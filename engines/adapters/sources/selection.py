@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from loraplex.engines.adapters.sources.base import RemoteFile
-from loraplex.engines.errors import AdapterInvalid, AdapterTooLarge
+from loraplex.engines.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -19,15 +20,20 @@ WANTED: dict[str, int | None] = {
     "added_tokens.json": 4 * 2**20,
     "chat_template.jinja": 2**20,
 }
+_SHARD = re.compile(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def select(names: Iterable[str]) -> Sequence[str]:
-    """The wanted names among those a source has, sorted. Raises AdapterInvalid where a necessary one lacks."""
+    """The wanted names among those a source has, sorted.
+
+    Raises AdapterInvalid where a necessary one lacks, AdapterUnsupported where it is in shards.
+    """
     present = set(names)
     if CONFIG not in present:
         raise AdapterInvalid(f"there is no {CONFIG}; PEFT's save_pretrained writes it beside the weights")
     if WEIGHTS not in present:
+        refuse_shards(present)
         pickles = sorted(name for name in present if name.endswith(_PICKLES))
         if pickles:
             raise AdapterInvalid(
@@ -36,6 +42,15 @@ def select(names: Iterable[str]) -> Sequence[str]:
             )
         raise AdapterInvalid(f"there is no {WEIGHTS}")
     return sorted(present & WANTED.keys())
+
+
+def refuse_shards(names: Iterable[str]) -> None:
+    """Raises AdapterUnsupported where one is a part of weights in several files, which PEFT cannot read either."""
+    if shards := sorted(name for name in names if _SHARD.fullmatch(name)):
+        raise AdapterUnsupported(
+            f"the weights are in several files ({shards[0][:80]}); save them in one, {WEIGHTS}: with PEFT's "
+            "save_pretrained, or with transformers' and a larger max_shard_size"
+        )
 
 
 def check_sizes(files: Iterable[RemoteFile], max_bytes: int) -> None:

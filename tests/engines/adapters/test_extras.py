@@ -28,7 +28,7 @@ def weight() -> Tensor:
 
 def compare(own: Tensor, ours: Tensor) -> None:
     """Raises AdapterUnsupported where the file's is no copy of the base's."""
-    plan = ExtraPlan((), (), {"own": "ours"}, {}, 0)
+    plan = ExtraPlan((), (), {"own": "ours"}, {}, {}, 0)
     pieces.exhaust(read_extras(plan, torch.empty(0), {"own": own}.__getitem__, {"ours": ours}.__getitem__))
 
 

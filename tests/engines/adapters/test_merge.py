@@ -107,6 +107,20 @@ def test_merge_is_pefts_on_the_same_products(
         assert difference <= 2 * TOLERANCE * torch.linalg.norm(expected), module
 
 
+def test_merge_of_a_state_dict_is_that_of_what_peft_saves(tmp_path: Path) -> None:
+    parts = [write_lora(tmp_path / "a", 1, 4), write_lora(tmp_path / "b", 2, 7)]
+    for out in ("plain", "named"):
+        (tmp_path / out).mkdir()
+        merge(recipe(parts, "ties"), tmp_path / out)
+        file = parts[0] / "adapter_model.safetensors"
+        named = {
+            key.removeprefix(PREFIX).replace(".weight", ".default.weight"): t for key, t in load_file(file).items()
+        }
+        save_file(named, file)
+    one, other = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("plain", "named"))
+    assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
 def test_merge_is_pefts_add_weighted_adapter(tmp_path: Path) -> None:
     """The whole way, as PEFT does it on a model: `ties_svd` with as many singular values as there are."""
 
@@ -169,6 +183,7 @@ def test_chance_is_the_recipes_own() -> None:
     ("config", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "ADALORA", "rank_pattern": None}, "bbbb is an AdaLoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "invocation"),
         ({"modules_to_save": ["lm_head"]}, "bbbb has modules_to_save"),  # though the file has no such tensor
         ({"trainable_token_indices": [3]}, "bbbb has trainable_token_indices"),

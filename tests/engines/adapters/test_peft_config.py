@@ -107,7 +107,7 @@ def test_pattern_that_is_none_as_a_part_of_ours_is_refused(tmp_path: Path, patte
         config.targets("model.layers.0.self_attn.q_proj")
 
 
-FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+FIELDS = [field.name for field in dataclasses.fields(peft.AdaLoraConfig)]
 _VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -121,11 +121,15 @@ _VALUES = st.recursive(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), _VALUES, max_size=4))
-def test_read_config_any_fields_are_sound_or_refused_in_short(tmp_path: Path, fields: dict[str, Any]) -> None:
+@given(
+    fields=st.dictionaries(st.sampled_from(FIELDS), _VALUES, max_size=4), method=st.sampled_from(["LORA", "ADALORA"])
+)
+def test_read_config_any_fields_are_sound_or_refused_in_short(
+    tmp_path: Path, fields: dict[str, Any], method: str
+) -> None:
     told = ""
     try:
-        config = read_config(write(tmp_path, **{**fields, "peft_type": "LORA"}))
+        config = read_config(write(tmp_path, **{**fields, "peft_type": method}))
         for module in MODULES[::5]:
             config.targets(module)
             config.saves(module)

@@ -274,18 +274,6 @@ ON_TIED = {
         AdapterSpec("weight", 4, ("q_proj",), (("target_parameters", ["lm_head.weight"]), TRAINED_TOKENS)),
         "target_parameters names lm_head.weight, which trainable_token_indices changes as well",
     ),
-    "LoRA of the embeddings, tied": (
-        AdapterSpec("tied-embeddings", 4, ("q_proj", "embed_tokens"), (("ensure_weight_tying", True),)),
-        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
-    ),
-    "LoRA of the head, tied": (
-        AdapterSpec("tied-head", 4, ("q_proj", "lm_head"), (("ensure_weight_tying", True),)),
-        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
-    ),
-    "trained tokens, tied": (
-        AdapterSpec("tied-tokens", 4, ("q_proj",), (("ensure_weight_tying", True), TRAINED_TOKENS)),
-        "ensure_weight_tying = True is not supported with a base that ties its embeddings",
-    ),
 }
 
 
