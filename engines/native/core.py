@@ -275,6 +275,7 @@ class EngineCore:
                 own_ends = sequence.request.sampling.end_token_ids
                 sequence.constraint = self._grammars.constraint(grammar, own_ends)
                 del self._unconstrained[sequence.request_id]
+                self.scheduler.make_ready(sequence)
             except InvalidRequest as error:
                 self._fail(sequence, error)
 
