@@ -33,7 +33,7 @@ from loraplex.engines.native.pooling import Pool
 from loraplex.engines.native.residency import Residency
 from loraplex.engines.native.scheduler import Emission, Limits, Scheduler
 from loraplex.engines.native.sequence import Sequence
-from loraplex.engines.protocol import AdapterResidency, EmbedRequest, GenerateRequest, SamplingParams
+from loraplex.engines.protocol import AdapterResidency, EmbedRequest, GenerateRequest, Grammar, SamplingParams
 from loraplex.engines.stats import EngineStats
 from loraplex.engines.uses import uses_of
 
@@ -76,7 +76,7 @@ class EngineCore:
         self._sequences: dict[str, Sequence] = {}
         self._unsettled: dict[str, Sequence] = {}  # whose adapters were not known together so far
         self._num_pins = 0
-        self._unconstrained: dict[str, Sequence] = {}  # whose grammars are being compiled
+        self._unconstrained: dict[Grammar, dict[str, Sequence]] = {}  # by the grammar that each waits for
         self._failed: list[Emission] = []
         self._prompt_tokens = self._generated = self._num_finished = self._num_aborted = self._num_failed = 0
 
@@ -119,9 +119,9 @@ class EngineCore:
             self.adapters.enter(part.adapter)
         if request.parts:
             self._unsettled[request.request_id] = sequence
-        if request.sampling.grammar is not None:
-            self._grammars.begin(request.sampling.grammar, request.tenant)
-            self._unconstrained[request.request_id] = sequence
+        if (grammar := request.sampling.grammar) is not None:
+            self._grammars.begin(grammar, request.tenant)
+            self._unconstrained.setdefault(grammar, {})[request.request_id] = sequence
         self.scheduler.add(sequence)
         self._deadlines.add(sequence)
         self._shed()
@@ -221,10 +221,16 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._unsettled.pop(sequence.request_id, None)
-        if self._unconstrained.pop(sequence.request_id, None) is not None:
-            self._grammars.forget_all_but(one.request.sampling.grammar for one in self._unconstrained.values())
+        if (grammar := sequence.request.sampling.grammar) is not None:
+            self._await_no_more(sequence.request_id, grammar)
         for adapter_id in sequence.adapter_ids:
             self.adapters.leave(adapter_id)
+
+    def _await_no_more(self, request_id: str, grammar: Grammar) -> None:
+        waiting = self._unconstrained.get(grammar, {})
+        if waiting.pop(request_id, None) is not None and not waiting:
+            del self._unconstrained[grammar]
+            self._grammars.give_up(grammar)
 
     def _shed(self) -> None:
         if len(self.scheduler.waiting) > self._max_waiting:
@@ -267,16 +273,14 @@ class EngineCore:
 
     def _constrain(self) -> None:
         """Give sequences their grammars, as soon as these are compiled."""
-        for sequence in list(self._unconstrained.values()):
-            grammar = sequence.request.sampling.grammar
-            if grammar is None or not self._grammars.is_ready(grammar, sequence.request.tenant):
-                continue
-            try:
-                own_ends = sequence.request.sampling.end_token_ids
-                sequence.constraint = self._grammars.constraint(grammar, own_ends)
-                del self._unconstrained[sequence.request_id]
-            except InvalidRequest as error:
-                self._fail(sequence, error)
+        for grammar in self._grammars.ready():
+            for sequence in self._unconstrained.pop(grammar, {}).values():
+                try:
+                    sequence.constraint = self._grammars.constraint(grammar, sequence.request.sampling.end_token_ids)
+                except InvalidRequest as error:
+                    self._fail(sequence, error)
+                else:
+                    self.scheduler.make_ready(sequence)
 
     def _fail_adapter(self, adapter_id: str, error: AdapterError) -> None:
         """An adapter cannot be had: every request that waits for it ends with the reason."""

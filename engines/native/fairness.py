@@ -7,12 +7,16 @@ largest batch (theorem 4.2 there), and nobody waits while there is room: the ord
 
 Work in the background goes after everybody's other requests. Among itself it is as fair, and it is counted apart: what
 a tenant had of a machine that was idle is not held against its users.
+
+A request that is not ready, as its grammar is still being compiled, waits like the others, but has no turn: a step does
+not look at it, however many there are.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from loraplex.engines.native.sequence import Sequence
@@ -33,6 +37,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._queues: dict[Lane, deque[Sequence]] = {}
+        self._ready: dict[Lane, list[Sequence]] = {}  # those of a queue that are, unless that has to be found anew
         self._counters: dict[Lane, float] = {}
         self._last_active: dict[bool, Lane] = {}
 
@@ -45,7 +50,7 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         """In the order of service, as far as it can be foreseen: one of each tenant in turn, least served first."""
         for is_background in (False, True):
-            lanes = [lane for lane in self._in_turn() if lane.is_background == is_background]
+            lanes = [lane for lane in sorted(self._queues, key=self._rank) if lane.is_background == is_background]
             queues = [deque(self._queues[lane]) for lane in lanes]
             while queues:
                 for queue in queues:
@@ -61,14 +66,35 @@ class FairQueue:
         queue = self._queues[lane]
         lower = (at for at, other in enumerate(queue) if other.request.priority < sequence.request.priority)
         queue.insert(next(lower, len(queue)), sequence)
+        if sequence.is_ready:
+            self.make_ready(sequence)
 
-    def first(self, skipped: Set[Sequence] = frozenset()) -> Sequence | None:
-        """Whose turn it is, leaving out some; None where nobody is left."""
-        for lane in self._in_turn():
-            for sequence in self._queues[lane]:
-                if sequence not in skipped:
-                    return sequence
-        return None
+    def make_ready(self, sequence: Sequence) -> None:
+        """A waiting sequence has what it needs from now on, and its turn at the place it had."""
+        self._ready.pop(_lane(sequence), None)
+
+    def in_turn(self) -> Iterator[Sequence]:
+        """Those that are ready, as their turns come: each once, whether it is then removed or left waiting.
+
+        Counters may grow meanwhile; what comes in is in the next walk only.
+        """
+        lanes = [(self._rank(lane), number, lane) for number, lane in enumerate(self._queues) if self._ready_of(lane)]
+        heapq.heapify(lanes)
+        left: dict[Lane, Iterator[Sequence]] = {}
+        while lanes:
+            rank, number, lane = lanes[0]
+            if lane not in left:
+                left[lane] = iter(tuple(self._ready_of(lane)))
+            if (sequence := next(left[lane], None)) is None:
+                heapq.heappop(lanes)
+                continue
+            yield sequence
+            if lane in self._queues and (new_rank := self._rank(lane)) != rank:
+                heapq.heapreplace(lanes, (new_rank, number, lane))
+
+    def first(self) -> Sequence | None:
+        """Whose turn it is; None where nobody is ready."""
+        return next(self.in_turn(), None)
 
     def last_of_the_longest(self) -> Sequence | None:
         """Of the tenant with most requests waiting, the one that comes last of those not begun; None without any.
@@ -86,6 +112,7 @@ class FairQueue:
         """A preempted sequence: first of its tenant again."""
         lane = _lane(sequence)
         self._queues.setdefault(lane, deque()).appendleft(sequence)
+        self.make_ready(sequence)
         self._counters.setdefault(lane, 0.0)
 
     def remove(self, sequence: Sequence) -> None:
@@ -94,8 +121,11 @@ class FairQueue:
         if sequence not in self:
             raise ValueError(f"{sequence.request_id} is not waiting")
         self._queues[lane].remove(sequence)
+        if sequence in (ready := self._ready.get(lane, [])):
+            ready.remove(sequence)
         if not self._queues[lane]:
             del self._queues[lane]
+            self._ready.pop(lane, None)
             self._last_active[lane.is_background] = lane
 
     def charge(self, sequence: Sequence, cost: float) -> None:
@@ -106,11 +136,14 @@ class FairQueue:
     def counter(self, tenant: str, *, is_background: bool = False) -> float:
         return self._counters.get(Lane(is_background, tenant), 0.0)
 
-    def _in_turn(self) -> list[Lane]:
-        """Whoever waits: the foreground, least served first, then the background. Between equals the shorter queue."""
-        return sorted(
-            self._queues, key=lambda lane: (lane.is_background, self._counters[lane], len(self._queues[lane]))
-        )
+    def _ready_of(self, lane: Lane) -> list[Sequence]:
+        if lane not in self._ready:
+            self._ready[lane] = [sequence for sequence in self._queues[lane] if sequence.is_ready]
+        return self._ready[lane]
+
+    def _rank(self, lane: Lane) -> tuple[bool, float, int]:
+        """The foreground, least served first, then the background. Between equals the shorter queue."""
+        return lane.is_background, self._counters[lane], len(self._queues[lane])
 
     def _lift(self, lane: Lane) -> None:
         peers = [self._counters[other] for other in self._queues if other.is_background == lane.is_background]

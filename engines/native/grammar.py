@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
+from queue import SimpleQueue
 
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
@@ -116,48 +117,66 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles each grammar once. `begin` early, `constraint` once `is_ready`."""
+    """Compiles each grammar once. Whoever began one awaits it, until `ready` tells it or nobody wants it any more.
+
+    What is awaited is never evicted, so that nothing is compiled again for the same request.
+    """
 
     def __init__(self, directory: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._awaited: dict[Grammar, Future[LLMatcher]] = {}
+        self._ended: SimpleQueue[tuple[Grammar, Future[LLMatcher]]] = SimpleQueue()  # of the awaited, by any thread
+        self._kept: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()  # compiled ones, oldest first
+        self._num_kept_characters = 0
         self._trial = GrammarTrial(_NUM_THREADS)
         self._threads = FairThreads(_NUM_THREADS, 1, "grammar")
 
     @property
     def is_compiling(self) -> bool:
-        return any(not future.done() for future in self._compiled.values())
+        """Whether `ready` has something to tell, now or later."""
+        return bool(self._awaited)
 
     def begin(self, grammar: Grammar, tenant: str = "") -> None:
         """Compile it when it is the tenant's turn, if that was not begun before."""
-        if grammar not in self._compiled:
-            self._compiled[grammar] = self._threads.submit(tenant, partial(self._compile, grammar))
-        self._compiled.move_to_end(grammar)
-        num_kept = num_characters = 0
-        for known in [known for known, future in reversed(self._compiled.items()) if future.done()]:
-            num_kept, num_characters = num_kept + 1, num_characters + len(known.source)
-            if known != grammar and (num_kept > _MAX_KEPT or num_characters > _MAX_KEPT_CHARACTERS):
-                del self._compiled[known]
+        if grammar in self._awaited:
+            return
+        if grammar in self._kept:
+            future = self._kept.pop(grammar)
+            self._num_kept_characters -= len(grammar.source)
+        else:
+            future = self._threads.submit(tenant, partial(self._compile, grammar))
+        self._awaited[grammar] = future
+        future.add_done_callback(lambda ended: self._ended.put((grammar, ended)))
 
-    def forget_all_but(self, wanted: Iterable[Grammar | None]) -> None:
-        """Nobody waits for others any more: those that were not begun to be compiled never are."""
-        kept = {*wanted}
-        for known in [known for known in self._compiled if known not in kept]:
-            if self._compiled[known].cancel():
-                del self._compiled[known]
+    def give_up(self, grammar: Grammar) -> None:
+        """Nobody waits for it any more: if its compiling was not begun, it never is."""
+        if grammar in self._awaited and self._awaited[grammar].cancel():
+            del self._awaited[grammar]
 
-    def is_ready(self, grammar: Grammar, tenant: str = "") -> bool:
-        self.begin(grammar, tenant)
-        return self._compiled[grammar].done()
+    def ready(self) -> Iterator[Grammar]:
+        """Those awaited that have been compiled since, or could not be; each has its `constraint` until the next."""
+        while not self._ended.empty():
+            grammar, future = self._ended.get()
+            if not future.cancelled():
+                del self._awaited[grammar]
+                self._keep(grammar, future)
+                yield grammar
+
+    def _keep(self, grammar: Grammar, future: Future[LLMatcher]) -> None:
+        self._kept[grammar] = future
+        self._num_kept_characters += len(grammar.source)
+        while len(self._kept) > 1 and (len(self._kept) > _MAX_KEPT or self._num_kept_characters > _MAX_KEPT_CHARACTERS):
+            oldest, _ = self._kept.popitem(last=False)
+            self._num_kept_characters -= len(oldest.source)
 
     def constraint(self, grammar: Grammar, own_ends: Sequence[int] = ()) -> Constraint:
         """At the grammar's beginning; where it may end, so it may with `own_ends`, which are the answer's alone.
 
         Raises InvalidRequest where it could not be compiled.
         """
-        matcher = self._compiled[grammar].result().deep_copy()
+        matcher = self._kept[grammar].result().deep_copy()
         return Constraint(matcher, self._vocab_size, self._eos_token_ids, own_ends)
 
     @cached_property

@@ -95,6 +95,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
 
+    def make_ready(self, sequence: Sequence) -> None:
+        """It has all that it needs besides its adapters from now on."""
+        self.waiting.make_ready(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks are free when this returns."""
         if sequence in self.running:
@@ -205,7 +209,7 @@ class Scheduler:
         return all(running.request.tenant != sequence.request.tenant for running in self.running)
 
     def _can_start(self, sequence: Sequence) -> bool:
-        return sequence.is_ready and all(adapter_id in self._residency for adapter_id in sequence.adapter_ids)
+        return all(adapter_id in self._residency for adapter_id in sequence.adapter_ids)
 
     def _continue_all(self, sequences: list[Sequence], plan: Plan) -> None:
         for sequence in sequences:
@@ -280,14 +284,17 @@ class Scheduler:
         """
         skipped: set[Sequence] = set()
         coming = self._coming_keys() if self.waiting else set()
+        turns, num_preemptions = self.waiting.in_turn(), self.num_preemptions
         while plan.budget:
-            sequence = self.waiting.first(skipped=skipped)
+            sequence = next(turns, None)
             if sequence is None:
                 return
+            if sequence in skipped:
+                continue
             if newcomers_only and not (sequence.num_uncomputed <= plan.budget and self._is_newcomer(sequence)):
                 return
             if not self._can_start(sequence):
-                if sequence.is_ready and self._lacks_room(sequence) and self._has_waited(sequence):
+                if self._lacks_room(sequence) and self._has_waited(sequence):
                     return
                 skipped.add(sequence)
                 continue
@@ -311,6 +318,8 @@ class Scheduler:
             self._start(sequence)
             plan.add(sequence, chunk)
             coming.update(self._keys_to_compute(sequence))
+            if self.num_preemptions > num_preemptions:  # whoever made way is waiting again
+                turns, num_preemptions = self.waiting.in_turn(), self.num_preemptions
 
     def _lacks_room(self, sequence: Sequence) -> bool:
         return not self._residency.lacking.isdisjoint(sequence.adapter_ids)

@@ -133,7 +133,7 @@ def test_grammars_follow_a_tiktoken_vocabulary(tmp_path: Path) -> None:
     grammars = Grammars(tmp_path, first + 3, frozenset({first + 1}))
     grammar = Grammar(kind="choice", source='["yes", "no"]')
     grammars.begin(grammar)
-    while not grammars.is_ready(grammar):
+    while grammar not in grammars.ready():
         pass
     [mask] = grammars.constraint(grammar).masks([])
     admitted = {token_id for token_id in range(first) if mask[token_id // 8] >> token_id % 8 & 1}

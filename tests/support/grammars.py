@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from support.core import prompt_of, request, tokens
 from support.models import make_tokenizer
 
@@ -30,7 +32,8 @@ def ids_of(text: str) -> list[int]:
 def begin(grammars: Grammars, regex: str) -> Constraint:
     """At its beginning, once it is compiled."""
     grammar = Grammar(kind="regex", source=regex)
-    while not grammars.is_ready(grammar):
+    grammars.begin(grammar)
+    while grammar not in grammars.ready():
         pass
     return grammars.constraint(grammar)
 
@@ -44,3 +47,17 @@ def json_request(name: str, schema: Any, **options: Any) -> Any:
     grammar = Grammar(kind="json_schema", source=json.dumps(schema))
     options = {"max_tokens": 600, "temperature": 1.0, "seed": 3, "logit_bias": closing_bias(), **options}
     return request(name, prompt_of(len(name), 9), grammar=grammar, **options)
+
+
+def spy_on_compiling(monkeypatch: pytest.MonkeyPatch, first: Callable[[], object] = lambda: None) -> list[str]:
+    """Sources in the order in which they are compiled, each after `first`."""
+    compiled: list[str] = []
+    original = Grammars._compile
+
+    def compile_noted(self: Grammars, grammar: Grammar) -> object:
+        first()
+        compiled.append(grammar.source)
+        return original(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", compile_noted)
+    return compiled

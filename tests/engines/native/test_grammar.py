@@ -6,20 +6,20 @@ import dataclasses
 import json
 import re
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from support.core import make_core, prompt_of, request, run, tokens
-from support.grammars import END, begin, ids_of, json_request, text_of
+from support.grammars import END, begin, ids_of, json_request, spy_on_compiling, text_of
 from support.json_schemas import SCHEMAS
 from support.models import make_tokenizer
 from support.worlds import SmallWorld
 from tokenizers import Tokenizer, models
 
 from loraplex.engines.errors import InvalidRequest
+from loraplex.engines.native import grammar as grammar_module
 from loraplex.engines.native.core import EngineCore
 from loraplex.engines.native.grammar import Grammars
 from loraplex.engines.protocol import Grammar
@@ -228,20 +228,30 @@ def test_grammar_that_breaks_while_it_is_followed_fails_alone(
     assert core.blocks.num_used == 0
 
 
-def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld) -> None:
+def test_compiled_grammar_is_kept_and_old_ones_leave(small: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = spy_on_compiling(monkeypatch)
     grammars = Grammars(small.directory, 320, frozenset([257]))
-    first = Grammar(kind="regex", source="a0")
-    for number in range(300):
-        grammars.begin(Grammar(kind="regex", source=f"a{number}"))
-        grammars.begin(first)
-    while grammars.is_compiling:
-        pass
-    grammars.begin(first)
-    assert len(grammars._compiled) == 256
-    assert first in grammars._compiled
-    one, other = grammars.constraint(first), grammars.constraint(first)
+    one = begin(grammars, "a0")
+    for number in range(1, 300):
+        begin(grammars, f"a{number}")
+        other = begin(grammars, "a0")
+    begin(grammars, "a299")
+    assert compiled == [f"a{number}" for number in range(300)]
+    begin(grammars, "a1")
+    assert compiled.pop() == "a1"
+    assert len(grammars._kept) == 256
     one.consume(one.forced()[0])
     assert one.masks(()) != other.masks(())
+
+
+def test_grammars_are_kept_as_far_as_their_characters_go(small: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest stays whatever its size."""
+    monkeypatch.setattr(grammar_module, "_MAX_KEPT_CHARACTERS", 6)
+    compiled = spy_on_compiling(monkeypatch)
+    grammars = Grammars(small.directory, 320, frozenset([257]))
+    for source in ("aaa", "bbb", "aaa", "cc", "aaa", "ccccccc", "ccccccc", "aaa"):
+        begin(grammars, source)
+    assert compiled == ["aaa", "bbb", "cc", "ccccccc", "aaa"]
 
 
 def test_model_without_tokenizer_json_refuses_grammars(tmp_path: Path) -> None:
@@ -301,27 +311,3 @@ def test_grammar_that_would_end_the_process_is_its_requests_error_alone(small: S
     error = found["hostile"][-1].error
     assert isinstance(error, InvalidRequest)
     assert "go too deep" in str(error)
-
-
-def test_grammars_that_nobody_waits_for_are_not_compiled(small: SmallWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two are being compiled; of those behind them one is still wanted when the others' clients have left."""
-    compiled: list[str] = []
-    gate = threading.Event()
-    original = Grammars._compile
-
-    def slowly(self: Grammars, grammar: Grammar) -> object:
-        gate.wait(30)
-        compiled.append(grammar.source)
-        return original(self, grammar)
-
-    monkeypatch.setattr(Grammars, "_compile", slowly)
-    core = make_core(small)
-    sources = ["aa", "bb", "cc", "dd", "cc", "ee"]
-    for number, source in enumerate(sources):
-        core.submit(request(str(number), prompt_of(number, 8), grammar=Grammar(kind="regex", source=source)))
-    for number in (0, 2, 3, 5):
-        core.end(str(number), aborted=True)
-    gate.set()
-    found = run(core)
-    assert sorted(compiled) == ["aa", "bb", "cc"]
-    assert {name: one[-1].finish_reason for name, one in found.items()} == {"1": "stop", "4": "stop"}
