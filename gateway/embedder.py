@@ -1,7 +1,7 @@
 """Texts' tokens -> vectors, admitted, counted and settled like every request; nothing is generated for them."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,7 +22,11 @@ from loraplex.gateway.idempotency import tell_meter
 from loraplex.gateway.metrics import Metrics
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.answers import computed_with
+from loraplex.gateway.prompts import apart
+from loraplex.gateway.replies import EncodedJson
 from loraplex.gateway.sse import together
+
+_MANY_NUMBERS = 16_384  # fewer are JSON in a few milliseconds, more in a thread
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -57,8 +61,13 @@ class Embedder:
         self._model = model
         self._at_once = at_once
 
-    async def embed(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[Vector]:
-        """A vector for each prompt, in order. Raises what the engine and the limits raise, and ClientLeft."""
+    async def embed(
+        self, request: Request[Any, Any, Any], wanted: Wanted, encode: Callable[[list[Vector]], bytes]
+    ) -> EncodedJson:
+        """What `encode` makes of a vector for each prompt, in order; of many it does so in a thread.
+
+        Raises what the engine and the limits raise, and ClientLeft.
+        """
         asked = self._requests(request, wanted)
         demand = _demand(request, wanted, asked)
         meter = await self._accounts.open(caller_of(request), demand, partial(tell_limits, request))
@@ -69,18 +78,24 @@ class Embedder:
             async with at_once:
                 return await self._engine.embed(wish)
 
+        def told() -> bytes:
+            return encode([_shortened(embedding.values, wanted.dimensions, asked[0]) for embedding in found])
+
         try:
             with self._metrics.counted(wanted.model, asked[0]), holding(self._store, asked[0].parts):
                 with meter.working():
                     found = await unless_client_leaves(
                         request.scope, request.receive, together([one(wish) for wish in asked])
                     )
+            meter.saw_prompts(sum(embedding.num_cached_tokens for embedding in found))
+            is_long = sum(len(embedding.values) for embedding in found) > _MANY_NUMBERS
+            encoding = apart(request, told, is_long=is_long, is_counted=False)  # it is already
+            encoded = await unless_client_leaves(request.scope, request.receive, encoding)
         except BaseException as error:
             meter.settle(error)
             raise
-        meter.saw_prompts(sum(embedding.num_cached_tokens for embedding in found))
         meter.settle()
-        return [_shortened(embedding.values, wanted.dimensions, asked[0]) for embedding in found]
+        return EncodedJson(encoded)
 
     def _requests(self, request: Request[Any, Any, Any], wanted: Wanted) -> list[EmbedRequest]:
         caller = caller_of(request)

@@ -64,17 +64,38 @@ async def chat_requests(
     Raises PromptTooLong or MalformedRequest, naming the field, InvalidRequest where the template refuses, and what
     `apart` raises.
     """
-    body = dialogue.body
+    encode = partial(chat_prompt, dialogue, engine.info().max_model_len)
+    prompt = await apart(request, encode, is_long=dialogue.is_long)
+    return await chat_choices(request, dialogue, prompt, completion_id, route, engine)
+
+
+def chat_prompt(dialogue: Dialogue, max_model_len: int) -> tuple[list[int], int]:
+    """A chat's tokens, and how many may follow. For any thread.
+
+    Raises PromptTooLong, naming the field, or InvalidRequest where the template refuses.
+    """
+    body, wanted = dialogue.body, dialogue.max_tokens
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted = dialogue.max_tokens
-    max_model_len = engine.info().max_model_len
-    room = room_of(body.truncate_prompt_tokens, max_model_len, wanted or 1)
     with too_long("messages", max_model_len):
-        prompt = await apart(request, partial(dialogue.encode, room), is_long=dialogue.is_long)
-    limit = _limit(len(prompt), "messages", wanted, field, max_model_len)
+        prompt = dialogue.encode(room_of(body.truncate_prompt_tokens, max_model_len, wanted or 1))
+    return prompt, _limit(len(prompt), "messages", wanted, field, max_model_len)
+
+
+async def chat_choices(
+    request: Request[Any, Any, Any],
+    dialogue: Dialogue,
+    prompt: tuple[list[int], int],
+    completion_id: str,
+    route: Route,
+    engine: Engine,
+) -> list[GenerateRequest]:
+    """One request for each choice behind what `chat_prompt` gave.
+
+    Raises MalformedRequest, naming the field, and what `apart` raises.
+    """
     tenant_id = caller_of(request).tenant_id
-    sampling = await _sampling_of(request, body, engine, dialogue.tokenizer, 1)
-    made = _choices(body, sampling, [(prompt, limit)], completion_id, route, tenant_id)
+    sampling = await _sampling_of(request, dialogue.body, engine, dialogue.tokenizer, 1)
+    made = _choices(dialogue.body, sampling, [prompt], completion_id, route, tenant_id)
     return dialogue.hold(made)
 
 

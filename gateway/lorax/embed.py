@@ -3,20 +3,21 @@
 import secrets
 from typing import Any
 
-from litestar import Request, Response
+import msgspec
+from litestar import Request
 from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
 from msgspec import Struct
 
 from loraplex.engines.protocol import Engine
 from loraplex.gateway.decoding import Body
-from loraplex.gateway.embedder import Embedder, Wanted
+from loraplex.gateway.embedder import Embedder, Vector, Wanted
 from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.health import require_ready
 from loraplex.gateway.lorax.generate import label
 from loraplex.gateway.lorax.problems import respond_flat
 from loraplex.gateway.lorax.requests import tokens_of
-from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import MergedAdapters, RequestAdapters
 
 
@@ -47,7 +48,7 @@ def embed_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedder) 
     """The handler of this resource."""
 
     @inference_post("/embed", exception_handlers={Exception: respond_flat})
-    async def embed(request: Request[Any, Any, Any]) -> Response[bytes]:
+    async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         if body.stream:
             raise MalformedRequest("`stream` is for generated text", "stream")
@@ -71,7 +72,10 @@ def embed_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedder) 
             route=route,
             prompts=[await tokens_of(request, body.inputs, route, engine, truncate=said.truncate)],
         )
-        [vector] = await embedder.embed(request, wanted)
-        return json_reply(EmbedResponse(vector.tolist()))
+        return await embedder.embed(request, wanted, _encoded)
 
     return [embed]
+
+
+def _encoded(vectors: list[Vector]) -> bytes:
+    return msgspec.json.encode(EmbedResponse(vectors[0].tolist()))

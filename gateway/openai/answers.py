@@ -32,9 +32,12 @@ from loraplex.gateway.metrics import Metrics, Watch
 from loraplex.gateway.middleware import request_id_of, tell_limits
 from loraplex.gateway.openai.wire import PromptTokensDetails, Usage
 from loraplex.gateway.prompt_log import PromptLog
+from loraplex.gateway.prompts import apart
 from loraplex.gateway.replies import EncodedJson
 from loraplex.gateway.sse import OPENAI, Framing, Generation, Relay, StreamResponse, event_source, together
 from loraplex.gateway.turns import Turns
+
+LONG_ANSWER = 1024  # tokens and log-probabilities; fewer are JSON in a few milliseconds, more in a thread
 
 
 class Asked(Protocol):
@@ -82,7 +85,7 @@ class Wire(Protocol):
         ...
 
     def whole(self, choices: Sequence[Sequence[TokenEvent]], usage: Usage) -> bytes:
-        """The answer at once, as JSON."""
+        """The answer at once, as JSON. For any thread."""
         ...
 
 
@@ -161,7 +164,7 @@ class Answers:
             generations = [partial(self._generate, label, choice, meter, turns, stopping()) for choice in choices]
             if body.stream:
                 return await self._stream(request, answer, generations, body, framing)
-            collected = await unless_client_leaves(request.scope, request.receive, answer.collect(generations))
+            collected = await unless_client_leaves(request.scope, request.receive, answer.collect(request, generations))
         except BaseException as error:
             if isinstance(error, EngineOverloaded):
                 meter.forget_answer()
@@ -318,8 +321,8 @@ class _Answer:
         self._before_end = before_end
         self._begun: set[int] = set()
 
-    async def collect(self, generations: Sequence[Generation]) -> bytes:
-        """The whole answer at once."""
+    async def collect(self, request: Request[Any, Any, Any], generations: Sequence[Generation]) -> bytes:
+        """The whole answer at once; a long one is encoded in a thread."""
         choices: list[list[TokenEvent]] = [[] for _ in generations]
 
         def take(number: int, event: TokenEvent) -> None:
@@ -328,7 +331,8 @@ class _Answer:
             choices[number].append(event)
 
         await together([generate(number, take) for number, generate in enumerate(generations)])
-        whole = self._wire.whole(choices, self._usage())
+        encode, is_long = partial(self._wire.whole, choices, self._usage()), _is_long(choices)
+        whole = await apart(request, encode, is_long=is_long, is_counted=False)  # it is already
         if self._before_end is not None:
             await self._before_end()
         return whole
@@ -362,6 +366,16 @@ class _Answer:
         details = PromptTokensDetails(cached_tokens=meter.num_cached_tokens)
         total = meter.num_prompt_tokens + meter.num_completion_tokens
         return Usage(meter.num_prompt_tokens, meter.num_completion_tokens, total, details)
+
+
+def _is_long(choices: Sequence[Sequence[TokenEvent]]) -> bool:
+    return sum(_num_told(event) for events in choices for event in events) > LONG_ANSWER
+
+
+def _num_told(event: TokenEvent) -> int:
+    """Tokens, and log-probabilities beside them."""
+    described = (*event.logprobs, *event.prompt_logprobs)
+    return len(event.token_ids) + sum(1 + len(one.top) for one in described if one is not None)
 
 
 def told_tokens(events: Sequence[TokenEvent]) -> list[TokenEvent]:

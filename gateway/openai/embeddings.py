@@ -2,11 +2,13 @@
 
 import base64
 import secrets
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from litestar import Request, Response
+from litestar import Request
 from litestar.handlers import HTTPRouteHandler
+from litestar.types import ASGIApp
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from loraplex.engines.protocol import Engine
@@ -18,7 +20,6 @@ from loraplex.gateway.health import require_ready
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.wire import Truncation, refuse_what_matters
 from loraplex.gateway.prompts import prompts_of, room_of, tokenizer_for
-from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
 
 
@@ -86,7 +87,7 @@ def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedd
     """The handlers of this resource."""
 
     @inference_post("/v1/embeddings")
-    async def create_embedding(request: Request[Any, Any, Any]) -> Response[bytes]:
+    async def create_embedding(request: Request[Any, Any, Any]) -> ASGIApp:
         body = await _body.of(request)
         refuse_what_matters(body, body.not_offered)
         caller = caller_of(request)
@@ -108,12 +109,15 @@ def embedding_routes(engine: Engine, adapters: RequestAdapters, embedder: Embedd
             normalize=body.normalize,
             dimensions=body.dimensions,
         )
-        vectors = await embedder.embed(request, wanted)
-        data = [_told(index, vector, body) for index, vector in enumerate(vectors)]
         total = sum(len(prompt) for prompt in prompts)
-        return json_reply(EmbeddingList(data, body.model, EmbeddingUsage(total, total)))
+        return await embedder.embed(request, wanted, partial(_encoded, body, EmbeddingUsage(total, total)))
 
     return [create_embedding]
+
+
+def _encoded(body: EmbeddingRequest, usage: EmbeddingUsage, vectors: list[Vector]) -> bytes:
+    data = [_told(index, vector, body) for index, vector in enumerate(vectors)]
+    return msgspec.json.encode(EmbeddingList(data, body.model, usage))
 
 
 def _told(index: int, vector: Vector, body: EmbeddingRequest) -> EmbeddingObject:

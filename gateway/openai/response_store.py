@@ -1,11 +1,13 @@
 """Responses that outlive their request: in the database, each for its tenant alone, until they expire."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, delete, insert, select
+from sqlalchemy import ColumnElement, Row, Select, delete, insert, literal, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -16,6 +18,7 @@ from loraplex.gateway.errors import PreviousResponseNotFound, ResponseNotFound
 from loraplex.gateway.openai.responses_items import InputItem
 
 _LONGEST_CHAIN = 1000  # of responses that go on from one another
+_FEW_TURNS = 16  # are read in a millisecond; more, in a thread
 _PRUNE_SECONDS = 60.0
 
 
@@ -79,24 +82,41 @@ class ResponseStore:
 
     async def conversation(self, caller: Caller, response_id: str | None) -> list[InputItem]:
         """What was said up to and in this response, oldest first. Raises PreviousResponseNotFound."""
-        turns: list[list[InputItem]] = []
+        if response_id is None:
+            return []
         async with self._database.connect() as connection:
-            while response_id is not None:
-                found = await connection.execute(select(table).where(self._mine(caller, response_id)))
-                row = found.first()
-                if row is None or len(turns) == _LONGEST_CHAIN:
-                    raise PreviousResponseNotFound(
-                        f"Previous response with id {response_id!r} not found.", "previous_response_id"
-                    )
-                said = msgspec.convert(row.items, list[InputItem])
-                turns.append([*said, *msgspec.json.decode(row.response, type=_Output).output])
-                response_id = row.previous_id
-        return [item for turn in reversed(turns) for item in turn]
+            rows = (await connection.execute(self._chain(caller, response_id))).all()
+        missing = response_id if not rows else rows[-1].previous_id
+        if missing is not None:  # deleted, expired, another tenant's, or beyond the longest chain
+            raise PreviousResponseNotFound(f"Previous response with id {missing!r} not found.", "previous_response_id")
+        said = partial(_said, rows)
+        return await asyncio.to_thread(said) if len(rows) > _FEW_TURNS else said()
+
+    def _chain(self, caller: Caller, response_id: str) -> Select[Any]:
+        """A response and those it goes on from, the newest first."""
+        columns = (table.c.id, table.c.previous_id)
+        newest = select(*columns, literal(1).label("place")).where(self._mine(caller, response_id))
+        chain = newest.cte("chain", recursive=True)
+        mine = self._callers(caller)
+        earlier = select(*columns, chain.c.place + 1).join(chain, table.c.id == chain.c.previous_id)
+        chain = chain.union_all(earlier.where(mine, chain.c.place < _LONGEST_CHAIN))
+        said = select(table.c.previous_id, table.c.response, table.c["items"])
+        return said.join(chain, table.c.id == chain.c.id).order_by(chain.c.place)
 
     def _mine(self, caller: Caller, response_id: str) -> ColumnElement[bool]:
         # PostgreSQL refuses texts with a zero character
-        known = table.c.id == response_id.replace("\0", "")
-        return known & (table.c.tenant_id == (caller.tenant_id or None)) & (table.c.expires_at > self._clock())
+        return (table.c.id == response_id.replace("\0", "")) & self._callers(caller)
+
+    def _callers(self, caller: Caller) -> ColumnElement[bool]:
+        return (table.c.tenant_id == (caller.tenant_id or None)) & (table.c.expires_at > self._clock())
+
+
+def _said(newest_first: Sequence[Row[Any]]) -> list[InputItem]:
+    items: list[InputItem] = []
+    for row in reversed(newest_first):
+        items += msgspec.convert(row.items, list[InputItem])
+        items += msgspec.json.decode(row.response, type=_Output).output
+    return items
 
 
 def _no_such_response(response_id: str) -> ResponseNotFound:

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from litestar import Request, delete, get, post
@@ -12,21 +12,20 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from loraplex.config.settings import Model
-from loraplex.engines.errors import PromptTooLong
 from loraplex.engines.protocol import Engine, GenerateRequest
-from loraplex.gateway.catalogue import Route
 from loraplex.gateway.decoding import Body
 from loraplex.gateway.errors import MalformedRequest, UnsupportedParameter
 from loraplex.gateway.guards import caller_of, inference_post, require_inference
 from loraplex.gateway.openai.answers import Answers
-from loraplex.gateway.openai.dialogue import MANY_MESSAGES, Dialogue
+from loraplex.gateway.openai.dialogue import Dialogue
 from loraplex.gateway.openai.response_store import ResponseStore, StoredResponse
 from loraplex.gateway.openai.responses_items import InputItem, listed
+from loraplex.gateway.openai.responses_prompt import Asked, Prompting
 from loraplex.gateway.openai.responses_request import ResponseRequest, named_as_asked
 from loraplex.gateway.openai.responses_stream import ResponseWire, begun_response
 from loraplex.gateway.openai.routing import route_of
 from loraplex.gateway.openai.tiers import at_tier, granted_tier
-from loraplex.gateway.prompts import apart, chat_requests, checked, tokenizer_for
+from loraplex.gateway.prompts import apart, checked
 from loraplex.gateway.replies import json_reply
 from loraplex.gateway.request_adapters import RequestAdapters
 from loraplex.gateway.sse import Framing
@@ -61,17 +60,17 @@ def response_routes(
     """The handlers of this resource."""
 
     async def prepared(
-        request: Request[Any, Any, Any], asked: "_Asked", response_id: str
+        request: Request[Any, Any, Any], asked: Asked, response_id: str
     ) -> tuple[Dialogue, list[GenerateRequest]]:
         caller = caller_of(request)
         route = await route_of(asked.body, caller, adapters)
         earlier = await store.conversation(caller, asked.body.previous_response_id)
-        make = _Prompting(request, asked, response_id, route, engine, model)
+        make = Prompting(request, asked, response_id, route, engine, model)
         return await (make.cut(earlier) if asked.body.truncation == "auto" else make.whole(earlier))
 
     @inference_post("/v1/responses")
     async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
-        body, is_large = asked = _Asked(*await checked(_body, request))
+        body, is_large = asked = Asked(*await checked(_body, request))
         caller = caller_of(request)
         response_id = f"resp_{secrets.token_hex(24)}"
         with named_as_asked():
@@ -95,7 +94,7 @@ def response_routes(
 
     @inference_post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
-        asked = _Asked(*await checked(_body, request))
+        asked = Asked(*await checked(_body, request))
         with named_as_asked():
             _, choices = await prepared(request, asked, "count")
         return json_reply(InputTokens(len(choices[0].prompt_token_ids)))  # type: ignore[return-value]
@@ -135,77 +134,6 @@ def _stored_routes(store: ResponseStore) -> list[HTTPRouteHandler]:
         return json_reply(_page(stored.items, request.query_params))  # type: ignore[return-value]
 
     return [retrieve_response, delete_response, cancel_response, compact_response, list_input_items]
-
-
-class _Asked(NamedTuple):
-    """A request's body, and whether it was large: then whatever passes over all of it does so in a thread."""
-
-    body: ResponseRequest
-    is_large: bool
-
-
-class _Prompting:
-    """One response's prompt, of all that was said or of what the context holds of it."""
-
-    def __init__(
-        self,
-        request: Request[Any, Any, Any],
-        asked: _Asked,
-        response_id: str,
-        route: Route,
-        engine: Engine,
-        model: Model,
-    ) -> None:
-        self._request = request
-        self._body, self._is_large = asked
-        self._response_id = response_id
-        self._route = route
-        self._engine = engine
-        self._model = model
-
-    async def whole(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
-        """Raises PromptTooLong and what chat requests raise, naming the chat's fields."""
-        tokenizer = await tokenizer_for(self._route, self._engine)
-        is_large = self._is_large or len(earlier) > MANY_MESSAGES
-
-        def made() -> Dialogue:
-            return Dialogue(self._body.chat(earlier), tokenizer, self._model, is_large=is_large)
-
-        dialogue = await apart(self._request, made, is_long=is_large)
-        choices = await chat_requests(self._request, dialogue, self._response_id, self._route, self._engine)
-        return dialogue, choices
-
-    async def cut(self, earlier: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
-        """As many of the latest items as the context holds. Raises PromptTooLong where the last turn is too long."""
-        items = [*earlier, *self._body.items]
-        # where the conversation may begin anew: what a user or the instructions say, no answer and no result
-        starts = [place for place, item in enumerate(items) if item.kind == "message" and item.role != "assistant"]
-        fewest, most = 0, len(starts)  # how many beginnings are left out; too few, and enough
-        try:
-            return await self.whole(earlier)
-        except PromptTooLong as error:
-            too_long, found = error, None
-        while most - fewest > 1:
-            middle = (fewest + most) // 2
-            try:
-                found = await self._from(items[starts[middle] :])
-                most = middle
-            except PromptTooLong as error:
-                too_long, fewest = error, middle
-        if found is None:
-            raise too_long
-        return found
-
-    async def _from(self, items: list[InputItem]) -> tuple[Dialogue, list[GenerateRequest]]:
-        prompting = _Prompting(
-            self._request,
-            _Asked(msgspec.structs.replace(self._body, input=items), self._is_large or len(items) > MANY_MESSAGES),
-            self._response_id,
-            self._route,
-            self._engine,
-            self._model,
-        )
-        return await prompting.whole([])
 
 
 def _listed(items: Sequence[InputItem]) -> list[dict[str, Any]]:
