@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import httpx
 from msgspec.structs import replace
 from openai import OpenAI
 from support.gateway import Gateway, settings_in
@@ -49,10 +48,7 @@ _clients: dict[str, OpenAI] = {}
 
 def client_of(gateway: Gateway) -> OpenAI:
     if gateway.url not in _clients:
-        plain = httpx.Client(verify=False)  # no TLS here
-        _clients[gateway.url] = OpenAI(
-            base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0, http_client=plain
-        )
+        _clients[gateway.url] = OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.api_key, max_retries=0)
     return _clients[gateway.url]
 
 
@@ -105,16 +101,19 @@ def in_front_of(
     )
 
 
+Answer: TypeAlias = Callable[[BaseHTTPRequestHandler, Any], None]
+
+
 class Script:
     """What a scripted server answers by path, and what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, str], Any]] = []
-        self.answers: dict[str, Callable[[BaseHTTPRequestHandler, Any], None]] = {}
+        self.answers: dict[str, Answer] = {}
         self.url = ""
 
 
-def say(status: int, body: bytes | dict[str, Any], kind: str = "application/json") -> Callable[..., None]:
+def say(status: int, body: bytes | dict[str, Any], kind: str = "application/json") -> Answer:
     """An answer of one piece."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
 
@@ -128,7 +127,7 @@ def say(status: int, body: bytes | dict[str, Any], kind: str = "application/json
     return answer
 
 
-def stream(*frames: dict[str, Any] | str, then: Callable[[], object] = lambda: None) -> Callable[..., None]:
+def stream(*frames: dict[str, Any] | str, then: Callable[[], object] = lambda: None) -> Answer:
     """Server-sent events; `then` is called before the connection is closed."""
 
     def answer(handler: BaseHTTPRequestHandler, said: Any) -> None:
@@ -155,7 +154,8 @@ def scripted() -> Iterator[Script]:
             said = json.loads(raw) if raw else None
             script.asked.append((self.path, dict(self.headers), said))
             self.close_connection = True
-            script.answers.get(self.path, say(404, {"detail": "Not Found"}))(self, said)
+            answer: Answer = script.answers.get(self.path, say(404, {"detail": "Not Found"}))
+            answer(self, said)
 
         do_GET = do_POST = _answer
 

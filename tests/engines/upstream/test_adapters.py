@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
@@ -137,7 +138,7 @@ def test_more_adapters_than_there_is_room_for_all_answer(demo: Pair) -> None:
     """Over a model: three adapters in turn, at the same time, with room for two."""
     assert MOST_ADAPTERS == 2
     names = ("pirate", "json", "spanish") * 3
-    asked = {"prompt": "Anna works at", "temperature": 0.0, "max_tokens": 12}
+    asked: dict[str, Any] = {"prompt": "Anna works at", "temperature": 0.0, "max_tokens": 12}
     front = client_of(demo.front)
     with ThreadPoolExecutor(len(names)) as pool:
         answers = list(pool.map(lambda name: front.completions.create(model=name, **asked), names))

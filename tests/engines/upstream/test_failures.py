@@ -105,6 +105,7 @@ async def test_answer_that_is_none_means_its_error(script: Script, tmp_path: Pat
             await told(engine, wish())
         assert type(raised.value) is error or case == "404"
         if case == "400":
+            assert isinstance(raised.value, InvalidRequest)
             assert raised.value.param == "seed"
         assert (await engine.stats()).total_failed == 1
         script.answers[COMPLETIONS] = stream(TOKEN, END, "[DONE]")

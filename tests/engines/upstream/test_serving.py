@@ -96,7 +96,8 @@ def test_adapter_answers_as_it_does_there(demo: Pair, name: str) -> None:
 
 
 def test_embeddings_are_the_upstreams_own(demo: Pair) -> None:
-    for options in ({}, {"extra_body": {"pooling": "last", "normalize": False}}):
+    cases: list[dict[str, Any]] = [{}, {"extra_body": {"pooling": "last", "normalize": False}}]
+    for options in cases:
         ours, theirs = (
             client_of(gateway).embeddings.create(model="pirate", input="Anna", encoding_format="float", **options)
             for gateway in (demo.front, demo.upstream)
