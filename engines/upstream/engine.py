@@ -50,7 +50,7 @@ class UpstreamEngine:
     """Implements the engine protocol over one server."""
 
     tokenizer: HubTokenizer
-    _tokenizers: AdapterTokenizers
+    _tokenizers: AdapterTokenizers | None = None
     _watching: asyncio.Task[None] | None = None
 
     def __init__(self, settings: Settings) -> None:
@@ -84,7 +84,9 @@ class UpstreamEngine:
 
     async def tokenizer_of(self, adapter: Adapter | None) -> TemplatedTokenizer:
         self._require_ready()
-        return self.tokenizer if adapter is None else await self._tokenizers.of(adapter)
+        if adapter is None or self._tokenizers is None:
+            return self.tokenizer
+        return await self._tokenizers.of(adapter)
 
     def info(self) -> EngineInfo:
         return self._info
@@ -245,6 +247,7 @@ class UpstreamEngine:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        if self._tokenizers is not None:
             await self._tokenizers.close()
         await self._adapters.close()
         await self._server.close()
@@ -260,8 +263,11 @@ class UpstreamEngine:
     async def _take_up(self, tokenizer: HubTokenizer) -> None:
         """Serve what the upstream does now. Raises ModelNotServable or EngineUnavailable."""
         self._info, served = await self._upstream.look()
-        if getattr(self, "tokenizer", None) is not tokenizer:
-            self.tokenizer, self._tokenizers = tokenizer, AdapterTokenizers(tokenizer, self._info.vocab_size)
+        if self._tokenizers is None or self.tokenizer is not tokenizer:
+            replaced, self._tokenizers = self._tokenizers, AdapterTokenizers(tokenizer, self._info.vocab_size)
+            self.tokenizer = tokenizer
+            if replaced is not None:
+                await replaced.close()
         self._state, self._detail = "ready", ""
         for error in await self._adapters.settle(served):
             _log.warning("a pinned adapter could not be loaded again: %s", error)

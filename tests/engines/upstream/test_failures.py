@@ -253,6 +253,16 @@ async def test_embeddings_that_the_upstream_has_not_are_refused(script: Script, 
             await engine.embed(EmbedRequest(request_id="e", prompt_token_ids=(1,), pooling="last"))
 
 
+async def test_reload_takes_up_what_the_upstream_serves_now(script: Script, tmp_path: Path) -> None:
+    script.answers[COMPLETIONS] = stream(TOKEN, END, "[DONE]")
+    async with started(script.url, tmp_path) as engine:
+        assert engine.info().max_model_len == 512
+        script.answers["/v1/models"] = say(200, {"data": [{"id": "other", "max_model_len": 64}]})
+        assert (await engine.reload()).max_model_len == engine.info().max_model_len == 64
+        await told(engine, wish())
+        assert [body["model"] for path, _, body in script.asked if path == COMPLETIONS] == ["other"]
+
+
 async def test_upstream_that_cannot_be_served_from_ends_the_start(script: Script, tmp_path: Path) -> None:
     for answer, words in (
         (refused(401), f"does not accept the key in {KEY_ENV}"),
