@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -47,7 +46,6 @@ class Server:
             raise ModelNotServable(f"upstream.ca_file: {settings.ca_file} holds no certificates: {error}") from error
 
     def open(self) -> None:
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request, and health is asked for ever
         headers = {"Accept-Encoding": "identity", "User-Agent": "loraplex"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
