@@ -10,10 +10,9 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 import msgspec
 
-Help = msgspec.Meta
-PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
-MebibyteAtLeast = Annotated[int, msgspec.Meta(ge=2**20)]
-Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+from loraplex.config.sections import Help, MebibyteAtLeast, PositiveInt, Section, Share
+from loraplex.config.upstream import UpstreamSettings
+
 DEFAULT_DEVICE_BYTES = 2**30
 MIN_ADMIN_KEY = 20
 _ENDPOINT = re.compile(r"https?://[^/?#\s]+(/[^?#\s]*)?")
@@ -24,11 +23,7 @@ class SettingsError(ValueError):
     """The settings file cannot be used; the message names the file and the setting."""
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the file. An unknown key is an error, so that a typo is never a silent default."""
-
-
-class Server(_Section, frozen=True):
+class Server(Section, frozen=True):
     host: Annotated[str, Help(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Help(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
     drain_seconds: Annotated[float, Help(ge=0, description="How long open streams may finish after SIGTERM.")] = 30.0
@@ -72,7 +67,7 @@ class Server(_Section, frozen=True):
                 )
 
 
-class Model(_Section, frozen=True):
+class Model(Section, frozen=True):
     path: Annotated[str, Help(description="Directory of the base model in Hugging Face format.")]
     name: Annotated[str, Help(min_length=1, description="The base model's name for clients.")]
     dtype: Annotated[
@@ -124,7 +119,7 @@ class Model(_Section, frozen=True):
         return Path(self.path).expanduser()
 
 
-class EngineSettings(_Section, frozen=True):
+class EngineSettings(Section, frozen=True):
     kind: Annotated[str, Help(description="Name of an entry point of the group loraplex.engines.")] = "native"
     kv_cache_bytes: Annotated[
         PositiveInt | None, Help(description="Memory for the KV cache; sized from free memory if unset.")
@@ -161,7 +156,7 @@ class EngineSettings(_Section, frozen=True):
     ] = None
 
 
-class Adapters(_Section, frozen=True):
+class Adapters(Section, frozen=True):
     cache_dir: Annotated[str, Help(description="Content-addressed disk cache of adapter files.")] = (
         "~/.cache/loraplex/adapters"
     )
@@ -246,7 +241,7 @@ class Adapters(_Section, frozen=True):
         return DEFAULT_DEVICE_BYTES if self.device_bytes is None else self.device_bytes
 
 
-class Database(_Section, frozen=True):
+class Database(Section, frozen=True):
     url: Annotated[
         str,
         Help(
@@ -256,7 +251,7 @@ class Database(_Section, frozen=True):
     ] = "sqlite:///loraplex.db"
 
 
-class Auth(_Section, frozen=True):
+class Auth(Section, frozen=True):
     admin_key_env: Annotated[
         str,
         Help(
@@ -272,7 +267,7 @@ class Auth(_Section, frozen=True):
     ] = "loraplex.pepper"
 
 
-class LimitSettings(_Section, frozen=True):
+class LimitSettings(Section, frozen=True):
     """Defaults for every tenant; the admin API sets a tenant's or a key's own."""
 
     requests_per_minute: Annotated[PositiveInt | None, Help(description="Requests a tenant may make per minute.")] = (
@@ -296,7 +291,7 @@ class LimitSettings(_Section, frozen=True):
     ] = "open"
 
 
-class UsageSettings(_Section, frozen=True):
+class UsageSettings(Section, frozen=True):
     journal_dir: Annotated[
         str | None,
         Help(
@@ -323,7 +318,7 @@ class UsageSettings(_Section, frozen=True):
     ] = 64 * 2**20
 
 
-class FileSettings(_Section, frozen=True):
+class FileSettings(Section, frozen=True):
     """What /v1/files keeps."""
 
     directory: Annotated[
@@ -333,7 +328,7 @@ class FileSettings(_Section, frozen=True):
     max_tenant_bytes: Annotated[int, Help(ge=1, description="Most that the files of one tenant may take.")] = 10 * 2**30
 
 
-class BatchSettings(_Section, frozen=True):
+class BatchSettings(Section, frozen=True):
     """How /v1/batches is worked off."""
 
     max_running: Annotated[int, Help(ge=0, description="Batches worked off by this gateway at the same time.")] = 4
@@ -343,18 +338,19 @@ class BatchSettings(_Section, frozen=True):
     ] = 15.0
 
 
-class ResponseSettings(_Section, frozen=True):
+class ResponseSettings(Section, frozen=True):
     retention_days: Annotated[
         PositiveInt, Help(description="How long responses are stored, unless deleted before.")
     ] = 30
 
 
-class Settings(_Section, frozen=True):
+class Settings(Section, frozen=True):
     """The whole file: one attribute a table."""
 
     model: Model
     server: Server = Server()
     engine: EngineSettings = EngineSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
     adapters: Adapters = Adapters()
     database: Database = Database()
     auth: Auth = Auth()
@@ -363,6 +359,10 @@ class Settings(_Section, frozen=True):
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
     responses: ResponseSettings = ResponseSettings()
+
+    def __post_init__(self) -> None:
+        if self.engine.kind != "upstream" and self.upstream != UpstreamSettings():
+            raise ValueError(f"`upstream` is for engine.kind = 'upstream', not {self.engine.kind!r}")
 
 
 def load_settings(path: Path) -> Settings:

@@ -30,7 +30,7 @@ def _engine(settings: Settings) -> None:
 
 
 def _model(settings: Settings) -> None:
-    if settings.engine.kind != "native":
+    if settings.engine.kind not in ("native", "upstream"):
         return
     directory = settings.model.directory
     if not (directory / "config.json").is_file():

@@ -26,7 +26,8 @@ def test_no_top_level_kernels_is_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gateway.cli", "gateway.app", "auth.tenants", "engines.native.engine", "engines.echo"]
+    "module",
+    ["gateway.cli", "gateway.app", "auth.tenants", "engines.native.engine", "engines.upstream.engine", "engines.echo"],
 )
 def test_gateway_process_never_imports_torch(module: str) -> None:
     code = f"import sys, loraplex.{module}; print(sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"

@@ -2,12 +2,26 @@
 
 import codecs
 from collections.abc import Sequence, Set
+from typing import Protocol
 
 from msgspec import Struct
 
 from loraplex.engines.protocol import TokenLogprobs
 from loraplex.engines.tokenizer_protocol import Tokenizer
 from loraplex.gateway.openai.wire import LEAST_LOGPROB
+
+
+class Written(Protocol):
+    """How tokens are written: a tokenizer, for one."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class TokensAsIds:
+    """Implements Written as vLLM's `return_tokens_as_token_ids` has it, so that no two tokens are written alike."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"token_id:%d" % token_id
 
 
 class CompletionLogprobs(Struct):
@@ -21,11 +35,11 @@ class CompletionLogprobs(Struct):
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
-    def add(self, token_id: int, logprobs: TokenLogprobs | None, offset: int, tokenizer: Tokenizer) -> None:
-        self.tokens.append(_written(token_id, tokenizer))
+    def add(self, token_id: int, logprobs: TokenLogprobs | None, offset: int, written: Written) -> None:
+        self.tokens.append(_written(token_id, written))
         self.text_offset.append(offset)
         self.token_logprobs.append(None if logprobs is None else max(logprobs.logprob, LEAST_LOGPROB))
-        self.top_logprobs.append(None if logprobs is None else _top(logprobs, tokenizer))
+        self.top_logprobs.append(None if logprobs is None else _top(logprobs, written))
 
 
 class EchoedPrompt:
@@ -76,16 +90,16 @@ def offsets_of(token_ids: Sequence[int], text: str, tokenizer: Tokenizer, skippe
     return [min(max(place - left_out, 0), len(text)) for place in places]
 
 
-def _top(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
+def _top(logprobs: TokenLogprobs, written: Written) -> dict[str, float]:
     """Of tokens that are written alike the likeliest."""
     top: dict[str, float] = {}
     for token_id, told in logprobs.top:
-        top.setdefault(_written(token_id, tokenizer), max(told, LEAST_LOGPROB))
+        top.setdefault(_written(token_id, written), max(told, LEAST_LOGPROB))
     return top
 
 
-def _written(token_id: int, tokenizer: Tokenizer) -> str:
-    raw = tokenizer.token_bytes(token_id)
+def _written(token_id: int, written: Written) -> str:
+    raw = written.token_bytes(token_id)
     try:
         return raw.decode()
     except UnicodeDecodeError:

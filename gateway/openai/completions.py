@@ -19,7 +19,7 @@ from loraplex.gateway.errors import MalformedRequest
 from loraplex.gateway.guards import caller_of, inference_post
 from loraplex.gateway.middleware import name_request
 from loraplex.gateway.openai.answers import Answers, told_tokens
-from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt, TokensAsIds, Written
 from loraplex.gateway.openai.prompt_logprobs import PromptLogprobs, described_prompt
 from loraplex.gateway.openai.routing import composed_route_of
 from loraplex.gateway.openai.wire import GenerationFields, Natural, Usage
@@ -36,6 +36,7 @@ class CompletionRequest(GenerationFields, forbid_unknown_fields=True, kw_only=Tr
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # vLLM's: log-probabilities name tokens `token_id:5`
     # known, not offered
     suffix: Raw | UnsetType = UNSET
 
@@ -129,6 +130,7 @@ class _CompletionWire:
         self._asked = choices
         self._created = int(time.time())
         self._tokenizer = tokenizer
+        self._written: Written = TokensAsIds() if body.return_tokens_as_token_ids else tokenizer
         self._chunk_usage: Usage | UnsetType | None = None if body.includes_usage else UNSET
         self._running_usage = body.running_usage()
         self._echoes = _echoes(body, choices, tokenizer) if body.echo else []
@@ -210,7 +212,7 @@ class _CompletionWire:
             self._describe_prompt(number, events[0].prompt_logprobs, described)
         for event in told_tokens(events):
             for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=False):
-                described.add(token_id, logprobs, self._offsets[number], self._tokenizer)
+                described.add(token_id, logprobs, self._offsets[number], self._written)
             self._lengths[number] += len(event.text)
             self._offsets[number] = self._lengths[number] + event.num_held
         return described if described.tokens and self._body.logprobs is not None else None
@@ -226,7 +228,7 @@ class _CompletionWire:
             return
         told = logprobs or (None,) * len(echo.token_ids)  # of a prompt of one token an engine has nothing to tell
         for token_id, one, offset in zip(echo.token_ids, told, echo.offsets(), strict=True):
-            described.add(token_id, one, offset, self._tokenizer)
+            described.add(token_id, one, offset, self._written)
 
 
 def _echoes(body: CompletionRequest, choices: Sequence[GenerateRequest], tokenizer: Tokenizer) -> list[EchoedPrompt]:

@@ -1,6 +1,6 @@
 """The JSON of function tools, the choice among them, and calls; chat completions' way of writing them."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -58,6 +58,13 @@ class ToolFields(GenerationFields, forbid_unknown_fields=True, kw_only=True):
     tools: Annotated[list[FunctionTool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # vLLM's, known, not offered
+    return_tokens_as_token_ids: Raw | UnsetType = UNSET
+
+    not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationFields.not_offered,
+        "return_tokens_as_token_ids": (False,),
+    }
 
     @property
     def forces_call(self) -> bool:

@@ -64,7 +64,6 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
         "return_mm_kwargs": (False,),
         "return_prompt_text": (False,),
         "return_token_offsets": (False,),
-        "return_tokens_as_token_ids": (False,),
         "routed_experts_prompt_start": (0,),
         "session_id": (),
         "spaces_between_special_tokens": (True,),
@@ -127,7 +126,6 @@ class GenerationFields(FormFields, forbid_unknown_fields=True, kw_only=True):
     return_mm_kwargs: Raw | UnsetType = UNSET
     return_prompt_text: Raw | UnsetType = UNSET
     return_token_offsets: Raw | UnsetType = UNSET
-    return_tokens_as_token_ids: Raw | UnsetType = UNSET
     routed_experts_prompt_start: Raw | UnsetType = UNSET
     session_id: Raw | UnsetType = UNSET
     spaces_between_special_tokens: Raw | UnsetType = UNSET

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from loraplex.engines.codecs import JsonCodec
 from loraplex.engines.protocol import TokenLogprobs
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
-from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt, offsets_of
+from loraplex.gateway.openai.completion_logprobs import CompletionLogprobs, EchoedPrompt, TokensAsIds, offsets_of
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +93,11 @@ def test_tokens_written_alike_keep_the_likeliest(sentencepiece: TemplatedTokeniz
     described.add(260, same, 0, sentencepiece)
     assert described.tokens == ["c"]
     assert described.top_logprobs == [{"c": -0.1, r"bytes:\xf0": -3.0, r"bytes:\x9f": -4.0}]
+
+
+def test_tokens_as_ids_are_all_told_apart() -> None:
+    described = CompletionLogprobs([], [], [], [])
+    described.add(3, TokenLogprobs(-0.5, ((5, -0.25), (3, -0.5))), 7, TokensAsIds())
+    assert described.tokens == ["token_id:3"]
+    assert described.top_logprobs == [{"token_id:5": -0.25, "token_id:3": -0.5}]
+    assert described.text_offset == [7]

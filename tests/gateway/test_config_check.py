@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.gateway import settings_in
+from support.upstream import built, in_front_of, write_echo_base
 
 from loraplex.config.settings import Adapters, Database, EngineSettings, LimitSettings, Model, Settings
+from loraplex.config.upstream import UpstreamSettings
 from loraplex.gateway.config_check import faults
 
 
@@ -66,6 +68,33 @@ def test_faults_tell_of_a_model_that_is_not_there_and_of_one_without_tokenizer(
     assert list(faults(replace(settings, model=replace(model, random_weights=True)))) == []
     (model.directory / "tokenizer.model").touch()
     assert list(faults(settings)) == []
+
+
+UPSTREAM = EngineSettings(kind="upstream")
+UPSTREAMS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "whole": ({}, None),
+    "no address": ({"upstream": UpstreamSettings()}, "upstream.url is to say which server computes"),
+    "no certificates": (
+        {"upstream": UpstreamSettings(url="https://h", ca_file="/nowhere.pem")}, "upstream.ca_file: /nowhere.pem holds"
+    ),
+    "of an engine's own": (
+        {"engine": replace(UPSTREAM, kv_block_size=8)}, "engine.kv_block_size has no effect with engine.kind = 'upstr"
+    ),
+    "of its device": ({"adapters": Adapters(device_share=0.5)}, "adapters.device_share has no effect"),
+    "no model": ({"model": Model(path="/nowhere", name="m")}, "model.path = '/nowhere' holds no config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UPSTREAMS)
+def test_faults_of_an_upstream_name_the_settings(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("loraplex.gateway.config_check.build_engine", built)
+    there = in_front_of("http://h:1", tmp_path, write_echo_base(tmp_path / "base"), "m")
+    changes, says = UPSTREAMS[case]
+    found = list(faults(replace(there, **changes)))
+    assert len(found) == (says is not None), found
+    assert says is None or found[0].startswith(says)
 
 
 POSITIONS: dict[str, tuple[str, str | None]] = {
