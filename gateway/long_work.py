@@ -1,6 +1,6 @@
-"""What takes long of a request before it is known how much it asks for: done in threads, within its tenant's limits.
+"""What takes long of a request beside its computing: done in threads, so that it holds up no stream.
 
-Such work holds up no stream, and a tenant with much of it holds up no other tenant.
+Tenants take turns at them. What comes before it is known how much a request asks for is done within its tenant's limits.
 """
 
 import asyncio

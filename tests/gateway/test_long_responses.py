@@ -70,7 +70,11 @@ def test_truncation_of_a_short_conversation_tries_the_whole_in_the_loop_alone(
 
 def test_last_turn_that_is_too_long_is_an_error_however_long_the_conversation(gateway: Gateway) -> None:
     with gateway.client() as client:
-        asked = {"model": BASE, "input": [*turns(60), {"role": "user", "content": "z" * 600}], "truncation": "auto"}
+        asked: dict[str, object] = {
+            "model": BASE,
+            "input": [*turns(60), {"role": "user", "content": "z" * 600}],
+            "truncation": "auto",
+        }
         assert_problem(client.post("/v1/responses", json=asked), 400, "context_length_exceeded", "input")
         asked = {"model": BASE, "input": turns(60), "truncation": "auto", "max_output_tokens": 512}
         assert_problem(client.post("/v1/responses", json=asked), 400, "context_length_exceeded", "max_output_tokens")
