@@ -1,6 +1,6 @@
 """What takes long of a request beside its computing: done in threads, so that it holds up no stream.
 
-Tenants take turns at them. What comes before it is known how much a request asks for is done within its tenant's limits.
+Tenants take turns at them. Before it is known how much a request asks for, its tenant's limits hold it as one more.
 """
 
 import asyncio
