@@ -274,7 +274,7 @@ async def _sampling_of(
     }
     field = max(sizes, key=lambda name: sizes[name])
     if sizes[field] * num_prompts * body.num_choices > _MOST_NAMED:
-        raise MalformedRequest(f"All answers together name at most {_MOST_NAMED} tokens there.", field)
+        raise MalformedRequest(f"Counted for each answer, there are at most {_MOST_NAMED} of them.", field)
     work = partial(_sampling, body, engine, tokenizer)
     return await apart(request, work, is_long=sizes[field] > _MANY_NAMED)
 
