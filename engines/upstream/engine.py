@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 from loraplex.config.settings import Settings, environment
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
@@ -44,6 +45,8 @@ from loraplex.engines.upstream.upstream import Upstream
 from loraplex.engines.upstream.wire import completion_body
 
 _log = logging.getLogger("loraplex.engine")
+
+T = TypeVar("T")
 
 
 class UpstreamEngine:
@@ -148,20 +151,25 @@ class UpstreamEngine:
             sends_stops=tokenizer is self.tokenizer,  # of another its texts would be others
             sends_priority=self._settings.upstream.sends_priority,
         )
-        ask = partial(answer_from, self._server, body, request, answer, on_part)
+        try:
+            await self._with(adapter, partial(answer_from, self._server, body, request, answer, on_part))
+        finally:
+            self._in_flight.total_generated_tokens += answer.num_tokens
+
+    async def _with(self, adapter: Adapter | None, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the upstream answers, once the adapter is loaded there. Raises what it raises."""
         try:
             if adapter is None:
-                await ask()
-                return
+                return await ask()
             async with self._adapters.held(adapter):
                 try:
-                    await ask()
+                    return await ask()
                 except UnknownModel:  # it has forgotten the adapter, or another gateway had it unloaded
                     self._adapters.forget(adapter.id)
                     await self._adapters.bring(adapter)
-                    await ask()
-        finally:
-            self._in_flight.total_generated_tokens += answer.num_tokens
+                    return await ask()
+        except UnknownModel as error:
+            raise EngineUnavailable(str(error)) from error
 
     async def embed(self, request: EmbedRequest) -> Embedding:
         self._require_ready()
@@ -176,16 +184,8 @@ class UpstreamEngine:
             return embedding
 
     async def _embed(self, request: EmbedRequest, on_part: Callable[[], None]) -> Embedding:
-        adapter = request.adapter
-        if adapter is None:
-            return await self._upstream.embedding(request, self._info, on_part)
-        async with self._adapters.held(adapter):
-            try:
-                return await self._upstream.embedding(request, self._info, on_part)
-            except UnknownModel:
-                self._adapters.forget(adapter.id)
-                await self._adapters.bring(adapter)
-                return await self._upstream.embedding(request, self._info, on_part)
+        ask = partial(self._upstream.embedding, request, self._info, on_part)
+        return await self._with(request.adapter, ask)
 
     async def inspect(self, adapter: Adapter) -> AdapterCard:
         await self.tokenizer_of(adapter)
@@ -268,6 +268,7 @@ class UpstreamEngine:
             self.tokenizer = tokenizer
             if replaced is not None:
                 await replaced.close()
+        self._num_restarts += self._state == "restarting"
         self._state, self._detail = "ready", ""
         for error in await self._adapters.settle(served):
             _log.warning("a pinned adapter could not be loaded again: %s", error)
@@ -279,7 +280,6 @@ class UpstreamEngine:
             if detail is None and self._state == "restarting":
                 try:
                     await self._take_up(self.tokenizer)
-                    self._num_restarts += 1
                 except EngineError as error:
                     detail = str(error)
             if detail is not None and self._state in ("ready", "restarting"):

@@ -24,7 +24,7 @@ async def answer_from(
 ) -> None:
     """Ask, and put into `answer` what comes; `on_chunk` is called with each part of it.
 
-    Raises EngineError, where nothing was told UnknownModel among them.
+    Raises EngineError, or UnknownModel.
     """
     if not body["stream"]:
         try:

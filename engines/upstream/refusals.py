@@ -32,8 +32,8 @@ _BY_CODE: dict[str, type[EngineError]] = {
 }
 
 
-class UnknownModel(EngineUnavailable):
-    """The upstream serves no model of that name, or none any more."""
+class UnknownModel(Exception):
+    """The upstream serves no model of that name, or none any more. Whoever asked loads it, or is EngineUnavailable."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -73,7 +73,7 @@ def refusal_in(said: Any, status: int = 500) -> Refusal | None:
     )
 
 
-def error_of(refusal: Refusal) -> EngineError:
+def error_of(refusal: Refusal) -> EngineError | UnknownModel:
     """What it means for a request."""
     status, told = refusal.status, f"the upstream: {refusal.message}"
     if refusal.code in _BY_CODE:
@@ -93,7 +93,7 @@ def error_of(refusal: Refusal) -> EngineError:
     return GenerationFailed(told)
 
 
-def adapter_error_of(refusal: Refusal) -> EngineError:
+def adapter_error_of(refusal: Refusal) -> EngineError | UnknownModel:
     """What it means for an adapter that was to be loaded."""
     match refusal.status:
         case 404 | 405 if not refusal.is_shaped:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from loraplex.config.settings import Settings
-from loraplex.engines.errors import EngineError, GenerationFailed, InvalidRequest, ModelNotServable
+from loraplex.engines.errors import EngineError, EngineUnavailable, GenerationFailed, InvalidRequest, ModelNotServable
 from loraplex.engines.protocol import Adapter, Embedding, EmbedRequest, EngineInfo
 from loraplex.engines.upstream.description import OURS, base_among, described, served_models
 from loraplex.engines.upstream.refusals import adapter_error_of, error_of
@@ -119,6 +119,8 @@ class Upstream:
                 raise ModelNotServable(
                     f"the upstream does not accept the key in {self._settings.upstream.api_key_env}"
                 ) from None
+            if refused.refusal.status == 404:
+                raise EngineUnavailable(f"the upstream has no {path}") from None
             raise error_of(refused.refusal) from None
 
     async def _serves(self, name: str) -> bool:
