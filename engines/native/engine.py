@@ -18,6 +18,7 @@ import zmq.asyncio
 
 from loraplex.config.settings import Settings
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
+from loraplex.engines.ends import all_ends, named_ends, with_own_ends
 from loraplex.engines.errors import AdapterError, EngineError, EngineUnavailable, ModelNotServable
 from loraplex.engines.events import Events, Mailbox
 from loraplex.engines.native.answer import Answer
@@ -47,7 +48,6 @@ from loraplex.engines.protocol import (
     Health,
     HealthState,
     Progress,
-    SamplingParams,
 )
 from loraplex.engines.stats import EngineStats
 from loraplex.engines.tokenizer import HubTokenizer, TemplatedTokenizer
@@ -117,14 +117,13 @@ class NativeEngine:
             self._known[part.adapter.id] = part.adapter
         tokenizer = await self.tokenizer_of(request.adapter)
         self._require_ready()  # still: while a tokenizer was read the worker may have died
-        named = _named_ends(request.sampling, self.tokenizer.eos_token_ids | frozenset(tokenizer.own_ends))
-        request = _ended(request, tokenizer)
-        worker, sampling = self._worker, request.sampling
+        request = with_own_ends(request, tokenizer.own_ends)
+        worker, sampling, eos = self._worker, request.sampling, self.tokenizer.eos_token_ids
         text = tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens)
         detokenizer = Detokenizer(
             text, sampling.stop, includes_stop=sampling.includes_stop, min_tokens=sampling.min_tokens
         )
-        ends = self.tokenizer.eos_token_ids.union(sampling.stop_token_ids, sampling.end_token_ids)
+        ends, named = all_ends(sampling, eos), named_ends(sampling, eos)
         stop = partial(worker.send, End(request.request_id, aborted=False))
         answer = Answer(mailbox, detokenizer, ends, stop, includes_ends=sampling.includes_stop, named_ends=named)
         worker.answers[request.request_id] = answer
@@ -298,17 +297,3 @@ def _restore(adapter: Adapter, *, is_pinned: bool) -> Callable[[int], Command]:
 async def _drained(worker: WorkerProcess) -> None:
     while worker.is_busy:
         await asyncio.sleep(0.02)
-
-
-def _named_ends(sampling: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """The stop tokens that the request names; an end of sequence is one only where it ends nothing by itself."""
-    named = frozenset(sampling.stop_token_ids)
-    return named if sampling.ignore_eos else named - eos_token_ids
-
-
-def _ended(request: GenerateRequest, tokenizer: TemplatedTokenizer) -> GenerateRequest:
-    """The request, ended by the end-of-sequence token of its adapter's tokenizer too."""
-    if not tokenizer.own_ends:
-        return request
-    sampling = msgspec.structs.replace(request.sampling, end_token_ids=tuple(sorted(tokenizer.own_ends)))
-    return msgspec.structs.replace(request, sampling=sampling)

@@ -36,14 +36,9 @@ class LoadedAdapters:
         self._pinned: dict[str, Adapter] = {}
         self._flights: SingleFlight[str, None] = SingleFlight()
         self._freed = asyncio.Event()  # set when an adapter is used no more; then another one stands here
-        self.total_hits = self.total_misses = self.total_evictions = 0
 
     def __len__(self) -> int:
         return len(self._loaded)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(loaded.num_bytes for loaded in self._loaded.values())
 
     @asynccontextmanager
     async def held(self, adapter: Adapter) -> AsyncIterator[None]:
@@ -62,9 +57,7 @@ class LoadedAdapters:
         """Load it, unless it is loaded; waits for room where requests use all that is. Raises as `held` does."""
         if adapter.id in self._loaded:
             self._loaded.move_to_end(adapter.id)
-            self.total_hits += 1
             return
-        self.total_misses += 1
         await self._flights.join(adapter.id, lambda: self._bring(adapter))
 
     def forget(self, adapter_id: str) -> None:
@@ -122,7 +115,6 @@ class LoadedAdapters:
         idle = await self._place()
         try:
             if idle is not None:
-                self.total_evictions += 1
                 await self._unload(idle)
             await self._load(adapter)
             self._loaded[adapter.id] = _Loaded(adapter, await asyncio.to_thread(_num_bytes, adapter.path))

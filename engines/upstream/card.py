@@ -7,10 +7,11 @@ from pathlib import Path
 
 from loraplex.engines.adapters.config import read_config
 from loraplex.engines.adapters.safetensors_header import read_header
+from loraplex.engines.adapters.tensor_names import names_of_peft
 from loraplex.engines.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
 from loraplex.engines.protocol import Adapter, AdapterCard, Variant
 
-_A = (".lora_A.weight", ".lora_embedding_A")
+_A = (".lora_A.weight", ".lora_A", ".lora_embedding_A")
 
 
 def card_of(adapter: Adapter, max_rank: int) -> AdapterCard:
@@ -27,7 +28,7 @@ def card_of(adapter: Adapter, max_rank: int) -> AdapterCard:
     if rank > max_rank:
         raise AdapterTooLarge(f"rank {rank} exceeds adapters.max_rank = {max_rank}")
     variant: Variant = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
-    modules = [name for name in header if name.endswith(_A)]
+    modules = [name for name in names_of_peft(header) if name.endswith(_A)]
     return AdapterCard(
         adapter_id=adapter.id,
         rank=rank,

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from loraplex.config.settings import Settings, environment
 from loraplex.engines.adapters.tokenizers import AdapterTokenizers
+from loraplex.engines.ends import all_ends, named_ends, with_own_ends
 from loraplex.engines.errors import EngineDied, EngineError, EngineUnavailable, ModelNotServable
 from loraplex.engines.events import Events, Mailbox
 from loraplex.engines.native.detokenizer import Detokenizer
@@ -101,6 +102,7 @@ class UpstreamEngine:
     async def _answering(self, request: GenerateRequest, mailbox: Mailbox) -> AsyncIterator[None]:
         tokenizer = await self.tokenizer_of(request.adapter)
         self._require_ready()
+        request = with_own_ends(request, tokenizer.own_ends)
         with self._in_flight.counted(request) as flight:
             running = asyncio.create_task(self._generate(flight, request, mailbox, tokenizer))
             self._mailboxes.add(mailbox)
@@ -129,15 +131,14 @@ class UpstreamEngine:
 
     def _answer(self, request: GenerateRequest, mailbox: Mailbox, tokenizer: TemplatedTokenizer) -> Answer:
         sampling = request.sampling
-        eos = self.tokenizer.eos_token_ids | tokenizer.own_ends
-        named = frozenset(sampling.stop_token_ids)
+        eos = self.tokenizer.eos_token_ids
         detokenizer = Detokenizer(
             tokenizer.stream(skip_special_tokens=sampling.skip_special_tokens),
             sampling.stop,
             includes_stop=sampling.includes_stop,
             min_tokens=sampling.min_tokens,
         )
-        return Answer(request, mailbox, detokenizer, eos | named, named if sampling.ignore_eos else named - eos)
+        return Answer(request, mailbox, detokenizer, all_ends(sampling, eos), named_ends(sampling, eos))
 
     async def _ask(
         self, request: GenerateRequest, answer: Answer, tokenizer: TemplatedTokenizer, on_part: Callable[[], None]
@@ -147,7 +148,6 @@ class UpstreamEngine:
             request,
             self._upstream.base if adapter is None else adapter.id,
             partial(tokenizer.decode, skip_special_tokens=False),
-            own_ends=tokenizer.own_ends,
             sends_stops=tokenizer is self.tokenizer,  # of another its texts would be others
             sends_priority=self._settings.upstream.sends_priority,
         )

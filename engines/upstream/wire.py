@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -62,11 +62,10 @@ def completion_body(
     model: str,
     decode: Callable[[Sequence[int]], str],
     *,
-    own_ends: Set[int],
     sends_stops: bool,
     sends_priority: bool,
 ) -> dict[str, Any]:
-    """`decode` gives the text of bad words; `own_ends` are the adapter's. A prompt's log-probabilities come whole only.
+    """`decode` gives the text of bad words. A prompt's log-probabilities come whole only.
 
     Raises InvalidRequest, naming what there is no word for.
     """
@@ -81,7 +80,7 @@ def completion_body(
         "n": 1,
         "stream": sampling.num_prompt_logprobs is None,
         "return_token_ids": True,
-        **_said(sampling, own_ends),
+        **_said(sampling),
     }
     if body["stream"]:
         body["stream_options"] = {"include_usage": True}
@@ -98,9 +97,9 @@ def completion_body(
     return body
 
 
-def _said(sampling: SamplingParams, own_ends: Set[int]) -> dict[str, Any]:
+def _said(sampling: SamplingParams) -> dict[str, Any]:
     """The fields that differ from what leaves a token's choice alone; a server may have other defaults than none."""
-    ends = () if sampling.ignore_eos else (*sampling.end_token_ids, *sorted(own_ends))
+    ends = () if sampling.ignore_eos else sampling.end_token_ids
     said: dict[str, tuple[Any, Any]] = {
         "presence_penalty": (sampling.presence_penalty, 0.0),
         "frequency_penalty": (sampling.frequency_penalty, 0.0),

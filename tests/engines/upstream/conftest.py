@@ -24,7 +24,7 @@ from loraplex.config.demo import ADAPTERS_DIR, MODEL_DIR
 from loraplex.config.settings import EngineSettings, Model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def keys() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAPLEX_TEST_ADMIN_KEY", ADMIN_KEY)
@@ -33,7 +33,7 @@ def keys() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo(keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Both serve the demo's adapters under the same names; at the upstream the front has two at a time."""
     home, front_home = tmp_path_factory.mktemp("native"), tmp_path_factory.mktemp("front")
@@ -56,7 +56,7 @@ def demo(keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
             yield Pair(front, upstream)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def echo(keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """The front knows the echo's vocabulary from files, and adapters that the upstream knows from it alone."""
     home, front_home = tmp_path_factory.mktemp("echo"), tmp_path_factory.mktemp("front")

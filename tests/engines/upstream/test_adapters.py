@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
+from safetensors.torch import load_file, save_file
 from support.gateway import Gateway, wait_running, write_adapter
 from support.upstream import MOST_ADAPTERS, Pair, client_of
 
@@ -165,6 +166,13 @@ def test_card_is_read_off_the_files(tmp_path: Path) -> None:
     assert set(card.target_modules) == set(config.target_modules)
     assert card.num_modules > 0
     assert card.num_bytes < (path / "adapter_model.safetensors").stat().st_size
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    tensors = load_file(path / "adapter_model.safetensors")
+    state = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(state, named / "adapter_model.safetensors")
+    assert card_of(Adapter(id="x", name="pirate", path=str(named)), max_rank=64) == card
     with pytest.raises(AdapterTooLarge, match=f"rank {card.rank} exceeds"):
         card_of(Adapter(id="x", name="pirate", path=str(path)), max_rank=card.rank - 1)
     with pytest.raises(AdapterInvalid, match=r"adapter_config\.json cannot be read"):
